@@ -1,0 +1,151 @@
+"""The two types that flow: Groups (prompts and their completions) and Rollouts (groups that the policy wrote itself).
+
+P prompts, G completions of each, B = P G rows; row b answers prompt b // G. S is the padded length of prompts, T that of
+completions. Column t of every (B, T) tensor describes completion token t.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Groups:
+    """Prompts, each with G completions. SFT is G = 1, a preference is G = 2 (chosen, rejected), GRPO is any G.
+
+    Two prompts with two completions each, 0 standing for padding (which ids stand there is of no importance):
+
+        prompts      [[5, 6, 7], [8, 9, 0]]                prompt_mask  [[1, 1, 1], [1, 1, 0]]
+        completions  [[3, 1], [4, 0], [3, 3], [1, 0]]      mask = present  [[1, 1], [1, 0], [1, 1], [1, 0]]
+    """
+
+    prompts: Tensor  # (P, S) int64
+    prompt_mask: Tensor  # (P, S) bool   real tokens
+    completions: Tensor  # (B, T) int64
+    mask: Tensor  # (B, T) bool   tokens the policy is trained on, its final EOS included
+    present: Tensor  # (B, T) bool   real tokens; differs from mask where a tool or a user speaks
+    group_size: int
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens that the trunk sees for each group, its prompt counted once. (P,)"""
+        return self.prompt_mask.sum(1) + self.present.view(len(self.prompts), -1).sum(1)
+
+    def select(self, prompts: Tensor) -> "Groups":
+        """The groups of these prompts, in this order. prompts: (K,) int64 indices."""
+        rows = group_rows(prompts, self.group_size)
+        return Groups(
+            prompts=self.prompts[prompts],
+            prompt_mask=self.prompt_mask[prompts],
+            completions=self.completions[rows],
+            mask=self.mask[rows],
+            present=self.present[rows],
+            group_size=self.group_size,
+        )
+
+    def regroup(self, group_size: int) -> "Groups":
+        """The same rows in smaller groups, each with its own copy of the prompt. group_size divides the present one."""
+        copies = self.group_size // group_size
+        return Groups(
+            prompts=self.prompts.repeat_interleave(copies, 0),
+            prompt_mask=self.prompt_mask.repeat_interleave(copies, 0),
+            completions=self.completions,
+            mask=self.mask,
+            present=self.present,
+            group_size=group_size,
+        )
+
+    def to(self, device: torch.device | str) -> "Groups":
+        """The same groups on another device."""
+        return Groups(
+            prompts=self.prompts.to(device),
+            prompt_mask=self.prompt_mask.to(device),
+            completions=self.completions.to(device),
+            mask=self.mask.to(device),
+            present=self.present.to(device),
+            group_size=self.group_size,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollouts:
+    """Groups as the policy wrote them. Written once by generation, then only read."""
+
+    groups: Groups
+    logprobs: Tensor  # (B, T) log pi_old(token) as sampled
+    finished: Tensor  # (B,) bool     ended by itself; False = cut at the length limit
+    texts: Sequence[str]  # B
+    rows: Sequence[Mapping[str, Any]]  # P source rows, every column kept, for rewards
+
+
+def group_rows(prompts: Tensor, group_size: int) -> Tensor:
+    """Row numbers p G ... p G + G - 1 of these prompts, in order. (K,) -> (K G,)"""
+    return (prompts[:, None] * group_size + torch.arange(group_size, device=prompts.device)).flatten()
+
+
+def pad(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Ragged token ids as a right-padded (N, L) int64 tensor and its (N, L) bool mask, made from the lengths."""
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    mask = torch.arange(max(1, int(lengths.max())))[None, :] < lengths[:, None]
+    padded = torch.zeros(mask.shape, dtype=torch.int64)
+    padded[mask] = torch.tensor([token for sequence in sequences for token in sequence], dtype=torch.int64)
+    return padded, mask
+
+
+def collate(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    trained: Sequence[Sequence[bool]] | None = None,
+) -> Groups:
+    """Groups from token ids: P prompts and P G completions, prompt by prompt.
+
+    trained: per completion token, whether the policy learns it; None trains all.
+    """
+    prompt_ids, prompt_mask = pad(prompts)
+    completion_ids, present = pad(completions)
+    mask = present.clone()
+    if trained is not None:
+        mask[present] = torch.tensor([flag for flags in trained for flag in flags], dtype=torch.bool)
+    return Groups(
+        prompts=prompt_ids,
+        prompt_mask=prompt_mask,
+        completions=completion_ids,
+        mask=mask,
+        present=present,
+        group_size=len(completions) // len(prompts),
+    )
+
+
+def microbatches(
+    groups: Groups, budget: int, *, whole: bool = False, only: Tensor | None = None
+) -> Iterator[tuple[Tensor, Groups]]:
+    """Split a step into parts of at most `budget` trunk tokens, longest groups first, so that memory is bounded.
+
+    whole: keep every group in one part even if it alone is over the budget, as losses that compare completions need;
+    otherwise groups too large are split by rows. only: (P,) bool, groups to visit (the others can't change the gradient).
+    Yields (rows, part): rows are the (b,) row numbers of part in `groups`, so `advantages[rows]` goes with part.
+    """
+    size, first = groups.group_size, torch.arange(len(groups.completions), device=groups.completions.device)
+    if only is not None:
+        chosen = only.nonzero().squeeze(1)
+        groups, first = groups.select(chosen), group_rows(chosen, size)
+    if not len(groups.prompts):
+        return
+    while not whole and size > 1 and int(groups.lengths.max()) > budget:
+        size = next(smaller for smaller in range(size - 1, 0, -1) if size % smaller == 0)
+        groups = groups.regroup(size)
+    lengths = groups.lengths.tolist()  # one read of the device for all of the step
+    part: list[int] = []
+    used = 0
+    order = sorted(range(len(lengths)), key=lambda p: -lengths[p])
+    for p in [*order, None]:
+        if part and (p is None or used + lengths[p] > budget):
+            index = torch.tensor(part, device=first.device)
+            yield first[group_rows(index, size)], groups.select(index)
+            part, used = [], 0
+        if p is not None:
+            part.append(p)
+            used += lengths[p]

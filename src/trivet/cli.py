@@ -1,0 +1,112 @@
+"""The command line: one command per method, and a few to look at what they made."""
+
+import dataclasses
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from trivet.errors import InputError
+
+RECIPES = ("sft", "reward-model", "dpo", "ppo", "grpo", "pairwise-grpo")
+HELP = """trivet · post-train language models on preferences and rewards
+
+methods       trivet METHOD --model NAME --data FILE [--out DIR] [options]     (--help lists them)
+  sft             supervised fine-tuning on the answers given
+  reward-model    a scalar head that ranks completions, from preference pairs
+  dpo             direct preference optimization, from preference pairs
+  ppo             proximal policy optimization with a learned critic, from a reward
+  grpo            group relative policy optimization, from a reward
+  pairwise-grpo   Bradley-Terry over every ranked pair of a sampled group, from a reward
+
+looking
+  quickstart      all six on the embedded story model, a few minutes on a laptop; then one table, plots, samples
+  compare         the same table for any runs: trivet compare RUN RUN ...
+  generate        completions from a run, folder or hub name
+  score           rewards for rows of a file
+
+Every method takes --preset toy (no download), --config FILE.toml, and flags on top of either."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 2 for input that can't be used (said in one sentence), 130 for Ctrl-C."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0
+    if args[0] == "--version":
+        import importlib.metadata
+
+        print(f"trivet {importlib.metadata.version('trivet')}")
+        return 0
+    try:
+        return run_command(args[0], args[1:])
+    except InputError as error:
+        print(f"trivet {args[0]}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\ntrivet {args[0]}: stopped; what was written so far is kept", file=sys.stderr)
+        return 130
+
+
+def run_command(command: str, args: list[str]) -> int:
+    """One command with its own arguments."""
+    others = {"quickstart": "quickstart", "compare": "report.compare", "generate": "commands", "score": "commands"}
+    if command in RECIPES:
+        from trivet.run.terminal import Terminal
+
+        recipe = importlib.import_module(f"trivet.recipes.{command.replace('-', '_')}")
+        config = parse(recipe.Config, args, f"trivet {command}", recipe.PRESETS)
+        out = recipe.main(config, Terminal())
+        print(f"{out}  ·  model in {out / 'model'}  ·  numbers in {out / 'metrics.jsonl'}")
+    elif command in others:
+        module = importlib.import_module(f"trivet.{others[command]}")
+        getattr(module, command)(args)
+    else:
+        near = difflib.get_close_matches(command, [*RECIPES, *others], n=1, cutoff=0.0)[0]
+        raise InputError(f"unknown command; the nearest known one is '{near}' (trivet --help lists all)")
+    return 0
+
+
+def parse(kind: type[Any], args: list[str], program: str, presets: dict[str, dict[str, Any]] | None = None) -> Any:
+    """A config from --preset NAME, then --config FILE.toml, then flags, the later ones on top."""
+    import tyro
+
+    from trivet.run.options import from_mapping, read_toml
+
+    presets = presets or {}
+    given, rest = {"--preset": "", "--config": ""}, list[str]()
+    words = iter(args)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name in given and presets:
+            given[name] = value if equals else next(words, "")
+            if not given[name]:
+                raise InputError(f"{name} needs a value" + (f": {', '.join(presets)}" if name == "--preset" else ""))
+        else:
+            rest.append(word)
+    if given["--preset"] and given["--preset"] not in presets:
+        raise InputError(f"--preset {given['--preset']}: there is {' and '.join(presets)}")
+    values = dict(presets.get(given["--preset"], {}))
+    if given["--config"]:
+        values |= {key.replace("-", "_"): value for key, value in read_toml(given["--config"]).items()}
+    base = from_mapping(kind, values, given["--config"] or f"preset {given['--preset']}")
+    flags = {field.name.replace("_", "-") for field in dataclasses.fields(kind)}
+    for word in rest:
+        name = word[2:].partition("=")[0].replace("_", "-")
+        if word.startswith("--") and name not in flags | {f"no-{flag}" for flag in flags} | {"help"}:
+            near = difflib.get_close_matches(name, flags, n=1, cutoff=0.0)[0]
+            raise InputError(f"unknown option --{name}; the nearest known one is --{near} (--help lists all)")
+    extra = (
+        f" --preset {'|'.join(presets)} and --config FILE.toml set several options at once; flags go on top."
+        if presets
+        else ""
+    )
+    return tyro.cli(kind, args=rest, default=base, prog=program, description=(kind.__doc__ or "") + extra)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

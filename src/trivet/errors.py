@@ -1,0 +1,5 @@
+"""The one exception that a person is meant to read: bad input, said in a sentence with the way out."""
+
+
+class InputError(ValueError):
+    """Names the file, row or key, what was expected and what to do; the command line prints it and exits with 2."""

@@ -1,0 +1,192 @@
+"""The in-process engine: it samples from the learner's own weights and prefills each prompt once for its whole group."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from trivet.batch import Groups, Rollouts, pad
+from trivet.generation.sampling import draw, warp
+from trivet.model.attention import NO_MASK, Layout, attend_dense
+from trivet.model.forward import autocast, shares_prefix, token_logprobs
+from trivet.model.text import decode_completion
+
+
+class Prompt(Protocol):
+    """What the engine wants to know of a prompt: its token ids, and the row it came from, for the rewards."""
+
+    @property
+    def prompt(self) -> Sequence[int]: ...
+    @property
+    def row(self) -> Mapping[str, Any]: ...
+
+
+@dataclass
+class Engine:
+    """Samples groups of completions. Its random generator is its own, so that sampling repeats with the seed."""
+
+    tokenizer: Any
+    stops: Sequence[int]  # ids that end a completion, all of them
+    max_completion_tokens: int
+    temperature: float
+    generator: torch.Generator
+    top_k: int = 0  # 0: all. A cut makes the log-probabilities those of the cut distribution; the learner's are not cut
+    top_p: float = 1.0
+
+    def generate(self, policy: Any, prompts: Sequence[Prompt], group_size: int) -> Rollouts:
+        """group_size completions of every prompt, sampled from the policy as it is now."""
+        ids, prompt_mask = (x.to(policy.device) for x in pad([prompt.prompt for prompt in prompts]))
+        run = _decode if shares_prefix(policy) else _transformers_generate
+        with torch.no_grad(), autocast(policy):
+            completions, present, logprobs = run(self, policy, ids, prompt_mask, group_size)
+        groups = Groups(
+            prompts=ids,
+            prompt_mask=prompt_mask,
+            completions=completions,
+            mask=present,
+            present=present,
+            group_size=group_size,
+        )
+        last = present.sum(1) - 1
+        finished = torch.isin(completions.gather(1, last[:, None])[:, 0], completions.new_tensor(self.stops))
+        lengths, tokens = (last + 1 - finished.long()).tolist(), completions.tolist()
+        texts = [
+            decode_completion(self.tokenizer, prompts[b // group_size].prompt, tokens[b][:length])
+            for b, length in enumerate(lengths)
+        ]
+        rows = [prompt.row for prompt in prompts]
+        return Rollouts(groups=groups, logprobs=logprobs, finished=finished, texts=texts, rows=rows)
+
+
+def _decode(
+    engine: Engine, model: Any, prompts: Tensor, prompt_mask: Tensor, group_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Completions (B, T), which of their tokens are present (B, T), and the log-probability of each as sampled (B, T)."""
+    room, device = engine.max_completion_tokens, prompts.device
+    empty = torch.zeros(len(prompts), 1, dtype=torch.int64, device=device)
+    layout = Layout(
+        Groups(
+            prompts=prompts, prompt_mask=prompt_mask, completions=empty, mask=empty > 0, present=empty > 0, group_size=1
+        )
+    )
+    cache = Cache(layout, prompt_mask, group_size, room)
+    head = model.get_output_embeddings()
+    hidden = _trunk(model, layout.ids, layout.positions, cache)[0, layout.last]  # (P, D)
+    logits = head(hidden).repeat_interleave(group_size, 0)  # (B, V)
+    alive = torch.arange(len(logits), device=device)  # row numbers still being written; the cache holds these
+    writing = torch.ones(len(logits), dtype=torch.bool, device=device)  # False: ended, not yet taken out of the cache
+    completions = torch.zeros(len(logits), room, dtype=torch.int64, device=device)
+    logprobs = torch.zeros(len(logits), room, device=device)
+    present = torch.zeros_like(completions, dtype=torch.bool)
+    stops = torch.tensor(engine.stops, device=device)
+    for t in range(room):
+        options = warp(logits, temperature=engine.temperature, top_k=engine.top_k, top_p=engine.top_p)
+        tokens, chosen = draw(options, engine.generator)  # (R,), (R,)
+        completions[alive, t], logprobs[alive, t] = torch.where(writing, tokens, 0), torch.where(writing, chosen, 0.0)
+        present[alive, t] = writing
+        writing = writing & ~torch.isin(tokens, stops)
+        left = int(writing.sum())
+        if left == 0 or t + 1 == room:
+            break
+        if left <= 0.75 * len(alive):  # taking rows out copies the cache, so a few ended ones ride along
+            alive, tokens = alive[writing], tokens[writing]
+            cache.keep(writing)
+            writing = writing[writing]
+        hidden = _trunk(model, tokens[:, None], (cache.start + t)[:, None], cache)[:, 0]  # (R, D)
+        logits = head(hidden)
+    longest = int(present.sum(1).max())
+    return completions[:, :longest], present[:, :longest], logprobs[:, :longest]
+
+
+def _trunk(model: Any, ids: Tensor, positions: Tensor, cache: "Cache") -> Tensor:
+    mask = NO_MASK.to(ids.device)
+    return model.base_model(
+        ids, attention_mask=mask, position_ids=positions, use_cache=False, layout=cache
+    ).last_hidden_state
+
+
+class Cache:
+    """Keys and values of every row being written: [prompt, right-aligned | completion], one pair of tensors a layer.
+
+    The first pass goes through the layout of the prompts and stores what it saw, once a prompt; later ones add a column.
+    """
+
+    def __init__(self, prefill: Layout, prompt_mask: Tensor, group_size: int, room: int):
+        self.prefill: Layout | None = prefill
+        lengths, self.width = prompt_mask.sum(1), prefill.first.width
+        row = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+        self.column = row * self.width + (self.width - lengths).repeat_interleave(lengths) + prefill.positions[0]
+        self.group_size, self.room, self.prompts = group_size, room, len(lengths)
+        self.start = lengths.repeat_interleave(group_size)  # (R,) position of the first completion token
+        self.visible = torch.arange(self.width + room, device=lengths.device) >= (self.width - self.start)[:, None]
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+        self.used, self.layers_done = self.width, 0
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
+    ) -> Tensor:
+        """(R, heads, 1, d) -> (R, 1, heads, d), or of the packed prompts at prefill."""
+        if layer not in self.keys:
+            assert self.prefill is not None
+            self.keys[layer], self.values[layer] = self._store(key), self._store(value)
+            return self.prefill.attend(layer, query, key, value, scale, window)
+        if layer == min(self.keys):
+            self.used += 1
+        self.keys[layer][:, :, self.used - 1] = key[:, :, 0]
+        self.values[layer][:, :, self.used - 1] = value[:, :, 0]
+        mask = self.visible[:, None, None, : self.used]
+        if window is not None and window < self.used:
+            mask = mask & (torch.arange(self.used, device=mask.device) >= self.used - window)
+        keys, values = self.keys[layer][:, :, : self.used], self.values[layer][:, :, : self.used]
+        return attend_dense(query, keys, values, mask, scale).transpose(1, 2)
+
+    def keep(self, rows: Tensor) -> None:
+        """Only these rows (R,) bool go on."""
+        self.start, self.visible = self.start[rows], self.visible[rows]
+        for store in (self.keys, self.values):
+            for layer in store:
+                store[layer] = store[layer][rows]
+
+    def _store(self, x: Tensor) -> Tensor:
+        """(1, heads, N, d) of the packed prompts -> (B, heads, width + room, d)."""
+        grid = x.new_zeros(self.prompts * self.width, x.shape[1], x.shape[3])
+        grid = grid.index_copy(0, self.column, x[0].transpose(0, 1)).view(self.prompts, self.width, *grid.shape[1:])
+        rows = x.new_zeros(len(self.start), x.shape[1], self.width + self.room, x.shape[3])
+        rows[:, :, : self.width] = grid.transpose(1, 2).repeat_interleave(self.group_size, 0)
+        return rows
+
+
+def _transformers_generate(
+    engine: Engine, model: Any, prompts: Tensor, prompt_mask: Tensor, group_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same through transformers' own generate, for models that can't share a prefix; then one pass for log-probabilities."""
+    order = prompt_mask.long().argsort(dim=1, stable=True)  # padding first
+    ids, attention = prompts.gather(1, order), prompt_mask.gather(1, order)
+    torch.manual_seed(int(torch.randint(2**31, (), generator=engine.generator, device=engine.generator.device)))
+    sampled = model.generate(
+        ids,
+        attention_mask=attention.long(),
+        do_sample=engine.temperature > 0,
+        temperature=engine.temperature or 1.0,
+        top_k=engine.top_k,
+        top_p=engine.top_p,
+        num_return_sequences=group_size,
+        max_new_tokens=engine.max_completion_tokens,
+        eos_token_id=list(engine.stops),
+        pad_token_id=engine.stops[0],
+    )
+    completions = sampled[:, ids.shape[1] :]
+    ended = torch.isin(completions, completions.new_tensor(engine.stops)).long()
+    present = ended.cumsum(1) - ended == 0  # up to the first stop, itself included
+    groups = Groups(
+        prompts=prompts,
+        prompt_mask=prompt_mask,
+        completions=completions,
+        mask=present,
+        present=present,
+        group_size=group_size,
+    )
+    return completions, present, token_logprobs(model, groups, temperature=engine.temperature or 1.0)

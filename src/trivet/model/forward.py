@@ -1,0 +1,160 @@
+"""From groups to numbers: token_logprobs, values and scores of a Hugging Face model.
+
+The one place where the next-token shift happens (Layout.predictor, and `_plain` for models that can't share a prefix).
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trivet.batch import Groups, collate, microbatches
+from trivet.model.attention import NAME, NO_MASK, Layout, UnshareableError
+from trivet.model.logprobs import selected_logprobs
+
+
+def token_logprobs(model: Any, groups: Groups, *, temperature: float = 1.0) -> Tensor:
+    """log pi(token | prompt, earlier tokens) of every trained completion token, at the temperature that sampled.
+
+    model: a causal language model of transformers. Returns (B, T) in float32 (float64 for a float64 model), 0 outside
+    groups.mask. Logits exist one vocabulary chunk at a time, and only at positions that predict a trained token.
+    """
+    with autocast(model):
+        if not shares_prefix(model):
+            return _plain_token_logprobs(model, groups, temperature)
+        return _shared_token_logprobs(model, groups, temperature)
+
+
+def values(model: Any, groups: Groups) -> Tensor:
+    """V of the state before each trained completion token, from a model with a scalar head. Returns (B, T), 0 outside mask."""
+    with autocast(model):
+        if shares_prefix(model):
+            layout = Layout(groups)
+            hidden = _trunk(model, layout)[layout.predictor[groups.mask]]  # (M, D)
+        else:
+            hidden, before, _ = _plain(model, groups)
+            hidden = hidden[before[:, 0], before[:, 1]]
+        return _place(_scalar(model, hidden), groups.mask)
+
+
+def scores(model: Any, groups: Groups) -> Tensor:
+    """The scalar head at the last real token of each sequence, EOS included. Returns (B,)."""
+    with autocast(model):
+        if shares_prefix(model):
+            layout = Layout(groups)
+            return _scalar(model, _trunk(model, layout)[layout.last])
+        hidden, _, last = _plain(model, groups)
+        return _scalar(model, hidden[torch.arange(len(last), device=last.device), last])
+
+
+@torch.no_grad()
+def in_microbatches(function: Callable[..., Tensor], model: Any, groups: Groups, budget: int, **options: Any) -> Tensor:
+    """token_logprobs, values or scores of all of groups without gradients, at most `budget` trunk tokens at a time."""
+    result = torch.zeros(0)
+    for rows, part in microbatches(groups, budget):
+        x = function(model, part, **options)
+        if not len(result):
+            result = x.new_zeros(len(groups.completions), *x.shape[1:])
+        result[rows] = x
+    return result
+
+
+def autocast(model: Any) -> AbstractContextManager[Any]:
+    """The precision that the model was loaded with: float32 weights, matrix products in model.compute_dtype."""
+    dtype = getattr(model, "compute_dtype", None)
+    return nullcontext() if dtype is None else torch.autocast(model.device.type, dtype=dtype)
+
+
+def shares_prefix(model: Any) -> bool:
+    """Whether prompts can be shared in this model: tried once on a small batch against its own plain forward."""
+    known = getattr(model, "_shares_prefix", None)
+    if known is None:
+        model._shares_prefix = known = _try_sharing(model)
+    return known
+
+
+def _try_sharing(model: Any) -> bool:
+    original = model.config._attn_implementation
+    if getattr(model, "_is_stateful", False) or not getattr(model, "_supports_attention_backend", False):
+        return False
+    top = model.get_input_embeddings().num_embeddings - 1
+    ids = [[min(7 * i + 3 * j, top) for j in range(length)] for i, length in enumerate((5, 3, 2, 4, 1, 3))]
+    probe = collate(ids[:2], ids[2:]).to(model.device)
+    try:
+        with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
+            if model.get_output_embeddings() is not None:
+                plain = _plain_token_logprobs(model, probe, 1.0)
+                model.set_attn_implementation(NAME)
+                shared = _shared_token_logprobs(model, probe, 1.0)
+            else:
+                hidden, _, last = _plain(model, probe)
+                plain = hidden[torch.arange(len(last)), last]
+                model.set_attn_implementation(NAME)
+                layout = Layout(probe)
+                shared = _trunk(model, layout)[layout.last]
+        rounding = (64 if model.dtype.itemsize > 2 else 4) * torch.finfo(model.dtype).eps
+        agrees = torch.allclose(shared, plain, rtol=rounding, atol=rounding)
+    except (UnshareableError, TypeError, ValueError, AttributeError, KeyError, RuntimeError, IndexError):
+        agrees = False
+    if not agrees:
+        model.set_attn_implementation(original)
+    return agrees
+
+
+def _trunk(model: Any, layout: Any) -> Tensor:
+    """Last hidden states of the packed row, (N, D)."""
+    ids = layout.ids
+    mask = NO_MASK.to(ids.device)
+    trunk = model.base_model
+    out = trunk(ids, attention_mask=mask, position_ids=layout.positions, use_cache=False, layout=layout)
+    return out.last_hidden_state[0]
+
+
+def _shared_token_logprobs(model: Any, groups: Groups, temperature: float) -> Tensor:
+    layout = Layout(groups)
+    hidden = _trunk(model, layout)[layout.predictor[groups.mask]]  # (M, D)
+    head = model.get_output_embeddings()
+    targets = groups.completions[groups.mask]  # (M,)
+    return _place(selected_logprobs(hidden, head.weight, head.bias, targets, temperature), groups.mask)
+
+
+def _plain_token_logprobs(model: Any, groups: Groups, temperature: float) -> Tensor:
+    """The model's own forward over padded rows, prompt copied for each completion: the yardstick of the shared way."""
+    ids, attention, before, _ = _plain_rows(groups)
+    logits = model(ids, attention_mask=attention, use_cache=False).logits[before[:, 0], before[:, 1]]  # (M, V)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    picked = logits.log_softmax(-1).gather(1, groups.completions[groups.mask][:, None])[:, 0]
+    return _place(picked, groups.mask)
+
+
+def _plain(model: Any, groups: Groups) -> tuple[Tensor, Tensor, Tensor]:
+    ids, attention, before, last = _plain_rows(groups)
+    return model.base_model(ids, attention_mask=attention, use_cache=False).last_hidden_state, before, last
+
+
+def _plain_rows(groups: Groups) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One right-padded row per completion: ids and attention mask (B, L), the (row, column) before each trained token
+    (M, 2), the column of each row's last token (B,)."""
+    ids = torch.cat([groups.prompts.repeat_interleave(groups.group_size, 0), groups.completions], 1)
+    real = torch.cat([groups.prompt_mask.repeat_interleave(groups.group_size, 0), groups.present], 1)
+    column = real.cumsum(1) - 1
+    length = real.sum(1)  # (B,)
+    width = int(length.max())
+    packed = ids.new_zeros(len(ids), width)
+    packed[real.nonzero()[:, 0], column[real]] = ids[real]
+    attention = torch.arange(width, device=ids.device) < length[:, None]
+    trained = torch.cat([torch.zeros_like(real[:, : groups.prompts.shape[1]]), groups.mask], 1)
+    before = torch.stack([trained.nonzero()[:, 0], column[trained] - 1], 1)
+    return packed, attention.long(), before, length - 1
+
+
+def _scalar(model: Any, hidden: Tensor) -> Tensor:
+    """The scalar head, in float32 at least. (M, D) -> (M,)"""
+    return model.score(hidden)[:, 0].to(torch.promote_types(hidden.dtype, torch.float32))
+
+
+def _place(x: Tensor, mask: Tensor) -> Tensor:
+    """Values of the masked tokens at their place in (B, T), 0 elsewhere."""
+    return x.new_zeros(mask.shape).masked_scatter(mask, x)

@@ -1,0 +1,127 @@
+"""Prompts and completions to token ids: strings as they are, conversations through the chat template."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, GenerationConfig
+
+from trivet.errors import InputError
+
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ '\n\n' if not loop.first else '' }}{{ message['role'] | capitalize + ':' }}"
+    "{{ ' ' + message['content'] | trim }}{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
+)
+
+
+def load_tokenizer(name: str, chat_template: str = "") -> Any:
+    """The tokenizer of a model folder or hub name. chat_template: 'plain' (Role: text) or a Jinja file, to replace its own."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{name}: no tokenizer found there; save one into the folder with tokenizer.save_pretrained"
+        ) from error
+    if chat_template == "plain":
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    elif chat_template:
+        if not Path(chat_template).is_file():
+            raise InputError(
+                f"--chat-template {chat_template}: no such file; give 'plain' or the path of a Jinja template"
+            )
+        tokenizer.chat_template = Path(chat_template).read_text()
+    return tokenizer
+
+
+def stop_ids(name: str, tokenizer: Any) -> list[int]:
+    """Every token id that ends a completion: those of the generation config, and the tokenizer's EOS, which comes first."""
+    try:
+        configured = GenerationConfig.from_pretrained(name).eos_token_id
+    except OSError:
+        configured = None
+    configured = [configured] if isinstance(configured, int) else configured or []
+    first = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids = list(dict.fromkeys([*first, *configured]))
+    if not ids:
+        raise InputError(
+            f"{name}: neither its tokenizer nor its generation config names an EOS token; set tokenizer.eos_token"
+        )
+    return ids
+
+
+def is_conversation(value: Any) -> bool:
+    """Whether this is a list of messages, each {"role": ..., "content": ...}."""
+    return isinstance(value, list) and all(isinstance(message, dict) and "role" in message for message in value)
+
+
+def render(tokenizer: Any, messages: list[dict[str, Any]], *, reply: bool) -> str:
+    """The conversation as the chat template writes it; reply: with the opening of the assistant's next turn."""
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"the data holds conversations, but the tokenizer of {tokenizer.name_or_path} has no chat template; "
+            "give one with --chat-template plain or --chat-template FILE.jinja"
+        )
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply)
+
+
+def prompt_text(tokenizer: Any, prompt: str | list[dict[str, Any]]) -> str:
+    """What the model reads before it answers."""
+    return render(tokenizer, prompt, reply=True) if is_conversation(prompt) else str(prompt)
+
+
+def encode_prompt(tokenizer: Any, prompt: str | list[dict[str, Any]]) -> list[int]:
+    """Token ids of a prompt: a string with the tokenizer's own BOS, a conversation with what its template writes."""
+    return _encode(tokenizer, prompt_text(tokenizer, prompt), special=not is_conversation(prompt))
+
+
+def encode_completion(
+    tokenizer: Any, prompt: str | list[dict[str, Any]], prompt_ids: Sequence[int], completion: Any, stops: Sequence[int]
+) -> tuple[list[int], list[bool]]:
+    """Token ids of a completion, ending in EOS, and which of them the policy learns: its own words and each final EOS.
+
+    The text is tokenized as the continuation of its prompt where the prompt's tokens stay the same, on its own where a
+    merge would cross the border. completion: a string, or messages of which the assistant's are learned.
+    """
+    if not is_conversation(completion):
+        ids = _continue(tokenizer, prompt_text(tokenizer, prompt), prompt_ids, str(completion), special=True)
+        return [*ids, stops[0]], [True] * (len(ids) + 1)
+    messages = [*(prompt if is_conversation(prompt) else [{"role": "user", "content": prompt}])]
+    before, ids, learned = render(tokenizer, messages, reply=True), list(prompt_ids), [False] * len(prompt_ids)
+    for turn, message in enumerate(completion):
+        own = message["role"] == "assistant"
+        messages.append(message)
+        following = turn + 1 < len(completion) and completion[turn + 1]["role"] == "assistant" and not own
+        after = render(tokenizer, messages, reply=following)
+        if not after.startswith(before):
+            raise InputError(
+                "the chat template rewrites earlier turns, so they can't be trained turn by turn; "
+                "put all but the last answer into the prompt"
+            )
+        new = _continue(tokenizer, before, ids, after[len(before) :], special=False)
+        end = max((i + 1 for i, token in enumerate(new) if token in stops), default=len(new))
+        if own and (end == 0 or new[end - 1] not in stops):
+            new, end = [*new, stops[0]], len(new) + 1
+        ids, learned = ids + new, learned + [own and i < end for i in range(len(new))]
+        before = after
+    last = max((i + 1 for i, flag in enumerate(learned) if flag), default=0)  # what follows the last EOS is not needed
+    return ids[len(prompt_ids) : last], learned[len(prompt_ids) : last]
+
+
+def decode_completion(tokenizer: Any, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
+    """The text that these tokens add to their prompt, special tokens left out."""
+    before = tokenizer.decode(prompt_ids, skip_special_tokens=True)
+    after = tokenizer.decode([*prompt_ids, *ids], skip_special_tokens=True)
+    return after[len(before) :] if after.startswith(before) else tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:
+    ids = tokenizer(text, add_special_tokens=special)["input_ids"]
+    return ids[:-1] if special and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def _continue(tokenizer: Any, before: str, before_ids: Sequence[int], text: str, *, special: bool) -> list[int]:
+    joint = _encode(tokenizer, before + text, special=special)
+    if joint[: len(before_ids)] == list(before_ids):
+        return joint[len(before_ids) :]
+    return _encode(tokenizer, text, special=False)

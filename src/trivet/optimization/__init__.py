@@ -1,0 +1,1 @@
+"""Leg 3 · how does the policy change? Pure functions on tensors: imports torch and nothing of ours."""

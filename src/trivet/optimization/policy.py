@@ -1,0 +1,33 @@
+"""Learning from rewards: the score-function gradient, plain and with PPO's clipped ratio."""
+
+import torch
+from torch import Tensor
+
+
+def policy_gradient_loss(logprobs: Tensor, advantages: Tensor) -> Tensor:
+    """The loss whose gradient is the policy gradient.
+
+        -A log pi(a_t | s_t)
+
+    logprobs, advantages: (B, T); advantages carry no gradient. Returns (B, T). The value itself means nothing, only the
+    gradient does. Source: Williams 1992 (REINFORCE); Sutton et al. 2000.
+    """
+    return -advantages.detach() * logprobs
+
+
+def clipped_surrogate_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float
+) -> Tensor:
+    """PPO's surrogate: move only while the ratio stays near 1, unless that would undo harm.
+
+        -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A),  rho = pi / pi_old
+
+    logprobs: (B, T) under the policy being trained; old_logprobs: (B, T) under the policy that sampled; advantages:
+    (B, T). Returns (B, T). At rho = 1 value and gradient are -A and -A grad log pi, those of policy_gradient_loss; the
+    gradient is zero where rho > 1 + clip_high with A > 0, or rho < 1 - clip_low with A < 0.
+    Source: Schulman et al. 2017, eq. 7 (clip_low = clip_high = 0.2 there).
+    """
+    advantages = advantages.detach()
+    ratio = (logprobs - old_logprobs.detach()).exp()  # (B, T)
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)  # (B, T)
+    return -torch.minimum(ratio * advantages, clipped * advantages)

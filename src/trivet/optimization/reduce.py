@@ -1,0 +1,49 @@
+"""Means over real tokens. Which mean is taken *is* the difference between published variants, so losses come unreduced.
+
+x and mask are (B, T); mask is bool, True where a token counts.
+"""
+
+import torch
+from torch import Tensor
+
+
+def token_mean(x: Tensor, mask: Tensor, *, total: Tensor | float | None = None) -> Tensor:
+    """Every token weighs the same.
+
+        sum_{b,t} mask x / total
+
+    total: number of real tokens of the whole step, where x is one microbatch of it; None takes mask.sum().
+    With a common total the sum over microbatches does not depend on how the step was split. An empty mask gives 0.
+    Returns a scalar. Source: DAPO (Yu et al. 2025), eq. 8.
+    """
+    total = mask.sum() if total is None else torch.as_tensor(total, device=x.device)
+    return sequence_sum(x, mask).sum() / total.clamp(min=1)
+
+
+def sequence_sum(x: Tensor, mask: Tensor) -> Tensor:
+    """Sum over the real tokens of each completion: sum_t mask x. Turns log pi per token into log pi(y|x). Returns (B,)."""
+    return torch.where(mask, x, 0.0).sum(-1)
+
+
+def sequence_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the real tokens of each completion: sum_t mask x / sum_t mask; 0 where there is none. Returns (B,).
+
+    Averaged over B it weighs every completion the same, so a token of a long one weighs less: the reduction of the GRPO
+    paper (Shao et al. 2024, eq. 3), whose length bias Dr. GRPO (Liu et al. 2025) points out.
+    """
+    return sequence_sum(x, mask) / mask.sum(-1).clamp(min=1)
+
+
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """Shift and scale to mean 0 and (unbiased) variance 1 over the real tokens.
+
+        (x - mean) / sqrt(var + 1e-8) where mask, 0 elsewhere
+
+    With fewer than two real tokens the variance is not defined and only the mean is taken away. Returns (B, T).
+    Source: Ziegler et al. 2019, lm-human-preferences.
+    """
+    count = mask.sum()
+    centered = torch.where(mask, x - token_mean(x, mask), 0.0)
+    variance = centered.square().sum() / (count - 1).clamp(min=1)
+    scale = torch.where(count > 1, (variance + 1e-8).rsqrt(), torch.ones_like(variance))
+    return centered * scale

@@ -1,0 +1,11 @@
+"""Learning from the right answer."""
+
+from torch import Tensor
+
+
+def nll_loss(logprobs: Tensor) -> Tensor:
+    """Negative log-likelihood of the tokens given: -log pi(y_t | x, y_<t). (B, T) -> (B, T).
+
+    At a uniform policy it is log V. Its mean over completion tokens is the loss of supervised fine-tuning.
+    """
+    return -logprobs

@@ -1,0 +1,1 @@
+"""The methods: each file composes a reward signal, generation and optimization, and reading it is reading the method."""

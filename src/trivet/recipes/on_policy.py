@@ -1,0 +1,53 @@
+"""What PPO, GRPO and pairwise GRPO share: sampling a step's rollouts is in the engine; here is what is said about them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trivet.batch import Rollouts
+from trivet.generation.engine import Engine
+from trivet.model.forward import in_microbatches, token_logprobs
+from trivet.optimization.kl import k1
+from trivet.optimization.reduce import sequence_sum, token_mean
+from trivet.rewards.reward import WeightedSum
+from trivet.run.run import Metrics, Run
+
+
+def rollout_metrics(rollouts: Rollouts, rewards: Tensor, reward: WeightedSum) -> Metrics:
+    """The step's rollouts in the field's names: reward, lengths, how many were cut, groups that teach nothing."""
+    groups, size = rollouts.groups, rollouts.groups.group_size
+    grouped = rewards.view(-1, size)
+    return {
+        "reward": float(rewards.nanmean()),
+        "reward_std": float(rewards[~rewards.isnan()].std(correction=0)),
+        "frac_reward_zero_std": float((grouped == grouped[:, :1]).all(1).float().mean()) if size > 1 else 0.0,
+        "completions/mean_length": float(groups.present.sum(1).float().mean()),
+        "completions/clipped_ratio": float(1 - rollouts.finished.float().mean()),
+        "entropy": float(-token_mean(rollouts.logprobs, groups.mask)),
+        "tokens/generated": float(groups.present.sum()),
+    } | reward.metrics()
+
+
+@torch.no_grad()
+def policy_metrics(rollouts: Rollouts, logprobs: Tensor, ref_logprobs: Tensor) -> Metrics:
+    """How far the learner's log-probabilities are from the reference's (`kl`, nats per completion) and from the sampler's."""
+    mask, difference = rollouts.groups.mask, (logprobs - rollouts.logprobs).abs()
+    return {
+        "kl": float(sequence_sum(k1(logprobs, ref_logprobs), mask).mean()),
+        "sampling/logprob_difference/mean": float(token_mean(difference, mask)),
+        "sampling/logprob_difference/max": float(torch.where(mask, difference, 0.0).max()),
+    }
+
+
+def evaluate(run: Run, policy: Any, reference: Any, reward: WeightedSum, engine: Engine) -> Metrics:
+    """One completion for each held-out prompt: reward, KL to the reference (nats per completion), length."""
+    rollouts = engine.generate(policy, run.heldout, 1)
+    rewards = reward(rollouts)  # (B,)
+    metrics = rollout_metrics(rollouts, rewards, reward)
+    if reference is not None:
+        ref_logprobs = in_microbatches(
+            token_logprobs, reference, rollouts.groups, run.config.microbatch_tokens, temperature=engine.temperature
+        )
+        metrics["kl"] = float(sequence_sum(k1(rollouts.logprobs, ref_logprobs), rollouts.groups.mask).mean())
+    return {f"eval/{key}": value for key, value in metrics.items() if not key.startswith(("tokens/", "frac_"))}

@@ -1,0 +1,108 @@
+"""Pairwise GRPO: every ranked pair of a group is a preference.
+
+reward signal   any reward, used only as a ranking: its scale is of no importance
+generation      G completions per prompt, from the policy itself
+optimization    Bradley-Terry on the implicit reward beta log pi/pi_ref, over all pairs that the reward tells apart
+
+    pairs = {(i, j): R_i > R_j}
+    L = mean over groups of  -1/|pairs| sum log sigmoid(beta [(log pi(y_i) - log pi(y_j)) - (log pi_ref(y_i) - log pi_ref(y_j))])
+
+With G = 2 it is DPO on the pair just sampled. Ties give no pair; a group without pairs gives no gradient, and does not count in
+the mean. There is no separate KL term: beta ties the policy to the reference as in DPO.
+
+    trivet pairwise-grpo --model Qwen/Qwen3-0.6B --data questions.jsonl --reward last_number
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from trivet.batch import microbatches
+from trivet.generation.engine import Engine
+from trivet.model.forward import in_microbatches, token_logprobs
+from trivet.model.load import frozen_copy
+from trivet.optimization.preference import pairwise_group_loss, ranked_pairs
+from trivet.optimization.reduce import sequence_sum
+from trivet.recipes.on_policy import evaluate, policy_metrics, rollout_metrics
+from trivet.rewards.reward import load_rewards
+from trivet.run.options import Options
+from trivet.run.run import Metrics, Optimizer, Run, Watch, follow
+from trivet.toy import ARITHMETIC, STORIES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Options):
+    """Pairwise GRPO: Bradley-Terry over all ranked pairs of each sampled group."""
+
+    reward: tuple[str, ...] = ()
+    """Built-in name, file.py:function, module:function, or a reward model's run directory, folder or hub name; several add up."""
+    reward_weights: tuple[float, ...] = ()
+    """One weight per reward; a weight of 0 only logs it."""
+    group_size: int = 8
+    """Completions per prompt."""
+    beta: float = 0.1
+    """Strength of the tie to the reference, per nat."""
+    temperature: float = 1.0
+    """Sampling temperature; the log-probabilities that train are divided by it too."""
+
+
+def train(config: Config, run: Run | None = None) -> Iterator[Metrics]:
+    """Yield the metrics of each step; the policy is run.model."""
+    run = run or Run(config, "pairwise-grpo", "prompts")
+    policy = run.load_policy()
+    reference = frozen_copy(policy)
+    reward = load_rewards(config.reward, config.reward_weights, run.tokenizer, like=policy)
+    engine = Engine(run.tokenizer, run.stops, config.max_completion_tokens, config.temperature, run.generator)
+    optimizer = Optimizer(policy, config, run.steps)
+    budget, temperature = config.microbatch_tokens, config.temperature
+
+    for step, prompts in run.batches():
+        rollouts = engine.generate(policy, prompts, config.group_size)
+        groups = rollouts.groups
+        rewards = reward(rollouts)  # (B,)
+        pairs = ranked_pairs(rewards, config.group_size)  # (P, G, G)
+        teaches = pairs.any(2).any(1)  # (P,) the others have no pair
+        ref_logprobs = in_microbatches(token_logprobs, reference, groups, budget, temperature=temperature)  # (B, T)
+        ref_logprob = sequence_sum(ref_logprobs, groups.mask)  # (B,)
+
+        learner = rollouts.logprobs.clone()  # (B, T) what the learner says of the same tokens
+        for rows, part in microbatches(groups, budget, whole=True, only=teaches):
+            logprobs = token_logprobs(policy, part, temperature=temperature)  # (b, T)
+            logprob = sequence_sum(logprobs, part.mask)  # (b,)
+            loss = pairwise_group_loss(
+                logprob, ref_logprob[rows], rewards[rows], config.group_size, beta=config.beta
+            )  # (p,)
+            (loss.sum() / teaches.sum()).backward()
+            learner[rows] = logprobs.detach()
+        update = optimizer.step()
+
+        metrics = rollout_metrics(rollouts, rewards, reward) | policy_metrics(rollouts, learner, ref_logprobs) | update
+        metrics |= {"pairs": float(pairs.sum()), "tokens/trained": float(groups.lengths[teaches].sum())}
+        if run.evaluates(step):
+            metrics |= evaluate(run, policy, reference, reward, engine)
+        run.keep_samples(step, rollouts, rewards)
+        yield metrics
+
+
+PRESETS = {
+    "toy": {
+        **STORIES,
+        "reward": ("trivet.toy.stories:gold",),
+        "prompts_per_step": 16,
+        "lr": 1e-3,
+        "steps": 40,
+    },
+    "arithmetic": {
+        **ARITHMETIC,
+        "reward": ("exact_match",),
+        "group_size": 16,
+        "beta": 0.03,
+        "lr": 2e-3,
+        "steps": 300,
+    },
+}
+
+
+def main(config: Config, watch: Watch | None = None) -> Path:
+    """Train, and leave a run directory."""
+    return follow(train, Run(config, "pairwise-grpo", "prompts"), watch)

@@ -1,0 +1,178 @@
+"""PPO: proximal policy optimization with a learned value baseline (Schulman et al. 2017; Ouyang et al. 2022).
+
+reward signal   a reward model (or any reward) on the last token, minus a KL charge on every token
+generation      completions from the policy itself
+optimization    clipped surrogate on advantages from GAE; a critic of its own learns the returns
+
+    r_t = [t is last] R - beta (log pi_old - log pi_ref)        A_t = sum_l (gamma lam)^l (r_{t+l} + gamma V_{t+l+1} - V_{t+l})
+    L_policy = -min(rho A, clip(rho, 1-eps, 1+eps) A)            L_value = 1/2 max((V - R)^2, (clip(V) - R)^2)
+
+The critic is a second model: a copy of the reward model where one that shares the policy's tokens is given, else the policy's
+trunk with a zero head. --kl-in loss puts beta KL(pi || pi_ref) (k2) into the loss instead of the reward. Differs from
+InstructGPT: no pretraining term, and V is not normalized.
+
+    trivet ppo --model Qwen/Qwen3-0.6B --data questions.jsonl --reward runs/reward-model
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from trivet.batch import microbatches
+from trivet.generation.engine import Engine
+from trivet.model.forward import in_microbatches, token_logprobs, values
+from trivet.model.load import frozen_copy, with_scalar_head
+from trivet.optimization.advantages import gae
+from trivet.optimization.diagnostics import explained_variance, is_clipped
+from trivet.optimization.kl import k1, k2
+from trivet.optimization.policy import clipped_surrogate_loss
+from trivet.optimization.reduce import sequence_sum, token_mean, whiten
+from trivet.optimization.value import clipped_value_loss
+from trivet.recipes.on_policy import evaluate, rollout_metrics
+from trivet.rewards.reward import WeightedSum, load_rewards
+from trivet.rewards.shaping import kl_charged_rewards
+from trivet.run.options import Options
+from trivet.run.run import Metrics, Optimizer, Run, Watch, follow
+from trivet.toy import ARITHMETIC, STORIES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Options):
+    """Proximal policy optimization: clipped surrogate, learned value baseline, KL to the reference."""
+
+    reward: tuple[str, ...] = ()
+    """Built-in name, file.py:function, module:function, or a reward model's run directory, folder or hub name; several add up."""
+    reward_weights: tuple[float, ...] = ()
+    """One weight per reward; a weight of 0 only logs it."""
+    group_size: int = 4
+    """Completions per prompt; they share the prompt's computation, nothing else."""
+    beta: float = 0.05
+    """Charge for KL(pi || pi_ref), reward per nat."""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """Charge the KL per token in the reward, or as a term of the loss."""
+    temperature: float = 1.0
+    """Sampling temperature; the log-probabilities that train are divided by it too."""
+    gamma: float = 1.0
+    """Discount per token."""
+    lam: float = 0.95
+    """GAE's lambda: 0 trusts the critic, 1 the sampled return."""
+    epochs_per_batch: int = 2
+    """Passes over each batch of completions."""
+    minibatches: int = 1
+    """Optimizer steps in each of these passes."""
+    clip_low: float = 0.2
+    """The ratio is clipped below 1 - clip_low."""
+    clip_high: float = 0.2
+    """The ratio is clipped above 1 + clip_high."""
+    value_clip: float = 0.2
+    """How far a value may usefully move from its old value on one batch."""
+    critic_lr: float = 1e-5
+    """Learning rate of the critic."""
+    whiten_advantages: bool = True
+    """Shift and scale the advantages of a batch to mean 0 and variance 1."""
+
+
+def train(config: Config, run: Run | None = None) -> Iterator[Metrics]:
+    """Yield the metrics of each step; the policy is run.model."""
+    run = run or Run(config, "ppo", "prompts")
+    policy = run.load_policy()
+    reference = frozen_copy(policy)
+    reward = load_rewards(config.reward, config.reward_weights, run.tokenizer, like=policy)
+    critic = critic_from(reward, policy)
+    engine = Engine(run.tokenizer, run.stops, config.max_completion_tokens, config.temperature, run.generator)
+    updates = config.epochs_per_batch * config.minibatches
+    optimizer = Optimizer(policy, config, run.steps * updates)
+    critic_optimizer = Optimizer(critic, config, run.steps * updates, lr=config.critic_lr)
+    budget, temperature = config.microbatch_tokens, config.temperature
+    clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
+
+    for step, prompts in run.batches():
+        rollouts = engine.generate(policy, prompts, config.group_size)
+        groups, mask = rollouts.groups, rollouts.groups.mask
+        rewards = reward(rollouts)  # (B,)
+        rewards = rewards.nan_to_num(nan=float(rewards.nanmean()))  # one that nobody scored is taken as average
+        old_logprobs = rollouts.logprobs  # (B, T)
+        ref_logprobs = in_microbatches(token_logprobs, reference, groups, budget, temperature=temperature)  # (B, T)
+        old_values = in_microbatches(values, critic, groups, budget)  # (B, T)
+        charge = config.beta if config.kl_in == "reward" else 0.0
+        token_rewards = kl_charged_rewards(rewards, old_logprobs, ref_logprobs, mask, beta=charge)  # (B, T)
+        advantages, returns = gae(token_rewards, old_values, mask, gamma=config.gamma, lam=config.lam)  # (B, T) each
+        if config.whiten_advantages:
+            advantages = whiten(advantages, mask)
+
+        learner = old_logprobs.clone()  # (B, T) as the updates go on
+        for chosen in minibatches(len(prompts), config.epochs_per_batch, config.minibatches):
+            total = groups.select(chosen.nonzero()[:, 0]).mask.sum()
+            for rows, part in microbatches(groups, budget, only=chosen.to(run.device)):
+                logprobs = token_logprobs(policy, part, temperature=temperature)  # (b, T)
+                loss = clipped_surrogate_loss(logprobs, old_logprobs[rows], advantages[rows], **clip)  # (b, T)
+                if config.kl_in == "loss":
+                    loss = loss + config.beta * k2(logprobs, ref_logprobs[rows])
+                token_mean(loss, part.mask, total=total).backward()
+                value_loss = clipped_value_loss(
+                    values(critic, part), old_values[rows], returns[rows], clip=config.value_clip
+                )  # (b, T)
+                token_mean(value_loss, part.mask, total=total).backward()
+                learner[rows] = logprobs.detach()
+            update = optimizer.step()
+            critic_update = critic_optimizer.step()
+
+        metrics = rollout_metrics(rollouts, rewards, reward) | update
+        metrics |= {
+            "kl": float(sequence_sum(k1(old_logprobs, ref_logprobs), mask).mean()),
+            "clip_ratio": float(token_mean(is_clipped(learner, old_logprobs, advantages, **clip).float(), mask)),
+            "objective/rlhf_reward": float(token_rewards.sum(1).mean()),
+            "value/explained_variance": float(explained_variance(old_values, returns, mask)),
+            "value/grad_norm": critic_update["grad_norm"],
+            "tokens/trained": float(2 * groups.lengths.sum() * config.epochs_per_batch),
+        }
+        if run.evaluates(step):
+            metrics |= evaluate(run, policy, reference, reward, engine)
+        run.keep_samples(step, rollouts, rewards)
+        yield metrics
+
+
+def critic_from(reward: WeightedSum, policy: Any) -> Any:
+    """A copy of the first reward model that reads the policy's tokens, else the policy's trunk with a zero head."""
+    for part in reward.rewards.values():
+        if getattr(part, "same_tokens", False):
+            return copy.deepcopy(part.model).requires_grad_(True)  # type: ignore[attr-defined]
+    return with_scalar_head(policy)
+
+
+def minibatches(prompts: int, epochs: int, parts: int) -> Iterator[torch.Tensor]:
+    """(P,) bool: the prompts of each optimizer step, every prompt once an epoch, in a new random order each."""
+    for _ in range(epochs):
+        for chosen in torch.randperm(prompts).chunk(parts):
+            yield torch.zeros(prompts, dtype=torch.bool).index_fill(0, chosen, True)
+
+
+PRESETS = {
+    "toy": {
+        **STORIES,
+        "reward": ("trivet.toy.stories:gold",),
+        "prompts_per_step": 16,
+        "group_size": 8,
+        "lr": 1e-3,
+        "critic_lr": 1e-3,
+        "steps": 40,
+    },
+    "arithmetic": {
+        **ARITHMETIC,
+        "reward": ("exact_match",),
+        "group_size": 16,
+        "beta": 0.03,
+        "lr": 1e-3,
+        "critic_lr": 1e-3,
+        "steps": 200,
+    },
+}
+
+
+def main(config: Config, watch: Watch | None = None) -> Path:
+    """Train, and leave a run directory."""
+    return follow(train, Run(config, "ppo", "prompts"), watch)

@@ -1,0 +1,106 @@
+"""Reward model: a scalar head that ranks completions as people (or a program) did.
+
+reward signal   preference pairs
+generation      none
+optimization    Bradley-Terry on the scores of the two sides
+
+    L = mean over pairs of  -log sigmoid(r(x, y_w) - r(x, y_l) - margin)
+
+The score is read at the last real token, EOS included. The head starts at zero, so the first loss is log 2. Saved as a
+sequence-classification model that transformers loads and that --reward takes.
+
+    trivet reward-model --model Qwen/Qwen3-0.6B --data preferences.jsonl
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trivet.batch import microbatches
+from trivet.data import Example, to_groups
+from trivet.model.forward import in_microbatches, scores
+from trivet.model.load import is_scorer, load_scorer, with_scalar_head
+from trivet.optimization.preference import bradley_terry_loss
+from trivet.run.options import Options
+from trivet.run.run import Metrics, Optimizer, Run, Watch, follow
+from trivet.toy import STORIES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Options):
+    """Reward model: Bradley-Terry on preference pairs."""
+
+    margin: float = 0.0
+    """How far apart the two scores should at least be."""
+
+
+def train(config: Config, run: Run | None = None) -> Iterator[Metrics]:
+    """Yield the metrics of each step; the reward model is run.model."""
+    run = run or Run(config, "reward-model", "preference")
+    policy = run.load_policy()
+    model = load_scorer(run.start_from, like=policy) if is_scorer(run.start_from) else with_scalar_head(policy)
+    run.model = give_pad_token(model, run)
+    optimizer = Optimizer(model, config, run.steps)
+
+    for step, examples in run.batches():
+        groups = to_groups(examples, run.device)
+        result = torch.zeros(2 * len(examples), device=run.device)  # (B,)
+        for rows, part in microbatches(groups, config.microbatch_tokens, whole=True):
+            score = scores(model, part)  # (b,)
+            chosen, rejected = score.view(-1, 2).unbind(1)
+            (bradley_terry_loss(chosen, rejected, margin=config.margin).sum() / len(examples)).backward()
+            result[rows] = score.detach()
+        metrics = (
+            pair_metrics(result, config.margin) | {"tokens/trained": float(groups.lengths.sum())} | optimizer.step()
+        )
+        if run.evaluates(step):
+            metrics |= evaluate(model, run.heldout, config, run.device)
+        yield metrics
+
+
+def pair_metrics(score: Tensor, margin: float) -> Metrics:
+    """Loss, how often the chosen one scores higher, and by how much."""
+    chosen, rejected = score.view(-1, 2).unbind(1)
+    return {
+        "loss": float(bradley_terry_loss(chosen, rejected, margin=margin).mean()),
+        "accuracy": float((chosen > rejected).float().mean()),
+        "margin": float((chosen - rejected).mean()),
+        "mean_reward": float(score.mean()),
+    }
+
+
+def evaluate(model: Any, examples: Sequence[Example], config: Config, device: str) -> Metrics:
+    """The same on the held-out pairs."""
+    score = in_microbatches(scores, model, to_groups(examples, device), config.microbatch_tokens)  # (B,)
+    return {f"eval/{key}": value for key, value in pair_metrics(score, config.margin).items()}
+
+
+def give_pad_token(model: Any, run: Run) -> Any:
+    """Record a padding id that no real token has, so that transformers too finds the last real token, EOS included."""
+    pad = run.tokenizer.pad_token_id
+    if pad is None or pad in run.stops:
+        unused = [i for i in run.tokenizer.all_special_ids if i not in run.stops]
+        pad = unused[-1] if unused else len(run.tokenizer) - 1
+        run.tokenizer.pad_token = run.tokenizer.convert_ids_to_tokens(pad)
+    model.config.pad_token_id = pad
+    return model
+
+
+PRESETS = {
+    "toy": {
+        **STORIES,
+        "prompts_per_step": 32,
+        "epochs": 2.0,
+        "lr": 1e-3,
+        "lr_decay": True,
+    },
+}
+
+
+def main(config: Config, watch: Watch | None = None) -> Path:
+    """Train, and leave a run directory."""
+    return follow(train, Run(config, "reward-model", "preference"), watch)

@@ -1,0 +1,80 @@
+"""SFT: supervised fine-tuning.
+
+reward signal   the answer itself, taken as good
+generation      none
+optimization    negative log-likelihood of its tokens
+
+    L = mean over completion tokens of  -log pi(y_t | x, y_<t)
+
+Only the answer is learned, its EOS included, never the prompt (of a conversation: the assistant's turns). Preference rows are
+read too: their chosen side is the answer.
+
+    trivet sft --model Qwen/Qwen3-0.6B --data conversations.jsonl
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trivet.batch import microbatches
+from trivet.data import Example, to_groups
+from trivet.model.forward import in_microbatches, token_logprobs
+from trivet.optimization.reduce import token_mean
+from trivet.optimization.supervised import nll_loss
+from trivet.run.options import Options
+from trivet.run.run import Metrics, Optimizer, Run, Watch, follow
+from trivet.toy import ARITHMETIC, STORIES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Options):
+    """Supervised fine-tuning: maximize the likelihood of the given answers."""
+
+
+def train(config: Config, run: Run | None = None) -> Iterator[Metrics]:
+    """Yield the metrics of each step; the policy is run.model."""
+    run = run or Run(config, "sft", "supervised")
+    policy = run.load_policy()
+    optimizer = Optimizer(policy, config, run.steps)
+
+    for step, examples in run.batches():
+        groups = to_groups(examples, run.device)
+        total, losses = groups.mask.sum(), 0.0
+        for _, part in microbatches(groups, config.microbatch_tokens):
+            logprobs = token_logprobs(policy, part)  # (b, T)
+            loss = token_mean(nll_loss(logprobs), part.mask, total=total)
+            loss.backward()
+            losses += loss.detach()
+        metrics = {"loss": float(losses), "tokens/trained": float(groups.lengths.sum())} | optimizer.step()
+        if run.evaluates(step):
+            metrics |= evaluate(policy, run.heldout, config, run.device)
+        yield metrics
+
+
+def evaluate(policy: Any, examples: Sequence[Example], config: Config, device: str) -> Metrics:
+    """Mean negative log-likelihood per token of the held-out answers."""
+    groups = to_groups(examples, device)
+    logprobs = in_microbatches(token_logprobs, policy, groups, config.microbatch_tokens)  # (B, T)
+    return {"eval/loss": float(token_mean(nll_loss(logprobs), groups.mask))}
+
+
+PRESETS = {
+    "toy": {
+        **STORIES,
+        "prompts_per_step": 32,
+        "steps": 60,
+        "lr": 3e-4,
+        "lr_decay": True,
+    },
+    "arithmetic": {
+        **ARITHMETIC,
+        "steps": 150,
+        "lr": 3e-3,
+    },
+}
+
+
+def main(config: Config, watch: Watch | None = None) -> Path:
+    """Train, and leave a run directory."""
+    return follow(train, Run(config, "sft", "supervised"), watch)

@@ -1,0 +1,1 @@
+"""Leg 1 · what is good? Groups of completions to one number each."""

@@ -1,0 +1,51 @@
+"""A trained reward model used as a reward."""
+
+from typing import Any
+
+from torch import Tensor
+
+from trivet.batch import Rollouts, collate
+from trivet.errors import InputError
+from trivet.model.forward import in_microbatches, scores
+from trivet.model.load import is_scorer, load_scorer, model_folder
+from trivet.model.text import encode_completion, encode_prompt, load_tokenizer, stop_ids
+
+
+class LearnedReward:
+    """Scores of a reward model: on the sampled token ids where it shares the policy's tokenizer, else on their text."""
+
+    def __init__(self, model: Any, tokenizer: Any, stops: list[int], same_tokens: bool, budget: int = 8192):
+        self.model, self.tokenizer, self.stops, self.same_tokens, self.budget = (
+            model,
+            tokenizer,
+            stops,
+            same_tokens,
+            budget,
+        )
+
+    def __call__(self, rollouts: Rollouts) -> Tensor:
+        groups = rollouts.groups
+        if not self.same_tokens:
+            size, prompts = groups.group_size, [encode_prompt(self.tokenizer, row["prompt"]) for row in rollouts.rows]
+            completions = []
+            for b, text in enumerate(rollouts.texts):
+                prompt = rollouts.rows[b // size]["prompt"]
+                answer = [{"role": "assistant", "content": text}] if isinstance(prompt, list) else text
+                completions.append(encode_completion(self.tokenizer, prompt, prompts[b // size], answer, self.stops)[0])
+            groups = collate(prompts, completions).to(groups.prompts.device)
+        return in_microbatches(scores, self.model, groups, self.budget)
+
+
+def load_learned_reward(name: str, tokenizer: Any, *, like: Any) -> LearnedReward:
+    """The reward model in a run directory, folder or hub name. tokenizer: the policy's, to see whether ids can be shared;
+    like: the policy, whose device and precision it takes."""
+    folder = model_folder(name)
+    if not is_scorer(folder):
+        raise InputError(
+            f"reward {name}: this is not a reward model (no sequence-classification head); train one with trivet reward-model"
+        )
+    own = load_tokenizer(folder)
+    if own.chat_template is None:
+        own.chat_template = tokenizer.chat_template
+    model = load_scorer(folder, like=like).requires_grad_(False)
+    return LearnedReward(model, own, stop_ids(folder, own), own.get_vocab() == tokenizer.get_vocab())

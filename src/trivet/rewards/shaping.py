@@ -1,0 +1,19 @@
+"""From one score per completion to one reward per token."""
+
+import torch
+from torch import Tensor
+
+
+def kl_charged_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, beta: float) -> Tensor:
+    """The score on the last real token, minus the KL charge on every token.
+
+        r_t = [t is last] score - beta (log pi_old(a_t|s_t) - log pi_ref(a_t|s_t))
+
+    scores: (B,). logprobs, ref_logprobs: (B, T), of the policy that sampled and of the reference. mask: (B, T). beta:
+    reward per nat. Returns (B, T), 0 outside mask; its sum over t is score - beta log(pi_old/pi_ref)(y|x).
+    Source: Ouyang et al. 2022 (InstructGPT), eq. 2, charged per token as in Ziegler et al. 2019.
+    """
+    column = torch.arange(mask.shape[1], device=mask.device)
+    last = torch.where(mask, column, -1).amax(1, keepdim=True)  # (B, 1)
+    charged = scores[:, None] * (column == last) - beta * (logprobs - ref_logprobs)  # (B, T)
+    return torch.where(mask, charged, 0.0)

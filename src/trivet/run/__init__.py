@@ -1,0 +1,1 @@
+"""What surrounds a loop: options, data, run directory, metrics, samples, summary."""
