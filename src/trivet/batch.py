@@ -32,7 +32,7 @@ class Groups:
     @property
     def lengths(self) -> Tensor:
         """Tokens that the trunk sees for each group, its prompt counted once. (P,)"""
-        return self.prompt_mask.sum(1) + self.present.view(len(self.prompts), -1).sum(1)
+        return self.prompt_mask.sum(1) + self.present.reshape(len(self.prompts), -1).sum(1)
 
     def select(self, prompts: Tensor) -> "Groups":
         """The groups of these prompts, in this order. prompts: (K,) int64 indices."""

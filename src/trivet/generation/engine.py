@@ -97,7 +97,7 @@ def _decode(
         hidden = _trunk(model, tokens[:, None], (cache.start + t)[:, None], cache)[:, 0]  # (R, D)
         logits = head(hidden)
     longest = int(present.sum(1).max())
-    return completions[:, :longest], present[:, :longest], logprobs[:, :longest]
+    return completions[:, :longest].clone(), present[:, :longest].clone(), logprobs[:, :longest].clone()
 
 
 def _trunk(model: Any, ids: Tensor, positions: Tensor, cache: "Cache") -> Tensor:

@@ -21,9 +21,10 @@ SHOWN = {
 
 
 class Terminal:
-    """Follows one run; give it to a recipe's main."""
+    """Follows one run; give it to a recipe's main. brief: the progress line only."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, brief: bool = False) -> None:
+        self.brief = brief
         self.console = Console(highlight=False)
         self.progress: Progress | None = None
         self.spoken = 0.0
@@ -46,18 +47,13 @@ class Terminal:
         if step == run.steps:
             if self.progress:
                 self.progress.stop()
-            if heldout:
+            if heldout and not self.brief:
                 self.console.print(_numbers(f"held-out, after step {step}", heldout))
 
     def _begin(self, run: Run) -> None:
         run.note = lambda text: self.console.print(f"[dim]{escape(text)} …[/dim]")
-        self.console.print(f"[bold]{run.method}[/bold]  {escape(run.start_from)}  on {run.device}, {run.steps} steps")
-        table = Table(show_header=False, box=None, padding=(0, 2, 0, 2))
-        for reason, count in run.counts.items():
-            table.add_row(reason, f"{count:,}")
-        self.console.print(table)
-        self.console.print("  one example, [dim]given[/dim] and [green]learned[/green]:")
-        self.console.print("  " + _example(run).replace("\n", "\n  "), soft_wrap=True)
+        if not self.brief:
+            self._report(run)
         if self.console.is_terminal:
             columns = (
                 TextColumn("{task.description}"),
@@ -68,6 +64,15 @@ class Terminal:
             self.progress = Progress(*columns, TimeRemainingColumn(), TextColumn("left"), console=self.console)
             self.progress.add_task(run.method, total=run.steps, numbers="")
             self.progress.start()
+
+    def _report(self, run: Run) -> None:
+        self.console.print(f"[bold]{run.method}[/bold]  {escape(run.start_from)}  on {run.device}, {run.steps} steps")
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 2))
+        for reason, count in run.counts.items():
+            table.add_row(reason, f"{count:,}")
+        self.console.print(table)
+        self.console.print("  one example, [dim]given[/dim] and [green]learned[/green]:")
+        self.console.print("  " + _example(run).replace("\n", "\n  "), soft_wrap=True)
 
 
 def _example(run: Run, most: int = 120) -> str:

@@ -1,0 +1,199 @@
+"""trivet quickstart: all six methods on the embedded story model, from one start against one reference, then compared.
+
+    SFT on the chosen answers -> reward model -> DPO, PPO, GRPO, pairwise GRPO -> evaluation on held-out openings
+
+Every stage runs in a process of its own, so that its time and peak memory are its own. The last four see only the preference
+pairs or the reward model trained on them; the gold reward, a program, is the judge that none of them trains on.
+"""
+
+import dataclasses
+import importlib
+import json
+import multiprocessing
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trivet.errors import InputError
+from trivet.report.compare import tables
+
+GOLD = "trivet.toy.stories:gold"
+STAGES = {
+    "sft": 1,
+    "reward-model": 3,
+    "dpo": 3,
+    "ppo": 6,
+    "grpo": 4,
+    "pairwise-grpo": 4,
+}  # with rough shares of the time
+EVALUATION_SHARE = 3
+COMPARED = ("sft", "dpo", "ppo", "grpo", "pairwise-grpo")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All six methods on the embedded story model, then one table, plots and samples. Finished stages are kept on a rerun."""
+
+    out: str = "runs/quickstart"
+    """Directory to make; one run directory per method inside."""
+    seed: int = 0
+    """Seed of the split, the data order and the sampling."""
+    device: str = "cpu"
+    """cpu, cuda, mps; the model is so small that a CPU is best."""
+    scale: float = 1.0
+    """Multiply the steps of every method: below 1 is a quicker, rougher look."""
+
+
+def quickstart(args: list[str]) -> None:
+    """Run the stages that are not there yet, evaluate, print."""
+    from rich.console import Console
+
+    from trivet.cli import parse
+
+    config: Config = parse(Config, args, "trivet quickstart")
+    console, out = Console(highlight=False), Path(config.out)
+    began, weights = time.perf_counter(), [*STAGES.values(), EVALUATION_SHARE]
+    done = 0.0
+    for number, method in enumerate(STAGES, 1):
+        if not _finished(out / method, config):
+            rate = (time.perf_counter() - began) / done if done else 0
+            left = f"  about {rate * sum(weights[number - 1 :]):.0f} s left in all" if done else ""
+            console.rule(f"{number} of {len(weights)} · {method}{left}", align="left")
+            _in_process(_train, method, stage_options(method, config))
+            done += STAGES[method]
+    console.rule(f"{len(weights)} of {len(weights)} · evaluation on held-out openings", align="left")
+    from trivet.report.plots import draw_quickstart
+
+    samples = evaluate_all(out, config.seed, config.device)
+    pictures = draw_quickstart(out, COMPARED)
+    for table in tables([out / method for method in STAGES]):
+        console.print(table)
+    ceiling = json.loads((out / "reward-model" / "summary.json").read_text())["eval"]
+    console.print(
+        f"reward model: {ceiling['eval/accuracy']:.1%} of the held-out pairs ranked as labeled; the labels are noisy, so knowing "
+        f"the gold reward gives {ceiling['eval/noise_ceiling']:.1%} in expectation\n"
+    )
+    console.print(samples, markup=False)
+    console.print(f"{time.perf_counter() - began:.0f} s in all")
+    console.print(
+        f"pictures: {', '.join(map(str, pictures))}\nsamples side by side: {out / 'samples.md'}", soft_wrap=True
+    )
+
+
+def stage_options(method: str, config: Config) -> dict[str, Any]:
+    """The options of one stage on top of its toy preset."""
+    out = Path(config.out)
+    options: dict[str, Any] = {
+        "out": str(out / method),
+        "seed": config.seed,
+        "device": config.device,
+        "eval_fraction": 0.1,
+    }
+    if method != "sft":
+        options["model"] = str(out / "sft")
+    if method in ("ppo", "grpo", "pairwise-grpo"):
+        options |= {"reward": (str(out / "reward-model"), GOLD), "reward_weights": (1.0, 0.0)}
+    return options | {"eval_limit": 600, "scale": config.scale}
+
+
+def _finished(run: Path, config: Config) -> bool:
+    """Whether this stage is there, whole and with this seed; a half one is cleared away."""
+    if (run / "summary.json").exists():
+        if f"seed = {config.seed}\n" not in (run / "config.toml").read_text():
+            raise InputError(f"{run} holds a quickstart of another seed; choose another --out")
+        return True
+    if run.exists():
+        if any(run.iterdir()) and not (run / "config.toml").exists():
+            raise InputError(f"{run} holds files that are not from a quickstart; choose another --out")
+        shutil.rmtree(run)
+    return False
+
+
+def _in_process(function: Any, *args: Any) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=function, args=args)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise InputError(
+            f"the stage before this line ended with exit code {process.exitcode}; what is finished is kept, run again"
+        )
+
+
+def _train(method: str, options: dict[str, Any]) -> None:
+    from trivet.run.terminal import Terminal
+
+    recipe = importlib.import_module(f"trivet.recipes.{method.replace('-', '_')}")
+    scale = options.pop("scale")
+    config = recipe.Config(**(recipe.PRESETS["toy"] | options))
+    steps, epochs = config.steps and max(1, round(config.steps * scale)), config.epochs * scale
+    recipe.main(dataclasses.replace(config, steps=steps, epochs=epochs), Terminal(brief=True))
+
+
+def evaluate_all(out: Path, seed: int, device: str, prompts: int = 256, each: int = 4) -> str:
+    """Judge every method by gold on the same held-out openings, `each` samples per opening; into its summary.json.
+
+    Returns the samples of the first opening, side by side; samples.md gets four openings.
+    """
+    import torch
+
+    from trivet.generation.engine import Engine
+    from trivet.model.forward import in_microbatches, token_logprobs
+    from trivet.model.load import load_policy
+    from trivet.optimization.reduce import sequence_sum
+    from trivet.recipes import reward_model
+    from trivet.rewards.reward import load_rewards
+    from trivet.run.run import Run
+
+    run = Run(reward_model.Config(model=str(out / "sft"), **_data(seed)), "evaluation", "preference")
+    heldout, results, texts = run.heldout[:prompts], {}, {}
+    reference = load_policy(run.start_from, device=device)
+    judges = load_rewards([GOLD, str(out / "reward-model")], [1.0, 1.0], run.tokenizer, like=reference)
+    for method in COMPARED:
+        policy = load_policy(str(out / method / "model"), device=device)
+        engine = Engine(run.tokenizer, run.stops, 64, 1.0, torch.Generator(device).manual_seed(seed))
+        rollouts = engine.generate(policy, heldout, each)
+        judges(rollouts)
+        gold, learned = (part.view(-1, each) for part in judges.parts.values())  # (P, each)
+        mask = rollouts.groups.mask
+        logprobs = in_microbatches(token_logprobs, policy, rollouts.groups, 8192)  # (B, T)
+        kl = sequence_sum(logprobs - in_microbatches(token_logprobs, reference, rollouts.groups, 8192), mask)  # (B,)
+        base = results["sft"]["gold"] if results else gold
+        wins = (gold[:, :, None] > base[:, None, :]).float() + (gold[:, :, None] == base[:, None, :]).float() / 2
+        results[method] = {"gold": gold, "learned": learned}
+        texts[method] = rollouts.texts
+        record = {
+            "gold": float(gold.mean()),
+            "gold_se": float(gold.mean(1).std() / len(heldout) ** 0.5),
+            "learned_reward": float(learned.mean()),
+            "kl": float(kl.mean()),
+            "win_rate": float(wins.mean()),
+            "length": float(mask.sum(1).float().mean()),
+        }
+        _record(out / method, record)
+    gap = torch.tensor([example.row["gold_chosen"] - example.row["gold_rejected"] for example in run.heldout])
+    _record(out / "reward-model", {"noise_ceiling": float(gap.abs().sigmoid().mean())})
+    blocks = [_side_by_side(heldout[p].row["prompt"], p * each, texts, results) for p in range(4)]
+    (out / "samples.md").write_text("# The same openings, told by every method\n\n" + "\n".join(blocks))
+    return blocks[0]
+
+
+def _data(seed: int) -> dict[str, Any]:
+    from trivet.toy import STORIES
+
+    return {"data": STORIES["data"], "max_completion_tokens": 64, "seed": seed, "eval_fraction": 0.1, "eval_limit": 600}
+
+
+def _record(run: Path, numbers: dict[str, float]) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    summary["eval"] |= {f"eval/{key}": value for key, value in numbers.items()}
+    (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def _side_by_side(prompt: str, row: int, texts: dict[str, Any], results: dict[str, Any]) -> str:
+    lines = [f"**{prompt}**\n"]
+    for method, written in texts.items():
+        gold, learned = (float(results[method][key].flatten()[row]) for key in ("gold", "learned"))
+        lines.append(f"- {method} (gold {gold:.1f}, learned {learned:.1f}):{written[row]}")
+    return "\n".join(lines) + "\n"

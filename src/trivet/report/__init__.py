@@ -1,0 +1,1 @@
+"""What runs look like: the comparison table, plots, samples side by side."""

@@ -1,0 +1,58 @@
+"""Shared pieces of the tests: one thread less noise, tiny models of several kinds, groups with ragged lengths."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
+
+from trivet.batch import Groups, collate
+
+SHARED = Path(__file__).parent.parent.parent / "shared"
+SMALL = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+}
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder of real data beside the checkout."""
+    if not SHARED.exists():
+        pytest.skip("needs the folder ../shared beside the checkout")
+    return SHARED
+
+
+def tiny(kind: type = Qwen3Config, **options) -> torch.nn.Module:
+    """A random model whose weights are large enough to make every part matter."""
+    torch.manual_seed(0)
+    sizes = dict(n_embd=32, n_layer=2, n_head=2, vocab_size=61, bos_token_id=0, eos_token_id=0) if kind is GPT2Config else SMALL
+    model = AutoModelForCausalLM.from_config(kind(**{**sizes, **options})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.fixture(params=[Qwen3Config, LlamaConfig, GPT2Config], ids=lambda kind: kind.model_type)
+def model(request) -> torch.nn.Module:
+    """One of three kinds of model that can share a prefix."""
+    return tiny(request.param)
+
+
+def ragged(prompts: int = 3, group_size: int = 4, longest: int = 11, seed: int = 0) -> Groups:
+    """Groups of random tokens and lengths."""
+    draw = random.Random(seed)
+    return collate(
+        [[draw.randrange(61) for _ in range(draw.randint(1, longest))] for _ in range(prompts)],
+        [[draw.randrange(61) for _ in range(draw.randint(1, longest))] for _ in range(prompts * group_size)],
+    )

@@ -1,0 +1,61 @@
+"""The shape of the package: imports point one way, the three legs never import each other, recipes stay readable."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "src" / "trivet"
+LEGS = ("rewards", "generation", "optimization")
+FILES = {
+    ".".join(("trivet", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
+    for path in ROOT.rglob("*.py")
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Every absolute module name that a file imports, at any depth of its code."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {str(node.module)} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def closure(name: str, seen: set[str]) -> set[str]:
+    """The modules of ours that this one needs, itself included."""
+    if name in FILES and name not in seen:
+        seen.add(name)
+        for other in imports(FILES[name]):
+            closure(other, seen)
+    return seen
+
+
+@pytest.mark.parametrize("leg", LEGS)
+def test_the_legs_never_import_each_other(leg):
+    for path in (ROOT / leg).rglob("*.py"):
+        for other in {*LEGS, "recipes", "run", "data", "cli"} - {leg}:
+            assert not any(name.startswith(f"trivet.{other}") for name in imports(path)), f"{path} imports {other}"
+
+
+def test_optimization_imports_torch_and_nothing_of_ours_but_itself():
+    for path in (ROOT / "optimization").rglob("*.py"):
+        for name in imports(path):
+            assert name.split(".")[0] == "torch" or name.startswith("trivet.optimization"), f"{path} imports {name}"
+
+
+def test_recipes_are_imported_by_nothing_below_them():
+    for part in (*LEGS, "model", "run", "toy", "batch.py", "data.py"):
+        paths = (ROOT / part).rglob("*.py") if not part.endswith(".py") else [ROOT / part]
+        for path in paths:
+            assert not any(name.startswith(("trivet.recipes", "trivet.cli")) for name in imports(path)), path
+
+
+@pytest.mark.parametrize("recipe", ["sft", "reward_model", "dpo", "ppo", "grpo", "pairwise_grpo"])
+def test_a_method_can_be_read_in_an_afternoon(recipe):
+    lines = {name: len(FILES[name].read_text().splitlines()) for name in closure(f"trivet.recipes.{recipe}", set())}
+    assert lines[f"trivet.recipes.{recipe}"] <= 200
+    assert sum(lines.values()) <= 1500, sorted(lines.items(), key=lambda item: -item[1])
