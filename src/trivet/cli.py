@@ -1,6 +1,5 @@
 """The command line: one command per method, and a few to look at what they made."""
 
-import dataclasses
 import difflib
 import importlib
 import os
@@ -44,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         return run_command(args[0], args[1:])
-    except InputError as error:
-        print(f"trivet {args[0]}: {error}", file=sys.stderr)
+    except (InputError, OSError) as error:  # an OSError: a full disk, a directory that can't be made
+        print(f"trivet {args[0]}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\ntrivet {args[0]}: stopped; what was written so far is kept", file=sys.stderr)
@@ -60,7 +59,11 @@ def run_command(command: str, args: list[str]) -> int:
 
         recipe = importlib.import_module(f"trivet.recipes.{command.replace('-', '_')}")
         config = parse(recipe.Config, args, f"trivet {command}", recipe.PRESETS)
-        out = recipe.main(config, Terminal())
+        terminal = Terminal()
+        try:
+            out = recipe.main(config, terminal)
+        finally:
+            terminal.close()  # else a progress line swallows what is said after it
         print(f"{out}  ·  model in {out / 'model'}  ·  numbers in {out / 'metrics.jsonl'}")
     elif command in others:
         module = importlib.import_module(f"trivet.{others[command]}")
@@ -73,39 +76,23 @@ def run_command(command: str, args: list[str]) -> int:
 
 def parse(kind: type[Any], args: list[str], program: str, presets: dict[str, dict[str, Any]] | None = None) -> Any:
     """A config from --preset NAME, then --config FILE.toml, then flags, the later ones on top."""
-    import tyro
+    from trivet.run.arguments import read_flags, read_toml, typed
 
-    from trivet.run.options import from_mapping, read_toml
+    presets, extra = presets or {}, ""
+    if presets:
+        extra = f" --preset {'|'.join(presets)} and --config FILE.toml set several options at once; flags go on top."
+    if {"-h", "--help"} & set(args):
+        import tyro
 
-    presets = presets or {}
-    given, rest = {"--preset": "", "--config": ""}, list[str]()
-    words = iter(args)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name in given and presets:
-            given[name] = value if equals else next(words, "")
-            if not given[name]:
-                raise InputError(f"{name} needs a value" + (f": {', '.join(presets)}" if name == "--preset" else ""))
-        else:
-            rest.append(word)
-    if given["--preset"] and given["--preset"] not in presets:
-        raise InputError(f"--preset {given['--preset']}: there is {' and '.join(presets)}")
-    values = dict(presets.get(given["--preset"], {}))
-    if given["--config"]:
-        values |= {key.replace("-", "_"): value for key, value in read_toml(given["--config"]).items()}
-    base = from_mapping(kind, values, given["--config"] or f"preset {given['--preset']}")
-    flags = {field.name.replace("_", "-") for field in dataclasses.fields(kind)}
-    for word in rest:
-        name = word[2:].partition("=")[0].replace("_", "-")
-        if word.startswith("--") and name not in flags | {f"no-{flag}" for flag in flags} | {"help"}:
-            near = difflib.get_close_matches(name, flags, n=1, cutoff=0.0)[0]
-            raise InputError(f"unknown option --{name}; the nearest known one is --{near} (--help lists all)")
-    extra = (
-        f" --preset {'|'.join(presets)} and --config FILE.toml set several options at once; flags go on top."
-        if presets
-        else ""
-    )
-    return tyro.cli(kind, args=rest, default=base, prog=program, description=(kind.__doc__ or "") + extra)
+        tyro.cli(kind, args=["--help"], prog=program, description=(kind.__doc__ or "") + extra)
+    flags = read_flags(kind, args, ("preset", "config") if presets else ())
+    preset, path = flags.pop("preset", None), flags.pop("config", None)
+    if preset is not None and preset not in presets:
+        raise InputError(f"--preset {preset}: there is {' and '.join(presets)}")
+    values = dict(presets.get(preset or "", {}))
+    if path is not None:
+        values |= typed(kind, read_toml(path), f"{path}: ")
+    return kind(**values | typed(kind, flags, "--"))
 
 
 if __name__ == "__main__":

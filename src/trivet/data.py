@@ -6,19 +6,27 @@ implicit) · prompt plus any columns.
 
 import csv
 import gzip
+import io
 import json
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trivet.batch import Groups, collate
-from trivet.errors import InputError
+from trivet.errors import InputError, first_line
 from trivet.model.text import encode_completion, encode_prompt, is_conversation
 
 Row = dict[str, Any]
+NEEDS = {
+    "supervised": "text, messages or prompt and completion",
+    "preference": "chosen and rejected",
+    "prompts": "prompt",
+}
+KINDS = (".jsonl", ".json", ".csv", ".parquet")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,15 +37,6 @@ class Example:
     completions: list[list[int]]
     learned: list[list[bool]]
     row: Row
-
-
-@dataclass
-class Dataset:
-    """Examples for training and held out, and the account of every row: `counts` says what became of it."""
-
-    train: list[Example]
-    heldout: list[Example]
-    counts: Counter[str] = field(default_factory=Counter)
 
 
 def load_examples(
@@ -60,30 +59,23 @@ def load_examples(
         where = f"{path} row {number}"
         counts["rows read"] += 1
         prompt, completions = _sides(row, form, where)
-        if form == "preference" and completions[0] == completions[1]:
-            counts["left out: chosen equals rejected"] += 1
-            continue
-        if any(not _content(completion) for completion in completions):
-            counts["left out: empty completion"] += 1
+        if reason := _useless(form, prompt, completions):
+            counts[f"left out: {reason}"] += 1
             continue
         try:
             example = _encode_example(tokenizer, stops, prompt, completions, row)
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
-        if not example.prompt or (form == "supervised" and not any(example.learned[0])):
-            counts["left out: empty prompt" if not example.prompt else "left out: nothing to learn"] += 1
-        elif len(example.prompt) > max_prompt:
-            counts[f"left out: prompt over {max_prompt} tokens"] += 1
-        else:
-            for ids, learned in zip(example.completions, example.learned, strict=True):
-                if len(ids) > max_completion:
-                    counts[f"cut: completion over {max_completion} tokens (its EOS is not learned)"] += 1
-                    del ids[max_completion:], learned[max_completion:]
-            if form == "preference" and example.completions[0] == example.completions[1]:
-                counts["left out: chosen equals rejected once cut"] += 1
-                continue
-            counts["examples"] += 1
-            examples.append(example)
+        longer = sum(len(ids) > max_completion for ids in example.completions)
+        for part in (*example.completions, *example.learned):
+            del part[max_completion:]
+        if reason := _useless_tokens(form, example, max_prompt):
+            counts[f"left out: {reason}"] += 1
+            continue
+        if longer:
+            counts[f"cut: completion over {max_completion} tokens (its EOS is not learned)"] += longer
+        counts["examples"] += 1
+        examples.append(example)
     if not counts["rows read"]:
         raise InputError(f"{path}: the data set is empty; it needs at least one row")
     if not examples:
@@ -116,96 +108,118 @@ def read_rows(path: str) -> Iterator[Row]:
         raise InputError(
             "no data was named: give --data a file (.jsonl, .json, .csv, .parquet) or a hub name (or use --preset toy)"
         )
-    file, name = Path(path), path.removesuffix(".gz")
-    if file.is_dir() or (not file.exists() and not name.endswith((".jsonl", ".json", ".csv", ".parquet"))):
+    file, kind = Path(path), Path(path.lower().removesuffix(".gz")).suffix
+    if file.is_dir() or (not file.exists() and kind not in KINDS):
         yield from _hub_rows(path)
         return
     if not file.exists():
         raise InputError(f"{path}: no such file")
+    if kind not in KINDS:
+        raise InputError(f"{path}: unknown kind of file; use {', '.join(KINDS)}, each also as .gz")
+    number = 0
     try:
-        if name.endswith(".parquet"):
-            import pyarrow.parquet as parquet
+        with gzip.open(file) if path.lower().endswith(".gz") else file.open("rb") as data:
+            for row in _file_rows(data, kind):
+                if not isinstance(row, dict) or None in row:  # csv keeps cells beyond the header under None
+                    raise ValueError("more cells than its header" if kind == ".csv" else "not an object with columns")
+                number += 1
+                yield row
+    except Exception as error:  # the readers raise many kinds
+        where = "" if kind == ".parquet" or (kind == ".json" and not number) else f" row {number + 1}"
+        raise InputError(f"{path}{where}: can't be read as {kind}: {error}") from None
 
-            yield from parquet.read_table(file).to_pylist()
-            return
-        with gzip.open(file, "rt", encoding="utf-8") if path.endswith(".gz") else open(file, encoding="utf-8") as lines:
-            if name.endswith(".csv"):
-                yield from csv.DictReader(lines)
-            elif name.endswith(".json"):
-                rows = json.load(lines)
-                yield from (
-                    _checked(row, f"{path} row {i}")
-                    for i, row in enumerate(rows if isinstance(rows, list) else [rows], 1)
-                )
-            elif name.endswith(".jsonl"):
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        try:
-                            row = json.loads(line)
-                        except json.JSONDecodeError as error:
-                            raise InputError(f"{path} line {number}: not JSON ({error})") from None
-                        yield _checked(row, f"{path} line {number}")
-            else:
-                raise InputError(f"{path}: unknown kind of file; use .jsonl, .json, .csv or .parquet, each also as .gz")
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError, EOFError, ArithmeticError) as error:
-        raise InputError(f"{path}: can't be read as {Path(name).suffix}: {error}") from None
+
+def _file_rows(data: Any, kind: str) -> Iterator[Any]:
+    if kind == ".parquet":
+        import pyarrow.parquet as parquet
+
+        yield from parquet.read_table(io.BytesIO(data.read())).to_pylist()
+    elif kind == ".csv":
+        csv.field_size_limit(sys.maxsize)
+        yield from csv.DictReader((line.decode("utf-8-sig") for line in data), strict=True)
+    elif kind == ".json":
+        rows = json.load(data)
+        yield from rows if isinstance(rows, list) else [rows]
+    else:
+        yield from (json.loads(line) for line in data if line.strip())
 
 
 def _hub_rows(name: str) -> Iterator[Row]:
     import datasets
 
+    datasets.disable_progress_bars()
     try:
         yield from datasets.load_dataset(name, split="train")  # type: ignore[misc]
     except Exception as error:  # the hub client raises many kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"{name}: neither a file here nor a data set that can be loaded from the hub: {reason}"
-        ) from None
+        raise InputError(f"{name}: neither a file here nor a data set from the hub: {first_line(error)}") from None
 
 
-def _checked(row: Any, where: str) -> Row:
-    if not isinstance(row, dict):
-        raise InputError(f"{where}: expected an object with columns, got {type(row).__name__}")
-    return row
+def _useless(form: str, prompt: Any, completions: list[Any]) -> str:
+    """Why this row can't teach, '' where it can."""
+    if form == "preference" and completions[0] == completions[1]:
+        return "chosen equals rejected"
+    for side in completions:
+        if not (any(m.get("content") or m.get("tool_calls") for m in side) if is_conversation(side) else side):
+            return "empty completion"
+    return "empty prompt" if prompt == [] else ""
 
 
-def _content(completion: Any) -> bool:
-    return any(message.get("content") for message in completion) if is_conversation(completion) else bool(completion)
+def _useless_tokens(form: str, example: Example, max_prompt: int) -> str:
+    """The same of its tokens, completions already cut."""
+    if not 0 < len(example.prompt) <= max_prompt:
+        return f"prompt over {max_prompt} tokens" if example.prompt else "empty prompt"
+    if form == "preference" and example.completions[0] == example.completions[1]:
+        return "chosen equals rejected once cut"
+    return "" if all(map(any, example.learned)) else "nothing to learn"
 
 
 def _sides(row: Row, form: str, where: str) -> tuple[Any, list[Any]]:
     """Prompt and completions of a row in whichever of the formats it is; prompt None where there is none to split off."""
-    wanted = {
-        "supervised": "text, messages, or prompt and completion",
-        "preference": "chosen and rejected",
-        "prompts": "prompt",
-    }
-    if form == "preference" and row.get("chosen") is not None and row.get("rejected") is not None:
-        prompt, completions = row.get("prompt"), [row["chosen"], row["rejected"]]
-        if is_conversation(prompt) and all(map(is_conversation, completions)):
-            completions = [side[len(prompt) :] if side[: len(prompt)] == prompt else side for side in completions]
-        return (prompt, completions) if prompt is not None else _implicit_prompt(*completions)
-    if form == "prompts" and (row.get("prompt") is not None or is_conversation(row.get("messages"))):
-        return row.get("prompt") if row.get("prompt") is not None else _opening(row["messages"])[0], []
-    if form == "supervised":
-        answer = row.get("completion") if row.get("completion") is not None else row.get("chosen")
-        if row.get("prompt") is not None and answer is not None:
-            return row["prompt"], [answer]
-        if answer is not None and row.get("rejected") is not None:
-            prompt, completions = _implicit_prompt(answer, row["rejected"])
-            return prompt, completions[:1]
-        if is_conversation(row.get("messages")):
-            prompt, completion = _opening(row["messages"])
-            return prompt, [completion]
-        if row.get("text") is not None:
-            return None, [row["text"]]
-    raise InputError(f"{where}: needs {wanted[form]}; it has {', '.join(map(str, row)) or 'no columns'}")
+
+    def get(column: str) -> Any:
+        value = row.get(column)
+        if value is None or (isinstance(value, str) and column != "messages") or is_conversation(value):
+            return value
+        expected = "messages" if column == "messages" else "a string or messages"
+        raise InputError(
+            f"{where}: {column} is {value!r:.60}; expected {expected}, each with a role and content, strings"
+        )
+
+    prompt: Any = get("prompt")
+    if form == "prompts" and (prompt is not None or row.get("messages") is not None):
+        return (_opening(get("messages"))[0], []) if prompt is None else (prompt, [])
+    pair = form != "supervised" or row.get("completion") is None
+    sides: list[Any] = [
+        side for side in map(get, ("chosen", "rejected") if pair else ("completion",)) if side is not None
+    ]
+    if len(sides) == 2 or (form == "supervised" and sides and prompt is not None):
+        if isinstance(sides[0], str) != isinstance(sides[-1], str):
+            raise InputError(f"{where}: of chosen and rejected one is a string, one messages; make them the same kind")
+        prompt, sides = _split(prompt, sides)
+        return prompt, {"supervised": sides[:1], "preference": sides, "prompts": []}[form]
+    if form == "supervised" and row.get("messages") is not None:
+        return _opening(get("messages"))
+    if form == "supervised" and isinstance(get("text"), str):
+        return None, [row["text"]]
+    has = ", ".join(column if value is not None else f"{column} (null)" for column, value in row.items())
+    raise InputError(f"{where}: needs {NEEDS[form]}; it has {has or 'no columns'}")
 
 
-def _opening(messages: list[Row]) -> tuple[list[Row], list[Row]]:
-    """Split a conversation before the assistant's first turn."""
+def _split(prompt: Any, sides: list[Any]) -> tuple[Any, list[Any]]:
+    """Prompt and completions apart, where the prompt is implicit, or said again in each side, or a string before messages."""
+    if isinstance(prompt, str) and not isinstance(sides[0], str):
+        alone = all(side and side[0]["role"] == "assistant" for side in sides)
+        prompt = [{"role": "user", "content": prompt}] if alone else None
+    if prompt is None:
+        return _implicit_prompt(*sides) if len(sides) == 2 else _opening(sides[0])
+    said_again = not isinstance(sides[0], str) and all(side[: len(prompt)] == prompt for side in sides)
+    return prompt, [side[len(prompt) :] for side in sides] if said_again else sides
+
+
+def _opening(messages: Any) -> tuple[list[Row], list[list[Row]]]:
+    """Prompt and completion: a conversation split before the assistant's first turn."""
     first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
-    return messages[:first], messages[first:]
+    return messages[:first], [messages[first:]]
 
 
 def _implicit_prompt(chosen: Any, rejected: Any) -> tuple[Any, list[Any]]:
@@ -220,6 +234,7 @@ def _implicit_prompt(chosen: Any, rejected: Any) -> tuple[Any, list[Any]]:
 
 
 def _encode_example(tokenizer: Any, stops: Sequence[int], prompt: Any, completions: list[Any], row: Row) -> Example:
+    row = row | {"prompt": prompt}  # as rewards see it, also where it was implicit
     if prompt is None:  # plain text: its first token is given, the rest is learned
         ids = [*encode_prompt(tokenizer, completions[0]), stops[0]]
         return Example(prompt=ids[:1], completions=[ids[1:]], learned=[[True] * (len(ids) - 1)], row=row)

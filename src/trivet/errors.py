@@ -3,3 +3,8 @@
 
 class InputError(ValueError):
     """Names the file, row or key, what was expected and what to do; the command line prints it and exits with 2."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what another library says, its kind where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from trivet.errors import InputError
+from trivet.errors import InputError, first_line
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 disable_progress_bar()
+set_verbosity_error()  # what its reports of missing weights say is checked here
 
 
 def load_policy(name: str, *, device: str = "cpu", precision: str = "float32", from_scratch: bool = False) -> Any:
@@ -23,32 +24,30 @@ def load_policy(name: str, *, device: str = "cpu", precision: str = "float32", f
     if from_scratch:
         model = _reading(name, lambda: AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name)).float())
     else:
-        model = _reading(name, lambda: AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32))
+        model = _with_weights(name, AutoModelForCausalLM, may_lack=("lm_head",) if is_scorer(name) else ())
     return _prepare(model, device, PRECISIONS[precision])
 
 
 def load_scorer(name: str, *, like: Any) -> Any:
-    """A model with a scalar head, `score`, from a folder or hub name; a head that the folder does not hold starts at zero.
-
-    like: a model whose device and precision it takes.
-    """
-    load = AutoModelForSequenceClassification.from_pretrained
-    model, info = _reading(name, lambda: load(name, num_labels=1, dtype=torch.float32, output_loading_info=True))
-    if any(key.startswith("score") for key in info["missing_keys"]):
-        torch.nn.init.zeros_(model.score.weight)
-    return _prepare(model, like.device, like.compute_dtype)
+    """A model with a scalar head, `score`, from a folder or hub name. like: a model whose device and precision it takes."""
+    model = _with_weights(name, AutoModelForSequenceClassification, num_labels=1)
+    return _prepare(_with_score(model), like.device, like.compute_dtype)
 
 
 def with_scalar_head(policy: Any) -> Any:
     """A zero scalar head on a copy of the policy's trunk as it stands in memory."""
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
-    model = AutoModelForSequenceClassification.from_config(config).float()
-    if not hasattr(model, "score"):
-        raise InputError(f"{type(model).__name__} has no scalar head named 'score'; choose another kind of model")
+    model = _with_score(AutoModelForSequenceClassification.from_config(config).float())
     model.base_model.load_state_dict(policy.base_model.state_dict())
     torch.nn.init.zeros_(model.score.weight)
     return _prepare(model, policy.device, policy.compute_dtype)
+
+
+def _with_score(model: Any) -> Any:
+    if not hasattr(model, "score"):
+        raise InputError(f"{type(model).__name__} has no scalar head named 'score'; choose another kind of model")
+    return model
 
 
 def _prepare(model: Any, device: torch.device | str, compute_dtype: torch.dtype | None) -> Any:
@@ -67,16 +66,17 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def context_length(name: str) -> int:
-    """The most tokens that the model has positions for."""
-    config = _reading(name, lambda: AutoConfig.from_pretrained(name)).get_text_config()
-    return getattr(config, "max_position_embeddings", None) or 1 << 30
+def model_facts(name: str) -> tuple[str, int, int]:
+    """What config.json says: the model's class ('' where it doesn't say), how many positions it has, how many token ids."""
+    config = _reading(name, lambda: AutoConfig.from_pretrained(name))
+    text, unlimited = config.get_text_config(), 1 << 30
+    positions, vocabulary = (getattr(text, key, 0) or unlimited for key in ("max_position_embeddings", "vocab_size"))
+    return (config.architectures or [""])[0], positions, vocabulary
 
 
 def is_scorer(name: str) -> bool:
     """Whether a folder or hub name holds a model with a sequence-classification head."""
-    architectures = _reading(name, lambda: AutoConfig.from_pretrained(name)).architectures or [""]
-    return architectures[0].endswith("ForSequenceClassification")
+    return model_facts(name)[0].endswith("ForSequenceClassification")
 
 
 def model_folder(name: str) -> str:
@@ -84,15 +84,24 @@ def model_folder(name: str) -> str:
     return str(Path(name) / "model") if (Path(name) / "model" / "config.json").exists() else name
 
 
+def _with_weights(name: str, kind: Any, may_lack: tuple[str, ...] = (), **options: Any) -> Any:
+    """The model in float32, all of its weights from its files: transformers alone would fill in random ones."""
+    options |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = _reading(name, lambda: kind.from_pretrained(name, **options))
+    absent = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    if absent := sorted(key for key in absent if not key.startswith(may_lack)):
+        raise InputError(
+            f"model {name}: its files lack {len(absent)} tensors, or have them in another shape than config.json says: {absent[0]}"
+        )
+    return model
+
+
 def _reading(name: str, load: Callable[[], Any]) -> Any:
     if not name:
         raise InputError("no model was named: give --model a Hugging Face name or folder (or use --preset toy)")
-    if Path(name).exists() and not (Path(name) / "config.json").exists():
-        raise InputError(
-            f"{name}: no config.json in this folder; a model is a folder as transformers' save_pretrained writes it"
-        )
+    if (Path(name).exists() or name[0] in "/.") and not (Path(name) / "config.json").exists():
+        raise InputError(f"{name}: no config.json there; a model is a folder as transformers' save_pretrained makes it")
     try:
         return load()
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"model {name} can't be loaded: {reason}") from error
+    except Exception as error:  # transformers, safetensors and the hub client raise many kinds
+        raise InputError(f"model {name} can't be loaded: {first_line(error)}") from error

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig
 
-from trivet.errors import InputError
+from trivet.errors import InputError, first_line
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ '\n\n' if not loop.first else '' }}{{ message['role'] | capitalize + ':' }}"
@@ -19,18 +19,17 @@ def load_tokenizer(name: str, chat_template: str = "") -> Any:
     """The tokenizer of a model folder or hub name. chat_template: 'plain' (Role: text) or a Jinja file, to replace its own."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # transformers and tokenizers raise many kinds
         raise InputError(
-            f"{name}: no tokenizer found there; save one into the folder with tokenizer.save_pretrained"
+            f"{name}: no tokenizer there ({first_line(error)}); add it with tokenizer.save_pretrained"
         ) from error
     if chat_template == "plain":
         tokenizer.chat_template = PLAIN_TEMPLATE
     elif chat_template:
-        if not Path(chat_template).is_file():
-            raise InputError(
-                f"--chat-template {chat_template}: no such file; give 'plain' or the path of a Jinja template"
-            )
-        tokenizer.chat_template = Path(chat_template).read_text()
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--chat-template takes 'plain' or the path of a Jinja template: {error}") from None
     return tokenizer
 
 
@@ -51,8 +50,13 @@ def stop_ids(name: str, tokenizer: Any) -> list[int]:
 
 
 def is_conversation(value: Any) -> bool:
-    """Whether this is a list of messages, each {"role": ..., "content": ...}."""
-    return isinstance(value, list) and all(isinstance(message, dict) and "role" in message for message in value)
+    """Whether this is a list of messages, each {"role": str, "content": str}, or with tool calls for content."""
+    return isinstance(value, list) and all(
+        isinstance(message, dict)
+        and isinstance(message.get("role"), str)
+        and (isinstance(message.get("content"), str) or bool(message.get("tool_calls")))
+        for message in value
+    )
 
 
 def render(tokenizer: Any, messages: list[dict[str, Any]], *, reply: bool) -> str:
@@ -62,21 +66,25 @@ def render(tokenizer: Any, messages: list[dict[str, Any]], *, reply: bool) -> st
             f"the data holds conversations, but the tokenizer of {tokenizer.name_or_path} has no chat template; "
             "give one with --chat-template plain or --chat-template FILE.jinja"
         )
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply)
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply)
+    except Exception as error:  # a stranger's template
+        roles = ", ".join(message["role"] for message in messages)
+        raise InputError(f"the chat template fails on messages of roles {roles}: {first_line(error)}") from error
 
 
-def prompt_text(tokenizer: Any, prompt: str | list[dict[str, Any]]) -> str:
+def prompt_text(tokenizer: Any, prompt: Any) -> str:
     """What the model reads before it answers."""
-    return render(tokenizer, prompt, reply=True) if is_conversation(prompt) else str(prompt)
+    return render(tokenizer, prompt, reply=True) if is_conversation(prompt) else prompt
 
 
-def encode_prompt(tokenizer: Any, prompt: str | list[dict[str, Any]]) -> list[int]:
+def encode_prompt(tokenizer: Any, prompt: Any) -> list[int]:
     """Token ids of a prompt: a string with the tokenizer's own BOS, a conversation with what its template writes."""
     return _encode(tokenizer, prompt_text(tokenizer, prompt), special=not is_conversation(prompt))
 
 
 def encode_completion(
-    tokenizer: Any, prompt: str | list[dict[str, Any]], prompt_ids: Sequence[int], completion: Any, stops: Sequence[int]
+    tokenizer: Any, prompt: Any, prompt_ids: Sequence[int], completion: Any, stops: Sequence[int]
 ) -> tuple[list[int], list[bool]]:
     """Token ids of a completion, ending in EOS, and which of them the policy learns: its own words and each final EOS.
 
@@ -84,9 +92,9 @@ def encode_completion(
     merge would cross the border. completion: a string, or messages of which the assistant's are learned.
     """
     if not is_conversation(completion):
-        ids = _continue(tokenizer, prompt_text(tokenizer, prompt), prompt_ids, str(completion), special=True)
+        ids = _continue(tokenizer, prompt_text(tokenizer, prompt), prompt_ids, completion, special=True)
         return [*ids, stops[0]], [True] * (len(ids) + 1)
-    messages = [*(prompt if is_conversation(prompt) else [{"role": "user", "content": prompt}])]
+    messages = list(prompt)
     before, ids, learned = render(tokenizer, messages, reply=True), list(prompt_ids), [False] * len(prompt_ids)
     for turn, message in enumerate(completion):
         own = message["role"] == "assistant"
@@ -116,7 +124,10 @@ def decode_completion(tokenizer: Any, prompt_ids: Sequence[int], ids: Sequence[i
 
 
 def _encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:
-    ids = tokenizer(text, add_special_tokens=special)["input_ids"]
+    try:
+        ids = tokenizer(text, add_special_tokens=special)["input_ids"]
+    except TypeError:  # how tokenizers meets half of a surrogate pair
+        raise InputError("its text is not valid Unicode (half of a surrogate pair); repair or remove it") from None
     return ids[:-1] if special and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -74,23 +75,24 @@ class FunctionReward:
         given |= {
             "prompts": [row.get("prompt") for row in rows],
             "completions": texts,
-            "log_metric": self.logged.__setitem__,
+            "log_metric": lambda name, value: self.logged.__setitem__(str(name), float(value)),
         }
         given["completion_ids"] = [
             ids[:n] for ids, n in zip(groups.completions.tolist(), groups.present.sum(1).tolist(), strict=True)
         ]
         given.pop("prompt", None)
-        parameters = inspect.signature(self.function).parameters
-        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-            missing = [n for n, p in parameters.items() if p.default is inspect.Parameter.empty and n not in given]
-            if missing:
+        parameters = inspect.signature(self.function).parameters.values()
+        for p in parameters:
+            if p.default is p.empty and p.name not in given and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
                 raise InputError(
-                    f"reward {self.spec} asks for column '{missing[0]}', which the data does not have: {', '.join(sorted(given))}"
+                    f"reward {self.spec} asks for column '{p.name}', which the data does not have: {', '.join(sorted(given))}"
                 )
-            given = {name: value for name, value in given.items() if name in parameters}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            given = {p.name: given[p.name] for p in parameters if p.name in given}
         try:
             result = self.function(**given)
-        except Exception as error:  # anything can go wrong in there
+            result = result.tolist() if hasattr(result, "tolist") else result  # an array or tensor
+        except (Exception, SystemExit) as error:  # anything can go wrong in there
             line = error.__traceback__.tb_next.tb_lineno if error.__traceback__ and error.__traceback__.tb_next else "?"
             raise InputError(f"reward {self.spec} raised {type(error).__name__} in its line {line}: {error}") from error
         if not isinstance(result, Sequence) or len(result) != len(texts):
@@ -98,12 +100,12 @@ class FunctionReward:
             raise InputError(
                 f"reward {self.spec} returned {got}, expected a list of {len(texts)} numbers, one per completion"
             )
-        values = [math.nan if value is None else value for value in result]
-        for i, (value, raw) in enumerate(zip(values, result, strict=True)):
-            if not isinstance(value, (int, float)) or (raw is not None and not math.isfinite(value)):
+        for i, value in enumerate(result):
+            if value is not None and not (isinstance(value, numbers.Real) and abs(value) < 1e38):  # type: ignore[operator]
                 raise InputError(
-                    f"reward {self.spec} returned {value!r} for completion {i}; return a finite number, or None for no opinion"
+                    f"reward {self.spec} returned {value!r:.80} for completion {i}; return a finite number, or None for no opinion"
                 )
+        values = [math.nan if value is None else float(value) for value in result]
         return torch.tensor(values, dtype=torch.float32, device=groups.prompts.device)
 
 
@@ -112,13 +114,13 @@ def load_rewards(specs: Sequence[str], weights: Sequence[float], tokenizer: Any,
 
     tokenizer: the policy's. like: the policy; reward models go to its device and compute in its precision.
     """
-    if not specs:
+    if not all(specs) or not specs:
         raise InputError(
             f"no reward was named: give --reward one of {', '.join(BUILT_IN)}, file.py:function, or a reward model"
         )
-    if weights and len(weights) != len(specs):
+    if weights and (len(weights) != len(specs) or not any(weights)):
         raise InputError(
-            f"--reward-weights has {len(weights)} numbers for {len(specs)} rewards; give one each, or none"
+            f"--reward-weights has {len(weights)} numbers for {len(specs)} rewards; give one each, not all 0, or none"
         )
     rewards: dict[str, Reward] = {}
     for spec in specs:
@@ -148,7 +150,7 @@ def _load_reward(spec: str, tokenizer: Any, like: Any) -> Reward:
         module = importlib.util.module_from_spec(loader)
         try:
             loader.loader.exec_module(module)
-        except Exception as error:  # a stranger's file
+        except (Exception, SystemExit) as error:  # a stranger's file
             raise InputError(f"reward {spec}: {source} can't be imported: {type(error).__name__}: {error}") from error
     else:
         try:

@@ -1,9 +1,9 @@
 """The options that every recipe has; each recipe's Config adds its own few."""
 
 import dataclasses
-import difflib
 import json
-import tomllib
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -63,39 +63,6 @@ class Options:
     """Also save the model every so many steps, under checkpoints/."""
 
 
-def from_mapping(kind: type[Any], values: dict[str, Any], where: str) -> Any:
-    """A config of this kind from keys and values, as a TOML file holds them (dashes or underscores).
-
-    Errors: InputError that names an unknown key and the nearest known one, or a value of the wrong type.
-    """
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    given: dict[str, Any] = {}
-    for key, value in values.items():
-        name = key.replace("-", "_")
-        if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1, cutoff=0.0)
-            raise InputError(f"{where}: unknown key '{key}'; the nearest known one is '{near[0]}'")
-        expected = type(getattr(kind(), name))
-        if isinstance(value, list):
-            value = tuple(value)
-        if isinstance(value, bool) != (expected is bool) or not isinstance(
-            value, (expected, int) if expected is float else expected
-        ):
-            raise InputError(f"{where}: key '{key}' has the value {value!r}; expected {expected.__name__}")
-        given[name] = value
-    return kind(**given)
-
-
-def read_toml(path: str) -> dict[str, Any]:
-    """The keys of a TOML file."""
-    try:
-        return tomllib.loads(Path(path).read_text())
-    except OSError as error:
-        raise InputError(f"--config {path}: {error.strerror or error}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"--config {path}: not TOML: {error}") from None
-
-
 def to_toml(config: Any) -> str:
     """The config as TOML that read_toml gives back."""
     lines = []
@@ -105,16 +72,34 @@ def to_toml(config: Any) -> str:
     return "\n".join(lines) + "\n"
 
 
-def check(config: Options) -> None:
-    """InputError for a value that can't be meant."""
-    for name in ("prompts_per_step", "max_prompt_tokens", "max_completion_tokens", "microbatch_tokens"):
-        if getattr(config, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be at least 1")
-    if not 0 <= config.eval_fraction < 1:
-        raise InputError(f"--eval-fraction is {config.eval_fraction}; it must be at least 0 and below 1")
-    if config.steps < 0 or config.epochs <= 0:
-        raise InputError("--steps must be 0 or more, and --epochs above 0")
-    if (Path(config.out) / "config.toml").exists() and config.out:
+INF = math.inf
+LIMITS = {
+    **dict.fromkeys(("prompts_per_step", "max_prompt_tokens", "max_completion_tokens", "microbatch_tokens"), (1, INF)),
+    **dict.fromkeys(("group_size", "epochs_per_batch", "minibatches"), (1, INF)),
+    **dict.fromkeys(("epochs", "temperature", "max_grad_norm"), (1e-6, INF)),
+    **{
+        "gamma": (0, 1),
+        "lam": (0, 1),
+        "eval_fraction": (0, 0.999),
+        "seed": (0, 2**63 - 1),
+        "reward_weights": (-INF, INF),
+    },
+}
+
+
+def check(config: Options, method: str) -> None:
+    """InputError for a value that can't be meant. Numbers are finite and, where LIMITS says nothing else, at least 0."""
+    for name, value in vars(config).items():
+        low, high = LIMITS.get(name, (0, INF))
+        if name == "group_size" and method != "ppo":
+            low = 2  # the completions of a prompt are compared with each other
+        for number in value if isinstance(value, tuple) else (value,):
+            if not isinstance(number, str) and not (low <= number <= high and math.isfinite(number)):
+                limits = f"at least {low:g} and {f'at most {high:g}' if high < INF else 'finite'}"
+                raise InputError(f"--{name.replace('_', '-')} is {number}; it must be {limits}")
+    if config.out and (Path(config.out) / "config.toml").exists():
         raise InputError(f"--out {config.out} already holds a run; choose another directory, or remove it first")
-    if config.out and Path(config.out).exists() and not Path(config.out).is_dir():
-        raise InputError(f"--out {config.out} is a file; choose a directory")
+    out = Path(config.out or "runs").absolute()
+    there = next(path for path in (out, *out.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f"--out {config.out}: {there} is not a directory that can be written to; choose another")

@@ -1,6 +1,7 @@
 """A run: its data, its directory, and the loop around a recipe's loop."""
 
 import json
+import math
 import platform
 import random
 import sys
@@ -17,11 +18,12 @@ from torch import Tensor
 from trivet.batch import Rollouts
 from trivet.data import Example, load_examples, split_by_prompt
 from trivet.errors import InputError
-from trivet.model.load import context_length, load_policy, model_folder, save_model
+from trivet.model.load import load_policy, model_facts, model_folder, save_model
 from trivet.model.text import load_tokenizer, stop_ids
 from trivet.run.options import Options, check, to_toml
 
 Metrics = dict[str, float]
+NOT_CAUSAL = ("Classification", "QuestionAnswering", "ForMaskedLM", "ForPreTraining")
 
 
 class Run:
@@ -31,17 +33,23 @@ class Run:
     """
 
     def __init__(self, config: Options, method: str, form: str):
-        check(config)
+        check(config, method)
         self.config, self.method, self.start_from = config, method, model_folder(config.model)
         self.out = Path(config.out or f"runs/{method}-{time.strftime('%Y%m%d-%H%M%S')}")
         self.device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        self.context = context_length(self.start_from)
+        try:
+            torch.empty(0, device=self.device)
+            self.generator = torch.Generator(self.device).manual_seed(config.seed)
+        except (RuntimeError, AssertionError):
+            raise InputError(f"--device {self.device}: torch finds no such device here; use cpu or auto") from None
+        kind, self.context, self.vocabulary = model_facts(self.start_from)
+        if kind.endswith(NOT_CAUSAL) and method != "reward-model":  # that one may go on from a reward model
+            raise InputError(f"--model {config.model} is a {kind}; {method} needs a causal language model")
         self.tokenizer = load_tokenizer(self.start_from, config.chat_template)
         self.stops = stop_ids(self.start_from, self.tokenizer)
         self.counts: Counter[str] = Counter()
         self._read_data(form)
         torch.manual_seed(config.seed)
-        self.generator = torch.Generator(self.device).manual_seed(config.seed)
         self.model: Any = None  # the recipe's policy or reward model, saved at the end
         self.note: Callable[[str], None] = lambda text: None  # a line for whoever watches
         self.samples: list[dict[str, Any]] = []
@@ -57,11 +65,18 @@ class Run:
 
         def load(path: str, counts: Counter[str]) -> list[Example]:
             limits = {"max_prompt": min(config.max_prompt_tokens, room), "max_completion": config.max_completion_tokens}
-            return load_examples(path, self.tokenizer, self.stops, form, counts=counts, **limits)
+            examples = load_examples(path, self.tokenizer, self.stops, form, counts=counts, **limits)
+            highest = max(max(ids) for example in examples for ids in (example.prompt, *example.completions))
+            if highest >= self.vocabulary:
+                said = f"its tokenizer gives token id {highest}, but its model has {self.vocabulary} ids"
+                raise InputError(f"{config.model}: {said}; take a tokenizer and a model that belong together")
+            return examples
 
         self.train = load(config.data, self.counts)
         if config.eval_data:
-            self.heldout = load(config.eval_data, Counter())
+            heldout = Counter[str]()
+            self.heldout = load(config.eval_data, heldout)
+            self.counts |= {f"held-out data, {key}": n for key, n in heldout.items() if key.startswith(("left", "cut"))}
         else:
             self.train, self.heldout = split_by_prompt(self.train, config.eval_fraction, config.seed)
         if not self.train:
@@ -105,7 +120,7 @@ class Optimizer:
 
     def __init__(self, model: Any, config: Options, steps: int, lr: float | None = None):
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.adamw = torch.optim.AdamW(self.parameters, lr=lr or config.lr, weight_decay=0.0)
+        self.adamw = torch.optim.AdamW(self.parameters, lr=config.lr if lr is None else lr, weight_decay=0.0)
         self.max_grad_norm, warmup = config.max_grad_norm, config.warmup_steps
 
         def scale(done: int) -> float:
@@ -116,12 +131,14 @@ class Optimizer:
 
     def step(self) -> Metrics:
         """Take the step, clear the gradients; returns the gradient's norm before clipping, and the learning rate."""
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        lr = self.schedule.get_last_lr()[0]
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm))
+        if not math.isfinite(norm):
+            raise InputError("the gradient is not finite: lower --lr, or check the weights of --model and the rewards")
+        lr = float(self.schedule.get_last_lr()[0])
         self.adamw.step()
         self.schedule.step()
         self.adamw.zero_grad(set_to_none=True)
-        return {"grad_norm": float(norm), "lr": lr}
+        return {"grad_norm": norm, "lr": lr}
 
 
 Watch = Callable[
@@ -187,5 +204,8 @@ def peak_memory(device: str) -> int:
 
 
 def _append(path: Path, lines: list[dict[str, Any]]) -> None:
+    lines = [
+        {key: value if value == value else None for key, value in line.items()} for line in lines
+    ]  # JSON has no NaN
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

@@ -45,10 +45,14 @@ class Terminal:
             self.spoken = time.monotonic()
         heldout = {key: value for key, value in metrics.items() if key.startswith("eval/")}
         if step == run.steps:
-            if self.progress:
-                self.progress.stop()
+            self.close()
             if heldout and not self.brief:
                 self.console.print(_numbers(f"held-out, after step {step}", heldout))
+
+    def close(self) -> None:
+        """End the live line, also of a run that failed."""
+        if self.progress:
+            self.progress.stop()
 
     def _begin(self, run: Run) -> None:
         run.note = lambda text: self.console.print(f"[dim]{escape(text)} …[/dim]")

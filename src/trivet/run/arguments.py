@@ -1,0 +1,91 @@
+"""What a person writes, flags or a TOML file, as values for the fields of a config: names known, types right."""
+
+import difflib
+import tomllib
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from trivet.errors import InputError
+
+
+def read_flags(config: type[Any], args: Sequence[str], others: Sequence[str] = ()) -> dict[str, Any]:
+    """Keys and values from --key value, --key=value, --key and --no-key, several values where a list is expected.
+
+    others: keys beyond the fields of config, which hold strings. A word that is no number where one is expected stays as it is.
+    Errors: InputError for an unknown key, naming the nearest, one given twice, or the wrong number of values.
+    """
+    kinds, given = typing.get_type_hints(config) | dict.fromkeys(others, str), dict[str, Any]()
+    groups: list[list[str]] = []
+    for word in args:
+        if word.startswith("--"):
+            groups.append(word.split("=", 1))
+        elif groups:
+            groups[-1].append(word)
+        else:
+            raise InputError(f"'{word}' belongs to no option; options begin with -- (--help lists all)")
+    for flag, *words in groups:
+        name = flag[2:].replace("-", "_")
+        off = name not in kinds and kinds.get(name.removeprefix("no_")) is bool
+        name = name.removeprefix("no_") if off else name
+        key, kind = name.replace("_", "-"), kinds.get(name)
+        if kind is None:
+            near = difflib.get_close_matches(name, kinds, n=1, cutoff=0.0)[0].replace("_", "-")
+            raise InputError(f"unknown option {flag}; the nearest known one is --{near} (--help lists all)")
+        several = typing.get_origin(kind) is tuple
+        if key in given or (not several and len(words) != (kind is not bool)):
+            takes = "several values after it" if several else "no value" if kind is bool else "one value"
+            raise InputError(
+                f"{flag} is given {'twice' if key in given else ' '.join(words) or 'nothing'}; it takes {takes}"
+            )
+        values = [_number(word, typing.get_args(kind)[0] if several else kind) for word in words]
+        given[key] = not off if kind is bool else values if several else values[0]
+    return given
+
+
+def typed(kind: type[Any], values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Values under the names of this kind's fields, as they come from a TOML file or flags (dashes or underscores).
+
+    Errors: InputError that names an unknown key and the nearest known one, or a value of the wrong type.
+    """
+    kinds = typing.get_type_hints(kind)
+    given: dict[str, Any] = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name not in kinds:
+            near = difflib.get_close_matches(name, kinds, n=1, cutoff=0.0)
+            raise InputError(f"{where}unknown key '{key}'; the nearest known one is '{near[0]}'")
+        if expected := _misfit(value, kinds[name]):
+            raise InputError(f"{where}{key} is {value!r}; expected {expected}")
+        given[name] = tuple(value) if isinstance(value, list) else value
+    return given
+
+
+def _number(word: str, kind: Any) -> Any:
+    try:
+        return kind(word) if kind in (int, float) else word
+    except ValueError:
+        return word
+
+
+def _misfit(value: Any, kind: Any) -> str:
+    """What was expected, where the value is not of this kind; '' where it is."""
+    inner = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return "" if value in inner else f"one of {', '.join(inner)}"
+    if typing.get_origin(kind) is tuple:
+        fits = isinstance(value, (list, tuple)) and not any(_misfit(item, inner[0]) for item in value)
+        return "" if fits else f"a list of {inner[0].__name__}"
+    fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+    return "" if fits else kind.__name__
+
+
+def read_toml(path: str) -> dict[str, Any]:
+    """The keys of a TOML file."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"--config {path}: {error.strerror or error}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"--config {path}: not TOML: {error}") from None
