@@ -35,7 +35,11 @@ def shared() -> Path:
 def tiny(kind: type = Qwen3Config, **options) -> torch.nn.Module:
     """A random model whose weights are large enough to make every part matter."""
     torch.manual_seed(0)
-    sizes = dict(n_embd=32, n_layer=2, n_head=2, vocab_size=61, bos_token_id=0, eos_token_id=0) if kind is GPT2Config else SMALL
+    sizes = (
+        {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 61, "bos_token_id": 0, "eos_token_id": 0}
+        if kind is GPT2Config
+        else SMALL
+    )
     model = AutoModelForCausalLM.from_config(kind(**{**sizes, **options})).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""The two types that flow: Groups (prompts and their completions) and Rollouts (groups that the policy wrote itself).
+"""The types that flow: Example (a row of data), Groups (prompts and completions), Rollouts (groups that the policy wrote itself).
 
 P prompts, G completions of each, B = P G rows; row b answers prompt b // G. S is the padded length of prompts, T that of
 completions. Column t of every (B, T) tensor describes completion token t.
@@ -79,6 +79,23 @@ class Rollouts:
     finished: Tensor  # (B,) bool     ended by itself; False = cut at the length limit
     texts: Sequence[str]  # B
     rows: Sequence[Mapping[str, Any]]  # P source rows, every column kept, for rewards
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Example:
+    """One row of data in token ids: a prompt, with the completions that come with it: none, one, or (chosen, rejected)."""
+
+    prompt: list[int]
+    completions: list[list[int]]
+    learned: list[list[bool]]  # per completion token, whether the policy learns it
+    row: Mapping[str, Any]  # the source row, every column kept
+
+
+def to_groups(examples: Sequence[Example], device: torch.device | str) -> Groups:
+    """The examples with their own completions as one Groups on the device."""
+    completions = [ids for example in examples for ids in example.completions]
+    learned = [flags for example in examples for flags in example.learned]
+    return collate([example.prompt for example in examples], completions, learned).to(device)
 
 
 def group_rows(prompts: Tensor, group_size: int) -> Tensor:

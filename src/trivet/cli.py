@@ -56,11 +56,12 @@ def run_command(command: str, args: list[str]) -> int:
     """One command with its own arguments."""
     others = {"quickstart": "quickstart", "compare": "report.compare", "generate": "commands", "score": "commands"}
     if command in RECIPES:
+        from trivet.run.launch import launch
         from trivet.run.terminal import Terminal
 
         recipe = importlib.import_module(f"trivet.recipes.{command.replace('-', '_')}")
         config = parse(recipe.Config, args, f"trivet {command}", recipe.PRESETS)
-        out = recipe.main(config, Terminal())
+        out = launch(config, Terminal())
         print(f"{out}  ·  model in {out / 'model'}  ·  numbers in {out / 'metrics.jsonl'}")
     elif command in others:
         module = importlib.import_module(f"trivet.{others[command]}")
@@ -75,7 +76,7 @@ def parse(kind: type[Any], args: list[str], program: str, presets: dict[str, dic
     """A config from --preset NAME, then --config FILE.toml, then flags, the later ones on top."""
     import tyro
 
-    from trivet.run.options import from_mapping, read_toml
+    from trivet.run.config import from_mapping, read_toml
 
     presets = presets or {}
     given, rest = {"--preset": "", "--config": ""}, list[str]()

@@ -10,34 +10,14 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trivet.batch import Groups, collate
+from trivet.batch import Example
 from trivet.errors import InputError
 from trivet.model.text import encode_completion, encode_prompt, is_conversation
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Example:
-    """One prompt in token ids, with the completions that its row holds: one (SFT), two (chosen, rejected) or none."""
-
-    prompt: list[int]
-    completions: list[list[int]]
-    learned: list[list[bool]]
-    row: Row
-
-
-@dataclass
-class Dataset:
-    """Examples for training and held out, and the account of every row: `counts` says what became of it."""
-
-    train: list[Example]
-    heldout: list[Example]
-    counts: Counter[str] = field(default_factory=Counter)
 
 
 def load_examples(
@@ -101,13 +81,6 @@ def split_by_prompt(examples: list[Example], fraction: float, seed: int) -> tupl
         key = zlib.crc32(json.dumps([seed, example.prompt]).encode()) / 2**32
         sides[key < fraction].append(example)
     return sides
-
-
-def to_groups(examples: Sequence[Example], device: str) -> Groups:
-    """The examples as one Groups on the device."""
-    completions = [ids for example in examples for ids in example.completions]
-    learned = [flags for example in examples for flags in example.learned]
-    return collate([example.prompt for example in examples], completions, learned).to(device)
 
 
 def read_rows(path: str) -> Iterator[Row]:

@@ -122,13 +122,14 @@ def _in_process(function: Any, *args: Any) -> None:
 
 
 def _train(method: str, options: dict[str, Any]) -> None:
+    from trivet.run.launch import launch
     from trivet.run.terminal import Terminal
 
     recipe = importlib.import_module(f"trivet.recipes.{method.replace('-', '_')}")
     scale = options.pop("scale")
     config = recipe.Config(**(recipe.PRESETS["toy"] | options))
     steps, epochs = config.steps and max(1, round(config.steps * scale)), config.epochs * scale
-    recipe.main(dataclasses.replace(config, steps=steps, epochs=epochs), Terminal(brief=True))
+    launch(dataclasses.replace(config, steps=steps, epochs=epochs), Terminal(brief=True))
 
 
 def evaluate_all(out: Path, seed: int, device: str, prompts: int = 256, each: int = 4) -> str:
@@ -143,16 +144,17 @@ def evaluate_all(out: Path, seed: int, device: str, prompts: int = 256, each: in
     from trivet.model.load import load_policy
     from trivet.optimization.reduce import sequence_sum
     from trivet.recipes import reward_model
-    from trivet.rewards.reward import load_rewards
-    from trivet.run.run import Run
+    from trivet.rewards.functions import load_rewards
+    from trivet.run.launch import Launch
 
-    run = Run(reward_model.Config(model=str(out / "sft"), **_data(seed)), "evaluation", "preference")
-    heldout, results, texts = run.heldout[:prompts], {}, {}
-    reference = load_policy(run.start_from, device=device)
-    judges = load_rewards([GOLD, str(out / "reward-model")], [1.0, 1.0], run.tokenizer, like=reference)
+    launched = Launch(reward_model.Config(model=str(out / "sft"), **_data(seed)))
+    run, results, texts = launched.run, {}, {}
+    heldout = run.heldout[:prompts]
+    reference = load_policy(launched.start_from, device=device)
+    judges = load_rewards([GOLD, str(out / "reward-model")], [1.0, 1.0], launched.tokenizer, like=reference)
     for method in COMPARED:
         policy = load_policy(str(out / method / "model"), device=device)
-        engine = Engine(run.tokenizer, run.stops, 64, 1.0, torch.Generator(device).manual_seed(seed))
+        engine = Engine(run.decode, run.stops, 64, 1.0, torch.Generator(device).manual_seed(seed))
         rollouts = engine.generate(policy, heldout, each)
         judges(rollouts)
         gold, learned = (part.view(-1, each) for part in judges.parts.values())  # (P, each)

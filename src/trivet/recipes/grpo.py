@@ -16,21 +16,21 @@ that of KL(pi || pi_ref); the paper's k3 has the gradient of the other direction
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from trivet.batch import microbatches
 from trivet.generation.engine import Engine
+from trivet.model.copies import frozen_copy
 from trivet.model.forward import in_microbatches, token_logprobs
-from trivet.model.load import frozen_copy
 from trivet.optimization.advantages import group_advantages
 from trivet.optimization.kl import k2
 from trivet.optimization.policy import clipped_surrogate_loss, policy_gradient_loss
 from trivet.optimization.reduce import token_mean
 from trivet.recipes.on_policy import evaluate, policy_metrics, rollout_metrics
-from trivet.rewards.reward import load_rewards
+from trivet.run.loop import Metrics, Optimizer, Run
 from trivet.run.options import Options
-from trivet.run.run import Metrics, Optimizer, Run, Watch, follow
 from trivet.toy import ARITHMETIC, STORIES
+
+ROWS, TRAINS = "prompts", "policy"  # what the data must hold, and what kind of model is trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,13 +57,12 @@ class Config(Options):
     """The ratio is clipped above 1 + clip_high."""
 
 
-def train(config: Config, run: Run | None = None) -> Iterator[Metrics]:
+def train(config: Config, run: Run) -> Iterator[Metrics]:
     """Yield the metrics of each step; the policy is run.model."""
-    run = run or Run(config, "grpo", "prompts")
-    policy = run.load_policy()
+    policy = run.model
     reference = frozen_copy(policy) if config.beta else None
-    reward = load_rewards(config.reward, config.reward_weights, run.tokenizer, like=policy)
-    engine = Engine(run.tokenizer, run.stops, config.max_completion_tokens, config.temperature, run.generator)
+    reward = run.reward
+    engine = Engine(run.decode, run.stops, config.max_completion_tokens, config.temperature, run.generator)
     optimizer = Optimizer(policy, config, run.steps * config.epochs_per_batch)
     budget, temperature = config.microbatch_tokens, config.temperature
 
@@ -120,8 +119,3 @@ PRESETS = {
         "steps": 300,
     },
 }
-
-
-def main(config: Config, watch: Watch | None = None) -> Path:
-    """Train, and leave a run directory."""
-    return follow(train, Run(config, "grpo", "prompts"), watch)

@@ -15,19 +15,19 @@ the mean. There is no separate KL term: beta ties the policy to the reference as
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from trivet.batch import microbatches
 from trivet.generation.engine import Engine
+from trivet.model.copies import frozen_copy
 from trivet.model.forward import in_microbatches, token_logprobs
-from trivet.model.load import frozen_copy
 from trivet.optimization.preference import pairwise_group_loss, ranked_pairs
 from trivet.optimization.reduce import sequence_sum
 from trivet.recipes.on_policy import evaluate, policy_metrics, rollout_metrics
-from trivet.rewards.reward import load_rewards
+from trivet.run.loop import Metrics, Optimizer, Run
 from trivet.run.options import Options
-from trivet.run.run import Metrics, Optimizer, Run, Watch, follow
 from trivet.toy import ARITHMETIC, STORIES
+
+ROWS, TRAINS = "prompts", "policy"  # what the data must hold, and what kind of model is trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,13 +46,12 @@ class Config(Options):
     """Sampling temperature; the log-probabilities that train are divided by it too."""
 
 
-def train(config: Config, run: Run | None = None) -> Iterator[Metrics]:
+def train(config: Config, run: Run) -> Iterator[Metrics]:
     """Yield the metrics of each step; the policy is run.model."""
-    run = run or Run(config, "pairwise-grpo", "prompts")
-    policy = run.load_policy()
+    policy = run.model
     reference = frozen_copy(policy)
-    reward = load_rewards(config.reward, config.reward_weights, run.tokenizer, like=policy)
-    engine = Engine(run.tokenizer, run.stops, config.max_completion_tokens, config.temperature, run.generator)
+    reward = run.reward
+    engine = Engine(run.decode, run.stops, config.max_completion_tokens, config.temperature, run.generator)
     optimizer = Optimizer(policy, config, run.steps)
     budget, temperature = config.microbatch_tokens, config.temperature
 
@@ -101,8 +100,3 @@ PRESETS = {
         "steps": 300,
     },
 }
-
-
-def main(config: Config, watch: Watch | None = None) -> Path:
-    """Train, and leave a run directory."""
-    return follow(train, Run(config, "pairwise-grpo", "prompts"), watch)
