@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from trivet.toy import stories
 
 FOLDER = Path(__file__).resolve().parents[1] / "src/trivet/toy/stories"
-PAIRS = 2400  # openings with two samples each
+PAIRS = 6000  # openings with two samples each
 MAX_NEW_TOKENS = 64
 
 README = """# Story task: model, tokenizer and preference pairs
