@@ -1,7 +1,10 @@
-"""Shared pieces of the tests: one thread less noise, tiny models of several kinds, groups with ragged lengths."""
+"""Shared pieces of the tests: one thread a worker, tiny models of several kinds, groups with ragged lengths."""
 
+import os
 import random
 from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: workers and their children share the cores
 
 import pytest
 import torch

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
 from trivet.errors import InputError
 
@@ -77,8 +77,12 @@ def _reading(name: str, load: Callable[[], Any]) -> Any:
         raise InputError(
             f"{name}: no config.json in this folder; a model is a folder as transformers' save_pretrained writes it"
         )
+    verbosity = get_verbosity()
+    set_verbosity_error()  # a new scalar head is no news: load_scorer says what it does about it
     try:
         return load()
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"model {name} can't be loaded: {reason}") from error
+    finally:
+        set_verbosity(verbosity)

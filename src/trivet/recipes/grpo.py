@@ -59,26 +59,25 @@ class Config(Options):
 
 def train(config: Config, run: Run) -> Iterator[Metrics]:
     """Yield the metrics of each step; the policy is run.model."""
-    policy = run.model
+    policy, reward = run.model, run.reward
     reference = frozen_copy(policy) if config.beta else None
-    reward = run.reward
     engine = Engine(run.decode, run.stops, config.max_completion_tokens, config.temperature, run.generator)
     optimizer = Optimizer(policy, config, run.steps * config.epochs_per_batch)
     budget, temperature = config.microbatch_tokens, config.temperature
+    clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
 
     for step, prompts in run.batches():
         rollouts = engine.generate(policy, prompts, config.group_size)
-        groups, total = rollouts.groups, rollouts.groups.mask.sum()
+        groups, old_logprobs = rollouts.groups, rollouts.logprobs  # (B, T)
         rewards = reward(rollouts)  # (B,)
         advantages = group_advantages(rewards, config.group_size, normalize=config.normalize)  # (B,)
-        old_logprobs = ref_logprobs = rollouts.logprobs  # (B, T)
+        ref_logprobs = old_logprobs  # (B, T)
         if reference is not None:
-            ref_logprobs = in_microbatches(token_logprobs, reference, groups, budget, temperature=temperature)  # (B, T)
-        teaches = (advantages.view(len(prompts), -1) != 0).any(1) | (
-            config.beta > 0
-        )  # (P,) the others have no gradient
+            ref_logprobs = in_microbatches(token_logprobs, reference, groups, budget, temperature=temperature)
 
+        teaches = advantages.view(-1, config.group_size).any(1) | (config.beta > 0)  # (P,) the others have no gradient
         learner = old_logprobs.clone()  # (B, T) what the learner says of the same tokens, before it moves
+        update = Metrics()
         for epoch in range(config.epochs_per_batch):
             for rows, part in microbatches(groups, budget, only=teaches):
                 logprobs = token_logprobs(policy, part, temperature=temperature)  # (b, T)
@@ -86,10 +85,9 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
                 if config.epochs_per_batch == 1:
                     loss = policy_gradient_loss(logprobs, advantage)  # (b, T)
                 else:
-                    clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
                     loss = clipped_surrogate_loss(logprobs, old_logprobs[rows], advantage, **clip)  # (b, T)
                 loss = loss + config.beta * k2(logprobs, ref_logprobs[rows])
-                token_mean(loss, part.mask, total=total).backward()
+                token_mean(loss, part.mask, total=groups.mask.sum()).backward()
                 if epoch == 0:
                     learner[rows] = logprobs.detach()
             update = optimizer.step()

@@ -48,23 +48,22 @@ class Config(Options):
 
 def train(config: Config, run: Run) -> Iterator[Metrics]:
     """Yield the metrics of each step; the policy is run.model."""
-    policy = run.model
+    policy, reward = run.model, run.reward
     reference = frozen_copy(policy)
-    reward = run.reward
     engine = Engine(run.decode, run.stops, config.max_completion_tokens, config.temperature, run.generator)
     optimizer = Optimizer(policy, config, run.steps)
     budget, temperature = config.microbatch_tokens, config.temperature
 
     for step, prompts in run.batches():
         rollouts = engine.generate(policy, prompts, config.group_size)
-        groups = rollouts.groups
+        groups, old_logprobs = rollouts.groups, rollouts.logprobs  # (B, T)
         rewards = reward(rollouts)  # (B,)
         pairs = ranked_pairs(rewards, config.group_size)  # (P, G, G)
-        teaches = pairs.any(2).any(1)  # (P,) the others have no pair
         ref_logprobs = in_microbatches(token_logprobs, reference, groups, budget, temperature=temperature)  # (B, T)
         ref_logprob = sequence_sum(ref_logprobs, groups.mask)  # (B,)
 
-        learner = rollouts.logprobs.clone()  # (B, T) what the learner says of the same tokens
+        teaches = pairs.any(2).any(1)  # (P,) the others have no pair
+        learner = old_logprobs.clone()  # (B, T) what the learner says of the same tokens, before it moves
         for rows, part in microbatches(groups, budget, whole=True, only=teaches):
             logprobs = token_logprobs(policy, part, temperature=temperature)  # (b, T)
             logprob = sequence_sum(logprobs, part.mask)  # (b,)
@@ -88,7 +87,7 @@ PRESETS = {
         **STORIES,
         "reward": ("trivet.toy.stories:gold",),
         "prompts_per_step": 16,
-        "lr": 1e-3,
+        "lr": 4e-4,
         "steps": 40,
     },
     "arithmetic": {

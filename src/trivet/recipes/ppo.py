@@ -79,9 +79,8 @@ class Config(Options):
 
 def train(config: Config, run: Run) -> Iterator[Metrics]:
     """Yield the metrics of each step; the policy is run.model."""
-    policy = run.model
+    policy, reward = run.model, run.reward
     reference = frozen_copy(policy)
-    reward = run.reward
     critic = critic_from(reward, policy)
     engine = Engine(run.decode, run.stops, config.max_completion_tokens, config.temperature, run.generator)
     updates = config.epochs_per_batch * config.minibatches
@@ -92,10 +91,9 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
 
     for step, prompts in run.batches():
         rollouts = engine.generate(policy, prompts, config.group_size)
-        groups, mask = rollouts.groups, rollouts.groups.mask
+        groups, mask, old_logprobs = rollouts.groups, rollouts.groups.mask, rollouts.logprobs  # (B, T)
         rewards = reward(rollouts)  # (B,)
         rewards = rewards.nan_to_num(nan=float(rewards.nanmean()))  # one that nobody scored is taken as average
-        old_logprobs = rollouts.logprobs  # (B, T)
         ref_logprobs = in_microbatches(token_logprobs, reference, groups, budget, temperature=temperature)  # (B, T)
         old_values = in_microbatches(values, critic, groups, budget)  # (B, T)
         charge = config.beta if config.kl_in == "reward" else 0.0
@@ -105,6 +103,7 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
             advantages = whiten(advantages, mask)
 
         learner = old_logprobs.clone()  # (B, T) as the updates go on
+        update = critic_update = Metrics()
         for chosen in minibatches(len(prompts), config.epochs_per_batch, config.minibatches):
             total = groups.select(chosen.nonzero()[:, 0]).mask.sum()
             for rows, part in microbatches(groups, budget, only=chosen.to(run.device)):

@@ -83,5 +83,5 @@ PRESETS = {
         "lr": 1e-3,
         "lr_decay": True,
     },
-    "arithmetic": {**ARITHMETIC, "steps": 100, "lr": 1e-3},
+    "arithmetic": {**ARITHMETIC, "steps": 200, "lr": 1e-3},
 }

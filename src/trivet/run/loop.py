@@ -75,4 +75,4 @@ class Optimizer:
         self.adamw.step()
         self.schedule.step()
         self.adamw.zero_grad(set_to_none=True)
-        return {"grad_norm": float(norm), "lr": lr}
+        return {"grad_norm": norm.item(), "lr": float(lr)}
