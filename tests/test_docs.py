@@ -26,7 +26,10 @@ def test_the_readme_shows_the_grpo_loop_verbatim():
 @pytest.mark.parametrize("method", RECIPES)
 def test_every_option_says_what_it_does_and_every_method_is_in_the_help(method):
     recipe = importlib.import_module(f"trivet.recipes.{method.replace('-', '_')}")
-    source = "".join((ROOT / "src/trivet" / path).read_text() for path in ("run/options.py", f"recipes/{recipe.__name__.split('.')[-1]}.py"))
+    source = "".join(
+        (ROOT / "src/trivet" / path).read_text()
+        for path in ("run/options.py", f"recipes/{recipe.__name__.split('.')[-1]}.py")
+    )
     for field in dataclasses.fields(recipe.Config):
         assert re.search(rf'^    {field.name}: [^\n]+\n    """', source, re.M), f"{field.name} has no docstring"
     assert f"  {method} " in HELP

@@ -127,7 +127,9 @@ def score(args: list[str]) -> None:
     examples = load_examples(config.data, tokenizer, stops, form, counts=counts, **limits)
     load = load_scorer if is_scorer(folder) else load_policy
     rewards = load_rewards(config.reward, config.reward_weights, tokenizer, like=load(folder, device=config.device))
-    scores = torch.cat([rewards(as_rollouts(examples[i : i + 64], tokenizer, stops, config)) for i in range(0, len(examples), 64)])
+    scores = torch.cat(
+        [rewards(as_rollouts(examples[i : i + 64], tokenizer, stops, config)) for i in range(0, len(examples), 64)]
+    )
     print("\n".join(f"{reason}: {count:,}" for reason, count in counts.items()), file=sys.stderr)
     if form == "preference":
         chosen, rejected = scores.view(-1, 2).unbind(1)
@@ -139,7 +141,9 @@ def score(args: list[str]) -> None:
         print(f"{right:.4f} of {len(examples):,} pairs ranked right, mean margin {(chosen - rejected).mean():.4f}")
     else:
         lines = [{**example.row, "score": a} for example, a in zip(examples, scores.tolist(), strict=True)]
-        print(f"mean score {scores.mean():.4f} over {len(examples):,} rows, standard deviation {scores.std(correction=0):.4f}")
+        print(
+            f"mean score {scores.mean():.4f} over {len(examples):,} rows, standard deviation {scores.std(correction=0):.4f}"
+        )
     if config.out:
         with open(config.out, "x", encoding="utf-8") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -163,5 +167,9 @@ def as_rollouts(examples: Sequence[Example], tokenizer: Any, stops: Sequence[int
     ]
     rows = [example.row for example in examples]
     return Rollouts(
-        groups=groups, logprobs=torch.zeros_like(groups.completions, dtype=torch.float32), finished=finished, texts=texts, rows=rows
+        groups=groups,
+        logprobs=torch.zeros_like(groups.completions, dtype=torch.float32),
+        finished=finished,
+        texts=texts,
+        rows=rows,
     )

@@ -93,7 +93,9 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
         rollouts = engine.generate(policy, prompts, config.group_size)
         groups, mask, old_logprobs = rollouts.groups, rollouts.groups.mask, rollouts.logprobs  # (B, T)
         rewards = reward(rollouts)  # (B,)
-        rewards = rewards.nan_to_num(nan=float(rewards.nanmean()))  # one that nobody scored is taken as average
+        rewards = torch.where(
+            rewards.isnan(), rewards.nanmean().nan_to_num(), rewards
+        )  # one that nobody scored is taken as average
         ref_logprobs = in_microbatches(token_logprobs, reference, groups, budget, temperature=temperature)  # (B, T)
         old_values = in_microbatches(values, critic, groups, budget)  # (B, T)
         charge = config.beta if config.kl_in == "reward" else 0.0
