@@ -1,7 +1,10 @@
-"""Shared pieces of the tests: one thread less noise, tiny models of several kinds, groups with ragged lengths."""
+"""Shared pieces of the tests: one thread a worker, tiny models of several kinds, groups with ragged lengths."""
 
+import os
 import random
 from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: workers and their children share the cores
 
 import pytest
 import torch
@@ -35,7 +38,11 @@ def shared() -> Path:
 def tiny(kind: type = Qwen3Config, **options) -> torch.nn.Module:
     """A random model whose weights are large enough to make every part matter."""
     torch.manual_seed(0)
-    sizes = dict(n_embd=32, n_layer=2, n_head=2, vocab_size=61, bos_token_id=0, eos_token_id=0) if kind is GPT2Config else SMALL
+    sizes = (
+        {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 61, "bos_token_id": 0, "eos_token_id": 0}
+        if kind is GPT2Config
+        else SMALL
+    )
     model = AutoModelForCausalLM.from_config(kind(**{**sizes, **options})).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -11,8 +11,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from trivet.batch import Example, to_groups
 from trivet.cli import main
-from trivet.data import Example, load_examples, read_rows, split_by_prompt, to_groups
+from trivet.data import load_examples, read_rows, split_by_prompt
 from trivet.model.text import PLAIN_TEMPLATE, encode_completion, encode_prompt, load_tokenizer, stop_ids
 
 EOS = 0

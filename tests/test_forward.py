@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import SMALL, ragged, tiny
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, Gemma2Config, MambaConfig, MistralConfig, Qwen3Config
 
+from conftest import SMALL, ragged, tiny
 from trivet.batch import Groups, microbatches
 from trivet.model.forward import in_microbatches, scores, shares_prefix, token_logprobs, values
 from trivet.model.logprobs import selected_logprobs
@@ -40,11 +40,13 @@ def test_same_logprobs_and_gradients_as_one_sequence_at_a_time(model, group_size
     ours, plain = token_logprobs(model, groups, temperature=0.7), by_hand(model, groups, 0.7)
     torch.testing.assert_close(ours, plain, **CLOSE)
     weights = torch.rand(ours.shape)
-    torch.testing.assert_close(gradients(model, (weights * ours).sum()), gradients(model, (weights * plain).sum()), **CLOSE)
+    torch.testing.assert_close(
+        gradients(model, (weights * ours).sum()), gradients(model, (weights * plain).sum()), **CLOSE
+    )
 
 
 @pytest.mark.parametrize(
-    "kind,options",
+    ("kind", "options"),
     [(MambaConfig, {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2}), (Gemma2Config, SMALL)],
     ids=["mamba", "gemma2 with softcap"],
 )

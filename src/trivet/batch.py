@@ -1,4 +1,4 @@
-"""The two types that flow: Groups (prompts and their completions) and Rollouts (groups that the policy wrote itself).
+"""The types that flow: Example (a row of data), Groups (prompts and completions), Rollouts (groups that the policy wrote itself).
 
 P prompts, G completions of each, B = P G rows; row b answers prompt b // G. S is the padded length of prompts, T that of
 completions. Column t of every (B, T) tensor describes completion token t.
@@ -81,6 +81,23 @@ class Rollouts:
     rows: Sequence[Mapping[str, Any]]  # P source rows, every column kept, for rewards
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Example:
+    """One row of data in token ids: a prompt, with the completions that come with it: none, one, or (chosen, rejected)."""
+
+    prompt: list[int]
+    completions: list[list[int]]
+    learned: list[list[bool]]  # per completion token, whether the policy learns it
+    row: Mapping[str, Any]  # the source row, every column kept
+
+
+def to_groups(examples: Sequence[Example], device: torch.device | str) -> Groups:
+    """The examples with their own completions as one Groups on the device."""
+    completions = [ids for example in examples for ids in example.completions]
+    learned = [flags for example in examples for flags in example.learned]
+    return collate([example.prompt for example in examples], completions, learned).to(device)
+
+
 def group_rows(prompts: Tensor, group_size: int) -> Tensor:
     """Row numbers p G ... p G + G - 1 of these prompts, in order. (K,) -> (K G,)"""
     return (prompts[:, None] * group_size + torch.arange(group_size, device=prompts.device)).flatten()
@@ -137,7 +154,7 @@ def microbatches(
     while not whole and size > 1 and int(groups.lengths.max()) > budget:
         size = next(smaller for smaller in range(size - 1, 0, -1) if size % smaller == 0)
         groups = groups.regroup(size)
-    lengths = groups.lengths.tolist()  # one read of the device for all of the step
+    lengths: list[int] = groups.lengths.tolist()  # type: ignore[no-untyped-call]  one read of the device for the step
     part: list[int] = []
     used = 0
     order = sorted(range(len(lengths)), key=lambda p: -lengths[p])

@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for input that can't be used (said in one sentence), 130 for Ctrl-C."""
     args = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads are slow where another process wants a core
     if not args or args[0] in ("-h", "--help", "help"):
         print(HELP)
         return 0
@@ -55,13 +56,14 @@ def run_command(command: str, args: list[str]) -> int:
     """One command with its own arguments."""
     others = {"quickstart": "quickstart", "compare": "report.compare", "generate": "commands", "score": "commands"}
     if command in RECIPES:
+        from trivet.run.launch import launch
         from trivet.run.terminal import Terminal
 
         recipe = importlib.import_module(f"trivet.recipes.{command.replace('-', '_')}")
         config = parse(recipe.Config, args, f"trivet {command}", recipe.PRESETS)
         terminal = Terminal()
         try:
-            out = recipe.main(config, terminal)
+            out = launch(config, terminal)
         finally:
             terminal.close()  # else a progress line swallows what is said after it
         print(f"{out}  ·  model in {out / 'model'}  ·  numbers in {out / 'metrics.jsonl'}")

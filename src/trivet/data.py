@@ -12,11 +12,10 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trivet.batch import Groups, collate
+from trivet.batch import Example
 from trivet.errors import InputError, first_line
 from trivet.model.text import encode_completion, encode_prompt, is_conversation
 
@@ -27,16 +26,6 @@ NEEDS = {
     "prompts": "prompt",
 }
 KINDS = (".jsonl", ".json", ".csv", ".parquet")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Example:
-    """One prompt in token ids, with the completions that its row holds: one (SFT), two (chosen, rejected) or none."""
-
-    prompt: list[int]
-    completions: list[list[int]]
-    learned: list[list[bool]]
-    row: Row
 
 
 def load_examples(
@@ -93,13 +82,6 @@ def split_by_prompt(examples: list[Example], fraction: float, seed: int) -> tupl
         key = zlib.crc32(json.dumps([seed, example.prompt]).encode()) / 2**32
         sides[key < fraction].append(example)
     return sides
-
-
-def to_groups(examples: Sequence[Example], device: str) -> Groups:
-    """The examples as one Groups on the device."""
-    completions = [ids for example in examples for ids in example.completions]
-    learned = [flags for example in examples for flags in example.learned]
-    return collate([example.prompt for example in examples], completions, learned).to(device)
 
 
 def read_rows(path: str) -> Iterator[Row]:

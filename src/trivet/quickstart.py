@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trivet.errors import InputError
-from trivet.report.compare import tables
+from trivet.report.compare import tables, wide_console
 
 GOLD = "trivet.toy.stories:gold"
 STAGES = {
@@ -43,17 +43,15 @@ class Config:
     device: str = "cpu"
     """cpu, cuda, mps; the model is so small that a CPU is best."""
     scale: float = 1.0
-    """Multiply the steps of every method: below 1 is a quicker, rougher look."""
+    """Multiply the steps of every method and the size of the evaluation: below 1 is a quicker, rougher look."""
 
 
 def quickstart(args: list[str]) -> None:
     """Run the stages that are not there yet, evaluate, print."""
-    from rich.console import Console
-
     from trivet.cli import parse
 
     config: Config = parse(Config, args, "trivet quickstart")
-    console, out = Console(highlight=False), Path(config.out)
+    console, out = wide_console(), Path(config.out)
     began, weights = time.perf_counter(), [*STAGES.values(), EVALUATION_SHARE]
     done = 0.0
     for number, method in enumerate(STAGES, 1):
@@ -61,21 +59,22 @@ def quickstart(args: list[str]) -> None:
             rate = (time.perf_counter() - began) / done if done else 0
             left = f"  about {rate * sum(weights[number - 1 :]):.0f} s left in all" if done else ""
             console.rule(f"{number} of {len(weights)} · {method}{left}", align="left")
-            _in_process(_train, method, stage_options(method, config))
+            _in_process(_train, method, stage_options(method, config), config.scale)
             done += STAGES[method]
     console.rule(f"{len(weights)} of {len(weights)} · evaluation on held-out openings", align="left")
     from trivet.report.plots import draw_quickstart
 
-    samples = evaluate_all(out, config.seed, config.device)
+    samples = evaluate_all(out, config, prompts=max(8, round(256 * config.scale)))
     pictures = draw_quickstart(out, COMPARED)
     for table in tables([out / method for method in STAGES]):
         console.print(table)
     ceiling = json.loads((out / "reward-model" / "summary.json").read_text())["eval"]
     console.print(
         f"reward model: {ceiling['eval/accuracy']:.1%} of the held-out pairs ranked as labeled; the labels are noisy, so knowing "
-        f"the gold reward gives {ceiling['eval/noise_ceiling']:.1%} in expectation\n"
+        f"the gold reward gives {ceiling['eval/noise_ceiling']:.1%} in expectation\n",
+        soft_wrap=True,
     )
-    console.print(samples, markup=False)
+    console.print(samples, markup=False, soft_wrap=True)
     console.print(f"{time.perf_counter() - began:.0f} s in all")
     console.print(
         f"pictures: {', '.join(map(str, pictures))}\nsamples side by side: {out / 'samples.md'}", soft_wrap=True
@@ -95,7 +94,7 @@ def stage_options(method: str, config: Config) -> dict[str, Any]:
         options["model"] = str(out / "sft")
     if method in ("ppo", "grpo", "pairwise-grpo"):
         options |= {"reward": (str(out / "reward-model"), GOLD), "reward_weights": (1.0, 0.0)}
-    return options | {"eval_limit": 600, "scale": config.scale}
+    return options | {"eval_limit": max(8, round(600 * config.scale))}
 
 
 def _finished(run: Path, config: Config) -> bool:
@@ -121,17 +120,17 @@ def _in_process(function: Any, *args: Any) -> None:
         )
 
 
-def _train(method: str, options: dict[str, Any]) -> None:
+def _train(method: str, options: dict[str, Any], scale: float) -> None:
+    from trivet.run.launch import launch
     from trivet.run.terminal import Terminal
 
     recipe = importlib.import_module(f"trivet.recipes.{method.replace('-', '_')}")
-    scale = options.pop("scale")
     config = recipe.Config(**(recipe.PRESETS["toy"] | options))
     steps, epochs = config.steps and max(1, round(config.steps * scale)), config.epochs * scale
-    recipe.main(dataclasses.replace(config, steps=steps, epochs=epochs), Terminal(brief=True))
+    launch(dataclasses.replace(config, steps=steps, epochs=epochs), Terminal(brief=True))
 
 
-def evaluate_all(out: Path, seed: int, device: str, prompts: int = 256, each: int = 4) -> str:
+def evaluate_all(out: Path, config: Config, prompts: int, each: int = 4) -> str:
     """Judge every method by gold on the same held-out openings, `each` samples per opening; into its summary.json.
 
     Returns the samples of the first opening, side by side; samples.md gets four openings.
@@ -143,16 +142,21 @@ def evaluate_all(out: Path, seed: int, device: str, prompts: int = 256, each: in
     from trivet.model.load import load_policy
     from trivet.optimization.reduce import sequence_sum
     from trivet.recipes import reward_model
-    from trivet.rewards.reward import load_rewards
-    from trivet.run.run import Run
+    from trivet.rewards.functions import load_rewards
+    from trivet.run.launch import Launch
+    from trivet.toy import STORIES
 
-    run = Run(reward_model.Config(model=str(out / "sft"), **_data(seed)), "evaluation", "preference")
-    heldout, results, texts = run.heldout[:prompts], {}, {}
-    reference = load_policy(run.start_from, device=device)
-    judges = load_rewards([GOLD, str(out / "reward-model")], [1.0, 1.0], run.tokenizer, like=reference)
+    options: dict[str, Any] = STORIES | stage_options("reward-model", config) | {"out": ""}
+    launched = Launch(reward_model.Config(**options))
+    run, device = launched.run, config.device
+    results: dict[str, Any] = {}
+    texts: dict[str, Any] = {}
+    heldout = run.heldout[:prompts]
+    reference = load_policy(launched.start_from, device=device)
+    judges = load_rewards([GOLD, str(out / "reward-model")], [1.0, 1.0], launched.tokenizer, like=reference)
     for method in COMPARED:
         policy = load_policy(str(out / method / "model"), device=device)
-        engine = Engine(run.tokenizer, run.stops, 64, 1.0, torch.Generator(device).manual_seed(seed))
+        engine = Engine(run.decode, run.stops, 64, 1.0, torch.Generator(device).manual_seed(config.seed))
         rollouts = engine.generate(policy, heldout, each)
         judges(rollouts)
         gold, learned = (part.view(-1, each) for part in judges.parts.values())  # (P, each)
@@ -177,12 +181,6 @@ def evaluate_all(out: Path, seed: int, device: str, prompts: int = 256, each: in
     blocks = [_side_by_side(heldout[p].row["prompt"], p * each, texts, results) for p in range(4)]
     (out / "samples.md").write_text("# The same openings, told by every method\n\n" + "\n".join(blocks))
     return blocks[0]
-
-
-def _data(seed: int) -> dict[str, Any]:
-    from trivet.toy import STORIES
-
-    return {"data": STORIES["data"], "max_completion_tokens": 64, "seed": seed, "eval_fraction": 0.1, "eval_limit": 600}
 
 
 def _record(run: Path, numbers: dict[str, float]) -> None:

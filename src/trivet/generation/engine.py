@@ -1,33 +1,23 @@
 """The in-process engine: it samples from the learner's own weights and prefills each prompt once for its whole group."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from trivet.batch import Groups, Rollouts, pad
+from trivet.batch import Example, Groups, Rollouts, pad
 from trivet.generation.sampling import draw, warp
 from trivet.model.attention import NO_MASK, Layout, attend_dense
 from trivet.model.forward import autocast, shares_prefix, token_logprobs
-from trivet.model.text import decode_completion
-
-
-class Prompt(Protocol):
-    """What the engine wants to know of a prompt: its token ids, and the row it came from, for the rewards."""
-
-    @property
-    def prompt(self) -> Sequence[int]: ...
-    @property
-    def row(self) -> Mapping[str, Any]: ...
 
 
 @dataclass
 class Engine:
     """Samples groups of completions. Its random generator is its own, so that sampling repeats with the seed."""
 
-    tokenizer: Any
+    decode: Callable[[Sequence[int], Sequence[int]], str]  # (prompt ids, completion ids) -> the completion's text
     stops: Sequence[int]  # ids that end a completion, all of them
     max_completion_tokens: int
     temperature: float
@@ -35,7 +25,7 @@ class Engine:
     top_k: int = 0  # 0: all. A cut makes the log-probabilities those of the cut distribution; the learner's are not cut
     top_p: float = 1.0
 
-    def generate(self, policy: Any, prompts: Sequence[Prompt], group_size: int) -> Rollouts:
+    def generate(self, policy: Any, prompts: Sequence[Example], group_size: int) -> Rollouts:
         """group_size completions of every prompt, sampled from the policy as it is now."""
         ids, prompt_mask = (x.to(policy.device) for x in pad([prompt.prompt for prompt in prompts]))
         run = _decode if shares_prefix(policy) else _transformers_generate
@@ -52,10 +42,7 @@ class Engine:
         last = present.sum(1) - 1
         finished = torch.isin(completions.gather(1, last[:, None])[:, 0], completions.new_tensor(self.stops))
         lengths, tokens = (last + 1 - finished.long()).tolist(), completions.tolist()
-        texts = [
-            decode_completion(self.tokenizer, prompts[b // group_size].prompt, tokens[b][:length])
-            for b, length in enumerate(lengths)
-        ]
+        texts = [self.decode(prompts[b // group_size].prompt, tokens[b][:length]) for b, length in enumerate(lengths)]
         rows = [prompt.row for prompt in prompts]
         return Rollouts(groups=groups, logprobs=logprobs, finished=finished, texts=texts, rows=rows)
 

@@ -16,7 +16,11 @@ def warp(logits: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1
     if top_p < 1:
         ordered, order = logprobs.sort(descending=True)
         before = ordered.exp().cumsum(-1) - ordered.exp()  # mass of the more likely tokens
-        logprobs = ordered.masked_fill(before >= top_p, -torch.inf).gather(-1, order.argsort(-1)).log_softmax(-1)
+        logprobs = (
+            ordered.masked_fill((before >= top_p) & (before > 0), -torch.inf)
+            .gather(-1, order.argsort(-1))
+            .log_softmax(-1)
+        )
     return logprobs
 
 
@@ -27,4 +31,6 @@ def draw(logprobs: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     level = torch.rand(total.shape, generator=generator, device=total.device) * total
     level = torch.minimum(level, total * (1 - 2**-23))  # rounding up to the total would pick a token of no mass
     tokens = torch.searchsorted(mass, level, right=True)  # (R, 1)
+    possible = logprobs.gather(-1, tokens) > -torch.inf  # sums made in parallel are not quite monotone on a GPU
+    tokens = torch.where(possible, tokens, logprobs.argmax(-1, keepdim=True))
     return tokens[:, 0], logprobs.gather(-1, tokens)[:, 0]

@@ -1,1 +1,7 @@
 """Hugging Face models as trunk and head: loading, the shared-prefix forward, log-probabilities that never build logits."""
+
+from trivet.model.copies import frozen_copy
+from trivet.model.forward import scores, token_logprobs, values
+from trivet.model.load import load_policy, load_scorer
+
+__all__ = ["frozen_copy", "load_policy", "load_scorer", "scores", "token_logprobs", "values"]

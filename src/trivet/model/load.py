@@ -1,6 +1,5 @@
 """Models in and out: ordinary Hugging Face folders, loaded as a policy or with a scalar head, copied, saved."""
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,40 +23,29 @@ def load_policy(name: str, *, device: str = "cpu", precision: str = "float32", f
     if from_scratch:
         model = _reading(name, lambda: AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name)).float())
     else:
-        model = _with_weights(name, AutoModelForCausalLM, may_lack=("lm_head",) if is_scorer(name) else ())
+        model = _with_weights(name, AutoModelForCausalLM)
     return _prepare(model, device, PRECISIONS[precision])
 
 
-def load_scorer(name: str, *, like: Any) -> Any:
-    """A model with a scalar head, `score`, from a folder or hub name. like: a model whose device and precision it takes."""
-    model = _with_weights(name, AutoModelForSequenceClassification, num_labels=1)
-    return _prepare(_with_score(model), like.device, like.compute_dtype)
-
-
-def with_scalar_head(policy: Any) -> Any:
-    """A zero scalar head on a copy of the policy's trunk as it stands in memory."""
-    config = copy.deepcopy(policy.config)
-    config.num_labels = 1
-    model = _with_score(AutoModelForSequenceClassification.from_config(config).float())
-    model.base_model.load_state_dict(policy.base_model.state_dict())
-    torch.nn.init.zeros_(model.score.weight)
-    return _prepare(model, policy.device, policy.compute_dtype)
-
-
-def _with_score(model: Any) -> Any:
+def load_scorer(name: str, *, device: str = "cpu", precision: str = "float32", from_scratch: bool = False) -> Any:
+    """A model with a scalar head, `score`, as load_policy does it; on a language model the head is new, and starts at zero."""
+    kind, new_head = AutoModelForSequenceClassification, from_scratch or not is_scorer(name)
+    if from_scratch:
+        model = _reading(name, lambda: kind.from_config(AutoConfig.from_pretrained(name, num_labels=1)).float())
+    else:
+        model = _with_weights(name, kind, may_lack=("score",) if new_head else (), num_labels=1)
     if not hasattr(model, "score"):
-        raise InputError(f"{type(model).__name__} has no scalar head named 'score'; choose another kind of model")
-    return model
+        raise InputError(
+            f"{name}: {type(model).__name__} has no scalar head named 'score'; choose another kind of model"
+        )
+    if new_head:
+        torch.nn.init.zeros_(model.score.weight)
+    return _prepare(model, device, PRECISIONS[precision])
 
 
 def _prepare(model: Any, device: torch.device | str, compute_dtype: torch.dtype | None) -> Any:
     model.compute_dtype = compute_dtype
     return model.to(device).eval()  # no dropout: with it, policy and reference would never agree
-
-
-def frozen_copy(model: Any) -> Any:
-    """A reference: the model as it stands in memory, not as its files are on disk, without gradients."""
-    return copy.deepcopy(model).requires_grad_(False)
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -20,6 +20,12 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
     (B, T) each; returns a scalar, 0 where the returns do not vary.
     """
-    errors, targets = (returns - values)[mask], returns[mask]
-    spread = targets.var(correction=0)
-    return torch.where(spread > 0, 1 - errors.var(correction=0) / spread, 0.0)
+    anchor = torch.where(mask, returns, -torch.inf).amax()  # equal returns then have a variance of exactly 0
+    spread, error = _variance(returns - anchor, mask), _variance(returns - values, mask)
+    return torch.where(spread > 0, 1 - error / spread, 0.0)
+
+
+def _variance(x: Tensor, mask: Tensor) -> Tensor:
+    count = mask.sum().clamp(min=1)
+    x = torch.where(mask, x, 0.0)
+    return torch.where(mask, x - x.sum() / count, 0.0).square().sum() / count

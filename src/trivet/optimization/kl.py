@@ -7,7 +7,8 @@ With d = log pi - log pi_ref at the sampled token:
     k2   d^2 / 2               close to KL         the gradient of KL(pi || pi_ref)  <- use this one in a loss
     k3   exp(-d) - 1 + d       KL, never negative  the gradient of KL(pi_ref || pi), the other direction
 
-In the reward, where nothing is differentiated, k1 is the right charge. All shapes are (B, T).
+Of a text, summed over its tokens, k2 gives the gradient of the KL at each visited state with the visits held fixed; what an
+early token does to later states is in k1 charged in the reward, where nothing is differentiated. All shapes are (B, T).
 """
 
 import torch
@@ -20,7 +21,7 @@ def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """k2 = (log pi - log pi_ref)^2 / 2. Biased to second order; its gradient d * grad log pi is that of the KL.
+    """k2 = (log pi - log pi_ref)^2 / 2. Agrees with the KL to second order; its gradient d * grad log pi is that of the KL.
 
     (B, T) each; returns (B, T).
     """

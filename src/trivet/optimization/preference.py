@@ -34,7 +34,7 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected:
         -log sigmoid(beta [(log pi(y_w) - log pi(y_l)) - (log pi_ref(y_w) - log pi_ref(y_l))])
 
     chosen, rejected, ref_chosen, ref_rejected: (B,) log-probabilities of whole completions under the policy and under
-    the reference. Returns (B,). At pi = pi_ref it is log 2. Source: Rafailov et al. 2023, eq. 7.
+    the reference. beta: strength of the tie to the reference, per nat. Returns (B,). At pi = pi_ref it is log 2. Source: Rafailov et al. 2023, eq. 7.
     """
     return bradley_terry_loss(
         implicit_reward(chosen, ref_chosen, beta=beta), implicit_reward(rejected, ref_rejected, beta=beta)

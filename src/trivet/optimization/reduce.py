@@ -39,11 +39,12 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
 
         (x - mean) / sqrt(var + 1e-8) where mask, 0 elsewhere
 
-    With fewer than two real tokens the variance is not defined and only the mean is taken away. Returns (B, T).
-    Source: Ziegler et al. 2019, lm-human-preferences.
+    With fewer than two real tokens the variance is not defined and only the mean is taken away; equal values give exactly
+    0. Returns (B, T). Source: Ziegler et al. 2019, lm-human-preferences.
     """
     count = mask.sum()
-    centered = torch.where(mask, x - token_mean(x, mask), 0.0)
+    anchored = torch.where(mask, x - torch.where(mask, x, -torch.inf).amax(), 0.0)  # equal values become exact zeros
+    centered = torch.where(mask, anchored - token_mean(anchored, mask), 0.0)
     variance = centered.square().sum() / (count - 1).clamp(min=1)
     scale = torch.where(count > 1, (variance + 1e-8).rsqrt(), torch.ones_like(variance))
     return centered * scale

@@ -14,20 +14,20 @@ be seen, and no second model is kept in memory.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trivet.batch import microbatches
-from trivet.data import Example, to_groups
+from trivet.batch import Example, microbatches, to_groups
 from trivet.model.forward import in_microbatches, token_logprobs
 from trivet.optimization.preference import dpo_loss, implicit_reward
 from trivet.optimization.reduce import sequence_sum
+from trivet.run.loop import Metrics, Optimizer, Run
 from trivet.run.options import Options
-from trivet.run.run import Metrics, Optimizer, Run, Watch, follow
-from trivet.toy import STORIES
+from trivet.toy import ARITHMETIC, STORIES
+
+ROWS, TRAINS = "preference", "policy"  # what the data must hold, and what kind of model is trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +38,9 @@ class Config(Options):
     """Strength of the tie to the reference, per nat."""
 
 
-def train(config: Config, run: Run | None = None) -> Iterator[Metrics]:
+def train(config: Config, run: Run) -> Iterator[Metrics]:
     """Yield the metrics of each step; the policy is run.model."""
-    run = run or Run(config, "dpo", "preference")
-    policy = run.load_policy()
+    policy = run.model
     seen = [example for _, examples in run.batches() for example in examples] + run.heldout
     reference = reference_logprobs(policy, seen, config, run)
     optimizer = Optimizer(policy, config, run.steps)
@@ -114,9 +113,5 @@ PRESETS = {
         "lr": 3e-4,
         "lr_decay": True,
     },
+    "arithmetic": {**ARITHMETIC, "steps": 100, "lr": 1e-3},
 }
-
-
-def main(config: Config, watch: Watch | None = None) -> Path:
-    """Train, and leave a run directory."""
-    return follow(train, Run(config, "dpo", "preference"), watch)

@@ -16,21 +16,21 @@ that of KL(pi || pi_ref); the paper's k3 has the gradient of the other direction
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from trivet.batch import microbatches
 from trivet.generation.engine import Engine
+from trivet.model.copies import frozen_copy
 from trivet.model.forward import in_microbatches, token_logprobs
-from trivet.model.load import frozen_copy
 from trivet.optimization.advantages import group_advantages
 from trivet.optimization.kl import k2
 from trivet.optimization.policy import clipped_surrogate_loss, policy_gradient_loss
 from trivet.optimization.reduce import token_mean
 from trivet.recipes.on_policy import evaluate, policy_metrics, rollout_metrics
-from trivet.rewards.reward import load_rewards
+from trivet.run.loop import Metrics, Optimizer, Run
 from trivet.run.options import Options
-from trivet.run.run import Metrics, Optimizer, Run, Watch, follow
 from trivet.toy import ARITHMETIC, STORIES
+
+ROWS, TRAINS = "prompts", "policy"  # what the data must hold, and what kind of model is trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,29 +57,27 @@ class Config(Options):
     """The ratio is clipped above 1 + clip_high."""
 
 
-def train(config: Config, run: Run | None = None) -> Iterator[Metrics]:
+def train(config: Config, run: Run) -> Iterator[Metrics]:
     """Yield the metrics of each step; the policy is run.model."""
-    run = run or Run(config, "grpo", "prompts")
-    policy = run.load_policy()
+    policy, reward = run.model, run.reward
     reference = frozen_copy(policy) if config.beta else None
-    reward = load_rewards(config.reward, config.reward_weights, run.tokenizer, like=policy)
-    engine = Engine(run.tokenizer, run.stops, config.max_completion_tokens, config.temperature, run.generator)
+    engine = Engine(run.decode, run.stops, config.max_completion_tokens, config.temperature, run.generator)
     optimizer = Optimizer(policy, config, run.steps * config.epochs_per_batch)
     budget, temperature = config.microbatch_tokens, config.temperature
+    clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
 
     for step, prompts in run.batches():
         rollouts = engine.generate(policy, prompts, config.group_size)
-        groups, total = rollouts.groups, rollouts.groups.mask.sum()
+        groups, old_logprobs = rollouts.groups, rollouts.logprobs  # (B, T)
         rewards = reward(rollouts)  # (B,)
         advantages = group_advantages(rewards, config.group_size, normalize=config.normalize)  # (B,)
-        old_logprobs = ref_logprobs = rollouts.logprobs  # (B, T)
+        ref_logprobs = old_logprobs  # (B, T)
         if reference is not None:
-            ref_logprobs = in_microbatches(token_logprobs, reference, groups, budget, temperature=temperature)  # (B, T)
-        teaches = (advantages.view(len(prompts), -1) != 0).any(1) | (
-            config.beta > 0
-        )  # (P,) the others have no gradient
+            ref_logprobs = in_microbatches(token_logprobs, reference, groups, budget, temperature=temperature)
 
+        teaches = advantages.view(-1, config.group_size).any(1) | (config.beta > 0)  # (P,) the others have no gradient
         learner = old_logprobs.clone()  # (B, T) what the learner says of the same tokens, before it moves
+        update = Metrics()
         for epoch in range(config.epochs_per_batch):
             for rows, part in microbatches(groups, budget, only=teaches):
                 logprobs = token_logprobs(policy, part, temperature=temperature)  # (b, T)
@@ -87,10 +85,9 @@ def train(config: Config, run: Run | None = None) -> Iterator[Metrics]:
                 if config.epochs_per_batch == 1:
                     loss = policy_gradient_loss(logprobs, advantage)  # (b, T)
                 else:
-                    clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
                     loss = clipped_surrogate_loss(logprobs, old_logprobs[rows], advantage, **clip)  # (b, T)
                 loss = loss + config.beta * k2(logprobs, ref_logprobs[rows])
-                token_mean(loss, part.mask, total=total).backward()
+                token_mean(loss, part.mask, total=groups.mask.sum()).backward()
                 if epoch == 0:
                     learner[rows] = logprobs.detach()
             update = optimizer.step()
@@ -120,8 +117,3 @@ PRESETS = {
         "steps": 300,
     },
 }
-
-
-def main(config: Config, watch: Watch | None = None) -> Path:
-    """Train, and leave a run directory."""
-    return follow(train, Run(config, "grpo", "prompts"), watch)

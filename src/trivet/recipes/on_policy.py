@@ -11,7 +11,7 @@ from trivet.model.forward import in_microbatches, token_logprobs
 from trivet.optimization.kl import k1
 from trivet.optimization.reduce import sequence_sum, token_mean
 from trivet.rewards.reward import WeightedSum
-from trivet.run.run import Metrics, Run
+from trivet.run.loop import Metrics, Run
 
 
 def rollout_metrics(rollouts: Rollouts, rewards: Tensor, reward: WeightedSum) -> Metrics:

@@ -15,19 +15,19 @@ the mean. There is no separate KL term: beta ties the policy to the reference as
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from trivet.batch import microbatches
 from trivet.generation.engine import Engine
+from trivet.model.copies import frozen_copy
 from trivet.model.forward import in_microbatches, token_logprobs
-from trivet.model.load import frozen_copy
 from trivet.optimization.preference import pairwise_group_loss, ranked_pairs
 from trivet.optimization.reduce import sequence_sum
 from trivet.recipes.on_policy import evaluate, policy_metrics, rollout_metrics
-from trivet.rewards.reward import load_rewards
+from trivet.run.loop import Metrics, Optimizer, Run
 from trivet.run.options import Options
-from trivet.run.run import Metrics, Optimizer, Run, Watch, follow
 from trivet.toy import ARITHMETIC, STORIES
+
+ROWS, TRAINS = "prompts", "policy"  # what the data must hold, and what kind of model is trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,26 +46,24 @@ class Config(Options):
     """Sampling temperature; the log-probabilities that train are divided by it too."""
 
 
-def train(config: Config, run: Run | None = None) -> Iterator[Metrics]:
+def train(config: Config, run: Run) -> Iterator[Metrics]:
     """Yield the metrics of each step; the policy is run.model."""
-    run = run or Run(config, "pairwise-grpo", "prompts")
-    policy = run.load_policy()
+    policy, reward = run.model, run.reward
     reference = frozen_copy(policy)
-    reward = load_rewards(config.reward, config.reward_weights, run.tokenizer, like=policy)
-    engine = Engine(run.tokenizer, run.stops, config.max_completion_tokens, config.temperature, run.generator)
+    engine = Engine(run.decode, run.stops, config.max_completion_tokens, config.temperature, run.generator)
     optimizer = Optimizer(policy, config, run.steps)
     budget, temperature = config.microbatch_tokens, config.temperature
 
     for step, prompts in run.batches():
         rollouts = engine.generate(policy, prompts, config.group_size)
-        groups = rollouts.groups
+        groups, old_logprobs = rollouts.groups, rollouts.logprobs  # (B, T)
         rewards = reward(rollouts)  # (B,)
         pairs = ranked_pairs(rewards, config.group_size)  # (P, G, G)
-        teaches = pairs.any(2).any(1)  # (P,) the others have no pair
         ref_logprobs = in_microbatches(token_logprobs, reference, groups, budget, temperature=temperature)  # (B, T)
         ref_logprob = sequence_sum(ref_logprobs, groups.mask)  # (B,)
 
-        learner = rollouts.logprobs.clone()  # (B, T) what the learner says of the same tokens
+        teaches = pairs.any(2).any(1)  # (P,) the others have no pair
+        learner = old_logprobs.clone()  # (B, T) what the learner says of the same tokens, before it moves
         for rows, part in microbatches(groups, budget, whole=True, only=teaches):
             logprobs = token_logprobs(policy, part, temperature=temperature)  # (b, T)
             logprob = sequence_sum(logprobs, part.mask)  # (b,)
@@ -89,7 +87,7 @@ PRESETS = {
         **STORIES,
         "reward": ("trivet.toy.stories:gold",),
         "prompts_per_step": 16,
-        "lr": 1e-3,
+        "lr": 4e-4,
         "steps": 40,
     },
     "arithmetic": {
@@ -101,8 +99,3 @@ PRESETS = {
         "steps": 300,
     },
 }
-
-
-def main(config: Config, watch: Watch | None = None) -> Path:
-    """Train, and leave a run directory."""
-    return follow(train, Run(config, "pairwise-grpo", "prompts"), watch)

@@ -17,15 +17,14 @@ InstructGPT: no pretraining term, and V is not normalized.
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from trivet.batch import microbatches
 from trivet.generation.engine import Engine
+from trivet.model.copies import frozen_copy, with_scalar_head
 from trivet.model.forward import in_microbatches, token_logprobs, values
-from trivet.model.load import frozen_copy, with_scalar_head
 from trivet.optimization.advantages import gae
 from trivet.optimization.diagnostics import explained_variance, is_clipped
 from trivet.optimization.kl import k1, k2
@@ -33,11 +32,13 @@ from trivet.optimization.policy import clipped_surrogate_loss
 from trivet.optimization.reduce import sequence_sum, token_mean, whiten
 from trivet.optimization.value import clipped_value_loss
 from trivet.recipes.on_policy import evaluate, rollout_metrics
-from trivet.rewards.reward import WeightedSum, load_rewards
+from trivet.rewards.reward import WeightedSum
 from trivet.rewards.shaping import kl_charged_rewards
+from trivet.run.loop import Metrics, Optimizer, Run
 from trivet.run.options import Options
-from trivet.run.run import Metrics, Optimizer, Run, Watch, follow
 from trivet.toy import ARITHMETIC, STORIES
+
+ROWS, TRAINS = "prompts", "policy"  # what the data must hold, and what kind of model is trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,14 +77,12 @@ class Config(Options):
     """Shift and scale the advantages of a batch to mean 0 and variance 1."""
 
 
-def train(config: Config, run: Run | None = None) -> Iterator[Metrics]:
+def train(config: Config, run: Run) -> Iterator[Metrics]:
     """Yield the metrics of each step; the policy is run.model."""
-    run = run or Run(config, "ppo", "prompts")
-    policy = run.load_policy()
+    policy, reward = run.model, run.reward
     reference = frozen_copy(policy)
-    reward = load_rewards(config.reward, config.reward_weights, run.tokenizer, like=policy)
     critic = critic_from(reward, policy)
-    engine = Engine(run.tokenizer, run.stops, config.max_completion_tokens, config.temperature, run.generator)
+    engine = Engine(run.decode, run.stops, config.max_completion_tokens, config.temperature, run.generator)
     updates = config.epochs_per_batch * config.minibatches
     optimizer = Optimizer(policy, config, run.steps * updates)
     critic_optimizer = Optimizer(critic, config, run.steps * updates, lr=config.critic_lr)
@@ -92,10 +91,11 @@ def train(config: Config, run: Run | None = None) -> Iterator[Metrics]:
 
     for step, prompts in run.batches():
         rollouts = engine.generate(policy, prompts, config.group_size)
-        groups, mask = rollouts.groups, rollouts.groups.mask
+        groups, mask, old_logprobs = rollouts.groups, rollouts.groups.mask, rollouts.logprobs  # (B, T)
         rewards = reward(rollouts)  # (B,)
-        rewards = rewards.nan_to_num(nan=float(rewards.nanmean()))  # one that nobody scored is taken as average
-        old_logprobs = rollouts.logprobs  # (B, T)
+        rewards = torch.where(
+            rewards.isnan(), rewards.nanmean().nan_to_num(), rewards
+        )  # one that nobody scored is taken as average
         ref_logprobs = in_microbatches(token_logprobs, reference, groups, budget, temperature=temperature)  # (B, T)
         old_values = in_microbatches(values, critic, groups, budget)  # (B, T)
         charge = config.beta if config.kl_in == "reward" else 0.0
@@ -105,6 +105,7 @@ def train(config: Config, run: Run | None = None) -> Iterator[Metrics]:
             advantages = whiten(advantages, mask)
 
         learner = old_logprobs.clone()  # (B, T) as the updates go on
+        update = critic_update = Metrics()
         for chosen in minibatches(len(prompts), config.epochs_per_batch, config.minibatches):
             total = groups.select(chosen.nonzero()[:, 0]).mask.sum()
             for rows, part in microbatches(groups, budget, only=chosen.to(run.device)):
@@ -171,8 +172,3 @@ PRESETS = {
         "steps": 200,
     },
 }
-
-
-def main(config: Config, watch: Watch | None = None) -> Path:
-    """Train, and leave a run directory."""
-    return follow(train, Run(config, "ppo", "prompts"), watch)

@@ -14,20 +14,19 @@ sequence-classification model that transformers loads and that --reward takes.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trivet.batch import microbatches
-from trivet.data import Example, to_groups
+from trivet.batch import Example, microbatches, to_groups
 from trivet.model.forward import in_microbatches, scores
-from trivet.model.load import is_scorer, load_scorer, with_scalar_head
 from trivet.optimization.preference import bradley_terry_loss
+from trivet.run.loop import Metrics, Optimizer, Run
 from trivet.run.options import Options
-from trivet.run.run import Metrics, Optimizer, Run, Watch, follow
-from trivet.toy import STORIES
+from trivet.toy import ARITHMETIC, STORIES
+
+ROWS, TRAINS = "preference", "scorer"  # what the data must hold, and what kind of model is trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +37,9 @@ class Config(Options):
     """How far apart the two scores should at least be."""
 
 
-def train(config: Config, run: Run | None = None) -> Iterator[Metrics]:
+def train(config: Config, run: Run) -> Iterator[Metrics]:
     """Yield the metrics of each step; the reward model is run.model."""
-    run = run or Run(config, "reward-model", "preference")
-    policy = run.load_policy()
-    model = load_scorer(run.start_from, like=policy) if is_scorer(run.start_from) else with_scalar_head(policy)
-    run.model = give_pad_token(model, run)
+    model = run.model
     optimizer = Optimizer(model, config, run.steps)
 
     for step, examples in run.batches():
@@ -79,28 +75,13 @@ def evaluate(model: Any, examples: Sequence[Example], config: Config, device: st
     return {f"eval/{key}": value for key, value in pair_metrics(score, config.margin).items()}
 
 
-def give_pad_token(model: Any, run: Run) -> Any:
-    """Record a padding id that no real token has, so that transformers too finds the last real token, EOS included."""
-    pad = run.tokenizer.pad_token_id
-    if pad is None or pad in run.stops:
-        unused = [i for i in run.tokenizer.all_special_ids if i not in run.stops]
-        pad = unused[-1] if unused else len(run.tokenizer) - 1
-        run.tokenizer.pad_token = run.tokenizer.convert_ids_to_tokens(pad)
-    model.config.pad_token_id = pad
-    return model
-
-
 PRESETS = {
     "toy": {
         **STORIES,
         "prompts_per_step": 32,
-        "epochs": 2.0,
+        "epochs": 1.0,
         "lr": 1e-3,
         "lr_decay": True,
     },
+    "arithmetic": {**ARITHMETIC, "steps": 200, "lr": 1e-3},
 }
-
-
-def main(config: Config, watch: Watch | None = None) -> Path:
-    """Train, and leave a run directory."""
-    return follow(train, Run(config, "reward-model", "preference"), watch)

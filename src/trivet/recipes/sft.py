@@ -14,17 +14,17 @@ read too: their chosen side is the answer.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from trivet.batch import microbatches
-from trivet.data import Example, to_groups
+from trivet.batch import Example, microbatches, to_groups
 from trivet.model.forward import in_microbatches, token_logprobs
 from trivet.optimization.reduce import token_mean
 from trivet.optimization.supervised import nll_loss
+from trivet.run.loop import Metrics, Optimizer, Run
 from trivet.run.options import Options
-from trivet.run.run import Metrics, Optimizer, Run, Watch, follow
 from trivet.toy import ARITHMETIC, STORIES
+
+ROWS, TRAINS = "supervised", "policy"  # what the data must hold, and what kind of model is trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +32,9 @@ class Config(Options):
     """Supervised fine-tuning: maximize the likelihood of the given answers."""
 
 
-def train(config: Config, run: Run | None = None) -> Iterator[Metrics]:
+def train(config: Config, run: Run) -> Iterator[Metrics]:
     """Yield the metrics of each step; the policy is run.model."""
-    run = run or Run(config, "sft", "supervised")
-    policy = run.load_policy()
+    policy = run.model
     optimizer = Optimizer(policy, config, run.steps)
 
     for step, examples in run.batches():
@@ -73,8 +72,3 @@ PRESETS = {
         "lr": 3e-3,
     },
 }
-
-
-def main(config: Config, watch: Watch | None = None) -> Path:
-    """Train, and leave a run directory."""
-    return follow(train, Run(config, "sft", "supervised"), watch)

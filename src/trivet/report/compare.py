@@ -11,39 +11,28 @@ from rich.table import Table
 from trivet.errors import InputError
 
 METHODS = {  # method: objective, reward model needed, stages, best for
-    "sft": ("-log pi(y_w|x)", "no", "SFT", "good answers exist to copy"),
-    "reward-model": ("Bradley-Terry on a score", "it is one", "SFT → RM", "preferences to be used again and again"),
-    "dpo": ("Bradley-Terry on beta log pi/pi_ref", "no", "SFT → DPO", "preference pairs, nothing to sample"),
-    "ppo": (
-        "clipped surrogate, critic, KL charge",
-        "yes, or a rule",
-        "SFT → RM → PPO",
-        "long credit assignment, noisy rewards",
-    ),
-    "grpo": (
-        "-A log pi, A = R - group mean, + KL",
-        "yes, or a rule",
-        "SFT (→ RM) → GRPO",
-        "rewards a program can check",
-    ),
+    "sft": ("-log π(y_w)", "no", "SFT", "answers worth copying"),
+    "reward-model": ("Bradley-Terry on a score", "is one", "SFT, RM", "preferences used again and again"),
+    "dpo": ("Bradley-Terry on β log π/π_ref", "no", "SFT, DPO", "preference pairs, nothing to sample"),
+    "ppo": ("clipped ρA, critic, KL charge", "or any reward", "SFT, RM, PPO", "credit within long answers"),
+    "grpo": ("-A log π, A = R - mean, + KL", "or any reward", "SFT, (RM,) GRPO", "rewards a program checks"),
     "pairwise-grpo": (
-        "Bradley-Terry on all ranked pairs",
-        "yes, or a ranking",
-        "SFT (→ RM) → pairwise",
-        "rewards trusted as a ranking only",
+        "Bradley-Terry on ranked pairs",
+        "or any ranking",
+        "SFT, (RM,) pairwise",
+        "rewards good as a ranking only",
     ),
 }
-FIRST = (
-    "gold",
-    "gold_se",
-    "learned_reward",
-    "kl",
-    "win_rate",
-    "length",
-    "accuracy",
-    "reward",
-    "loss",
-)  # held-out columns, in order
+COLUMNS = {  # held-out number: its heading
+    "gold": "gold reward",
+    "learned_reward": "learned",
+    "reward": "reward",
+    "kl": "KL, nats",
+    "win_rate": "win rate",
+    "length": "length",
+    "accuracy": "pairs right",
+    "loss": "loss",
+}
 
 
 def compare(args: list[str]) -> None:
@@ -53,7 +42,7 @@ def compare(args: list[str]) -> None:
             "trivet compare RUN [RUN ...]\n\nOne row a run directory: the method, its last held-out numbers, and what it cost."
         )
         return
-    console = Console()
+    console = wide_console()
     for table in tables([Path(arg) for arg in args]):
         console.print(table)
 
@@ -71,43 +60,40 @@ def read_summary(run: Path) -> dict[str, Any]:
 
 
 def tables(runs: list[Path]) -> tuple[Table, Table]:
-    """What each method is, and what it did and cost."""
+    """What each method is, with what it cost; and its last held-out numbers."""
+    about = Table(title="the methods, with what they cost here", title_justify="left", header_style="bold")
+    for title in ("method", "objective", "reward model", "stages", "memory", "compute", "best for"):
+        about.add_column(title)
     summaries = [(run.name, read_summary(run)) for run in runs]
-    about = Table(title="the methods", title_justify="left", header_style="bold")
-    for title in ("method", "objective", "reward model needed", "stages", "memory", "compute", "best for"):
-        about.add_column(title, overflow="fold")
     for name, summary in summaries:
         objective, needed, stages, best = METHODS.get(summary["method"], ("", "", "", ""))
         about.add_row(label(name, summary), objective, needed, stages, memory(summary), compute(summary), best)
-    keys = {key for _, summary in summaries for key in short_eval(summary)}
-    ordered = [key for key in FIRST if key in keys and key != "gold_se"] + sorted(keys - set(FIRST))
-    measured = Table(title="held-out numbers and cost", title_justify="left", header_style="bold")
+    heldout = {name: heldout_numbers(summary) for name, summary in summaries}
+    shown = [key for key in COLUMNS if any(key in numbers for numbers in heldout.values())]
+    measured = Table(title="held-out numbers, and tokens", title_justify="left", header_style="bold")
     measured.add_column("method")
-    for key in [*ordered, "seconds", "peak memory", "generated", "trained"]:
-        measured.add_column(key.replace("_", " "), justify="right")
+    for title in [*(COLUMNS[key] for key in shown), "generated", "trained"]:
+        measured.add_column(title, justify="right")
     for name, summary in summaries:
-        numbers = short_eval(summary)
-        cells = [f"{numbers[key]:.3g}" if key in numbers else "" for key in ordered]
-        if "gold_se" in numbers and "gold" in ordered:
-            cells[ordered.index("gold")] += f" ±{numbers['gold_se']:.2f}"
-        tokens = [f"{summary[f'tokens_{kind}']:,}" for kind in ("generated", "trained")]
-        measured.add_row(label(name, summary), *cells, f"{summary['seconds']:.1f}", memory(summary), *tokens)
+        numbers = heldout[name]
+        cells = [f"{numbers[key]:.3g}" if key in numbers else "" for key in shown]
+        if "gold_se" in numbers and "gold" in shown:
+            cells[shown.index("gold")] += f" ±{numbers['gold_se']:.2f}"
+        tokens = [f"{summary[f'tokens_{kind}'] / 1000:,.0f}k" for kind in ("generated", "trained")]
+        measured.add_row(label(name, summary), *cells, *tokens)
     return about, measured
 
 
-def short_eval(summary: dict[str, Any]) -> dict[str, float]:
-    """Held-out numbers without their prefix; the many details of a recipe's own evaluation give way to quickstart's."""
+def heldout_numbers(summary: dict[str, Any]) -> dict[str, float]:
+    """The last held-out numbers by the keys of COLUMNS, under which the recipes' different names come together."""
     numbers = {key.removeprefix("eval/"): value for key, value in summary["eval"].items()}
-    common = {key: value for key, value in numbers.items() if key in FIRST}
-    if "rewards/accuracies" in numbers:
-        common["accuracy"] = numbers["rewards/accuracies"]
-    if "completions/mean_length" in numbers:
-        common.setdefault("length", numbers["completions/mean_length"])
-    if (
-        "gold" in common
-    ):  # one judge for all, so the recipe's own training reward and loss are left to its run directory
-        common = {key: value for key, value in common.items() if key not in ("reward", "loss")}
-    return common
+    for key, name in (("accuracy", "rewards/accuracies"), ("length", "completions/mean_length")):
+        if name in numbers:
+            numbers.setdefault(key, numbers[name])
+    if "gold" in numbers:  # judged by one judge for all, which a recipe's own reward and loss are not
+        numbers.pop("reward", None)
+        numbers.pop("loss", None)
+    return numbers
 
 
 def label(name: str, summary: dict[str, Any]) -> str:
@@ -123,4 +109,10 @@ def memory(summary: dict[str, Any]) -> str:
 def compute(summary: dict[str, Any]) -> str:
     """Wall time, and thousands of tokens sampled and trained."""
     tokens = (summary["tokens_generated"] + summary["tokens_trained"]) / 1000
-    return f"{summary['seconds']:.0f} s, {tokens:,.0f}k tokens"
+    return f"{summary['seconds']:.0f} s, {tokens:,.0f}k tok"
+
+
+def wide_console() -> Console:
+    """A console as wide as the terminal; where there is none, wide enough for the tables."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=150)

@@ -60,13 +60,17 @@ def draw_quickstart(out: Path, methods: Sequence[str]) -> list[Path]:
     measured = {
         "wall time (s)": [summaries[name]["seconds"] for name in names],
         "peak memory (MiB)": [summaries[name]["peak_memory_bytes"] / 2**20 for name in names],
-        "tokens (thousands)": [summaries[name]["tokens_trained"] / 1e3 for name in names],
     }
-    for axis, (title, numbers) in zip(bars, measured.items(), strict=True):
+    for axis, (title, numbers) in zip(bars[:2], measured.items(), strict=True):
         axis.barh(names, numbers, color=[COLORS[name] for name in names])
         axis.set(title=title)
-    generated = [summaries[name]["tokens_generated"] / 1e3 for name in names]
-    bars[2].barh(names, generated, color="white", edgecolor="black", height=0.35, label="generated (the rest: trained)")
+    generated, trained = (
+        [summaries[name][f"tokens_{kind}"] / 1e3 for name in names] for kind in ("generated", "trained")
+    )
+    colors = [COLORS[name] for name in names]
+    bars[2].barh(names, trained, color=colors, label="trained")
+    bars[2].barh(names, generated, left=trained, color="white", edgecolor=colors, hatch="////", label="generated")
+    bars[2].set(title="tokens (thousands)")
     bars[2].legend(frameon=False, fontsize=8)
 
     paths = [out / "frontier.png", out / "training.png", out / "cost.png"]

@@ -47,5 +47,6 @@ def load_learned_reward(name: str, tokenizer: Any, *, like: Any) -> LearnedRewar
     own = load_tokenizer(folder)
     if own.chat_template is None:
         own.chat_template = tokenizer.chat_template
-    model = load_scorer(folder, like=like).requires_grad_(False)
+    model = load_scorer(folder, device=str(like.device)).requires_grad_(False)
+    model.compute_dtype = like.compute_dtype
     return LearnedReward(model, own, stop_ids(folder, own), own.get_vocab() == tokenizer.get_vocab())

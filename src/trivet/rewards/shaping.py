@@ -15,5 +15,5 @@ def kl_charged_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, m
     """
     column = torch.arange(mask.shape[1], device=mask.device)
     last = torch.where(mask, column, -1).amax(1, keepdim=True)  # (B, 1)
-    charged = scores[:, None] * (column == last) - beta * (logprobs - ref_logprobs)  # (B, T)
-    return torch.where(mask, charged, 0.0)
+    paid = torch.where(column == last, scores[:, None], 0.0)  # (B, T)
+    return torch.where(mask, paid - beta * (logprobs - ref_logprobs), 0.0)

@@ -8,7 +8,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from trivet.run.run import Metrics, Run
+from trivet.run.launch import Launch
+from trivet.run.loop import Metrics
 
 SHOWN = {
     "reward": "reward",
@@ -30,10 +31,11 @@ class Terminal:
         self.spoken = 0.0
         self.tokens = 0.0
 
-    def __call__(self, run: Run, step: int, metrics: Metrics) -> None:
+    def __call__(self, launched: Launch, step: int, metrics: Metrics) -> None:
         if step == 0:
-            self._begin(run)
+            self._begin(launched)
             return
+        run = launched.run
         self.tokens += metrics.get("tokens/generated", 0) + metrics.get("tokens/trained", 0)
         line = "  ".join(f"{name} {metrics[key]:.3g}" for key, name in SHOWN.items() if key in metrics)
         line += f"  {self.tokens / max(1e-9, metrics['seconds']):,.0f} tokens/s"
@@ -54,10 +56,11 @@ class Terminal:
         if self.progress:
             self.progress.stop()
 
-    def _begin(self, run: Run) -> None:
+    def _begin(self, launched: Launch) -> None:
+        run = launched.run
         run.note = lambda text: self.console.print(f"[dim]{escape(text)} …[/dim]")
         if not self.brief:
-            self._report(run)
+            self._report(launched)
         if self.console.is_terminal:
             columns = (
                 TextColumn("{task.description}"),
@@ -66,25 +69,27 @@ class Terminal:
                 TextColumn("{task.fields[numbers]}"),
             )
             self.progress = Progress(*columns, TimeRemainingColumn(), TextColumn("left"), console=self.console)
-            self.progress.add_task(run.method, total=run.steps, numbers="")
+            self.progress.add_task(launched.method, total=run.steps, numbers="")
             self.progress.start()
 
-    def _report(self, run: Run) -> None:
-        self.console.print(f"[bold]{run.method}[/bold]  {escape(run.start_from)}  on {run.device}, {run.steps} steps")
+    def _report(self, launched: Launch) -> None:
+        self.console.print(
+            f"[bold]{launched.method}[/bold]  {escape(launched.start_from)}  on {launched.run.device}, {launched.run.steps} steps"
+        )
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 2))
-        for reason, count in run.counts.items():
+        for reason, count in launched.counts.items():
             table.add_row(reason, f"{count:,}")
         self.console.print(table)
         self.console.print("  one example, [dim]given[/dim] and [green]learned[/green]:")
-        self.console.print("  " + _example(run).replace("\n", "\n  "), soft_wrap=True)
+        self.console.print("  " + _example(launched).replace("\n", "\n  "), soft_wrap=True)
 
 
-def _example(run: Run, most: int = 120) -> str:
+def _example(launched: Launch, most: int = 120) -> str:
     """The first training example, decoded: the prompt dim, learned tokens green."""
-    example = run.train[0]
+    example = launched.run.train[0]
 
     def text(ids: list[int]) -> str:
-        return escape(run.tokenizer.decode(ids))
+        return escape(launched.tokenizer.decode(ids))
 
     prompt = text(example.prompt[-most:])
     lines = [f"[dim]{'…' if len(example.prompt) > most else ''}{prompt}[/dim]"]

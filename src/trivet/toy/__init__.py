@@ -1,14 +1,15 @@
 """The embedded default: small models, their tokenizers and tasks that need no download. Presets start from these options."""
 
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
-STORIES = {
+STORIES: dict[str, Any] = {
     "model": str(HERE / "stories"),
     "data": str(HERE / "stories" / "preferences.jsonl.gz"),
     "max_completion_tokens": 64,
 }
-ARITHMETIC = {
+ARITHMETIC: dict[str, Any] = {
     "model": str(HERE / "arithmetic"),
     "data": str(HERE / "arithmetic" / "problems.jsonl"),
     "from_scratch": True,

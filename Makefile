@@ -1,0 +1,31 @@
+# Few verbs. `make quickstart` and `make test` do all the set-up they need on a fresh machine.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+
+.PHONY: quickstart test check install clean
+
+quickstart: .venv/installed  ## all six methods on the embedded story model, a few minutes
+	$(BIN)/trivet quickstart --out runs/quickstart
+
+test: .venv/developed  ## lint, types, tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/pytest -n 2
+
+install: .venv/installed  ## the environment only
+
+# torch first and by itself: TORCH="torch --index-url https://download.pytorch.org/whl/cpu" picks another build
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+.venv/developed: .venv/installed
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv runs dist build .pytest_cache .ruff_cache
