@@ -37,10 +37,12 @@ def tokenizer():
 def load(tokenizer, tmp_path):
     """Examples of rows, and the counts."""
 
-    def run(form: str, *rows: dict, max_prompt: int = 100, max_completion: int = 100) -> tuple[list[Example], Counter]:
+    def run(
+        form: str, *rows: dict, max_prompt: int = 100, max_completion: int = 100, **options
+    ) -> tuple[list[Example], Counter]:
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         counts: Counter[str] = Counter()
-        limits = {"max_prompt": max_prompt, "max_completion": max_completion}
+        limits = {"max_prompt": max_prompt, "max_completion": max_completion, **options}
         return load_examples(str(tmp_path / "rows.jsonl"), tokenizer, [EOS], form, counts=counts, **limits), counts
 
     return run
@@ -153,6 +155,13 @@ def test_long_rows_are_counted(load):
     assert counts["examples"] == len(examples) == 2
     assert len(examples[1].completions[0]) == len(examples[1].learned[0]) == 5
     assert EOS not in examples[1].completions[0]
+
+
+def test_a_long_prompt_may_keep_its_end(load, tokenizer):
+    row = {"prompt": "0123456789+1=", "completion": "x"}
+    [example], counts = load("supervised", row, max_prompt=5, truncate_prompts=True)
+    assert tokenizer.decode(example.prompt) == "89+1="
+    assert counts["cut: prompt over 5 tokens (its end is kept)"] == 1
 
 
 def test_a_completion_without_an_assistants_turn_is_counted_and_a_cut_keeps_what_came_before(load):

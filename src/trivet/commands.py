@@ -94,7 +94,7 @@ def generate(args: list[str]) -> None:
         examples = [Example(prompt=encode_prompt(tokenizer, prompt), completions=[], learned=[], row=row)]
     else:
         room = model_facts(folder)[1] - config.max_completion_tokens
-        limits = {"max_prompt": room, "max_completion": config.max_completion_tokens}
+        limits: dict[str, Any] = {"max_prompt": room, "max_completion": config.max_completion_tokens}
         counts = Counter[str]()
         examples = load_examples(config.data, tokenizer, stops, "prompts", counts=counts, **limits)
         examples = examples[: config.limit or None]
@@ -122,7 +122,7 @@ def score(args: list[str]) -> None:
     folder = model_folder(config.model) if config.model else folders[0]
     tokenizer = load_tokenizer(folder, config.chat_template)
     stops, counts = stop_ids(folder, tokenizer), Counter[str]()
-    limits = {"max_prompt": config.max_prompt_tokens, "max_completion": config.max_completion_tokens}
+    limits: dict[str, Any] = {"max_prompt": config.max_prompt_tokens, "max_completion": config.max_completion_tokens}
     form = "preference" if "chosen" in first_row(config.data) else "supervised"
     examples = load_examples(config.data, tokenizer, stops, form, counts=counts, **limits)
     load = load_scorer if is_scorer(folder) else load_policy

@@ -37,9 +37,11 @@ def load_examples(
     max_prompt: int,
     max_completion: int,
     counts: Counter[str],
+    truncate_prompts: bool = False,
 ) -> list[Example]:
     """Read, check and tokenize the rows of a file or hub data set.
 
+    truncate_prompts: keep the end of a prompt over max_prompt tokens rather than leave its row out.
     form: 'supervised', 'preference' or 'prompts'. counts: gets what was left out or cut, by reason.
     Errors: InputError that names the file and row where a row can't be understood or none is left.
     """
@@ -58,6 +60,9 @@ def load_examples(
         longer = sum(len(ids) > max_completion for ids in example.completions)
         for part in (*example.completions, *example.learned):
             del part[max_completion:]
+        if truncate_prompts and len(example.prompt) > max_prompt:
+            del example.prompt[:-max_prompt]
+            counts[f"cut: prompt over {max_prompt} tokens (its end is kept)"] += 1
         if reason := _useless_tokens(form, example, max_prompt):
             counts[f"left out: {reason}"] += 1
             continue

@@ -11,6 +11,7 @@ import importlib
 import json
 import multiprocessing
 import shutil
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,7 @@ def _in_process(function: Any, *args: Any) -> None:
     process.join()
     if process.exitcode:
         raise InputError(
-            f"the stage before this line ended with exit code {process.exitcode}; what is finished is kept, run again"
+            "this stage did not finish; the finished ones are kept, and the same command goes on from them"
         )
 
 
@@ -127,7 +128,13 @@ def _train(method: str, options: dict[str, Any], scale: float) -> None:
     recipe = importlib.import_module(f"trivet.recipes.{method.replace('-', '_')}")
     config = recipe.Config(**(recipe.PRESETS["toy"] | options))
     steps, epochs = config.steps and max(1, round(config.steps * scale)), config.epochs * scale
-    launch(dataclasses.replace(config, steps=steps, epochs=epochs), Terminal(brief=True))
+    terminal = Terminal(brief=True)
+    try:
+        launch(dataclasses.replace(config, steps=steps, epochs=epochs), terminal)
+    except InputError as error:
+        sys.exit(f"trivet {method}: {error}")
+    finally:
+        terminal.close()
 
 
 def evaluate_all(out: Path, config: Config, prompts: int, each: int = 4) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from trivet.batch import Example, Groups, Rollouts, pad
+from trivet.errors import InputError
 from trivet.generation.sampling import draw, warp
 from trivet.model.attention import NO_MASK, Layout, attend_dense
 from trivet.model.forward import autocast, shares_prefix, token_logprobs
@@ -31,6 +32,8 @@ class Engine:
         run = _decode if shares_prefix(policy) else _transformers_generate
         with torch.no_grad(), autocast(policy):
             completions, present, logprobs = run(self, policy, ids, prompt_mask, group_size)
+        if not logprobs.isfinite().all():
+            raise InputError("the policy's probabilities are not numbers any more: lower --lr, or look at its weights")
         groups = Groups(
             prompts=ids,
             prompt_mask=prompt_mask,

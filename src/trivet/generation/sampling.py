@@ -30,7 +30,7 @@ def draw(logprobs: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     total = mass[:, -1:]
     level = torch.rand(total.shape, generator=generator, device=total.device) * total
     level = torch.minimum(level, total * (1 - 2**-23))  # rounding up to the total would pick a token of no mass
-    tokens = torch.searchsorted(mass, level, right=True)  # (R, 1)
+    tokens = torch.searchsorted(mass, level, right=True).clamp(max=mass.shape[-1] - 1)  # (R, 1)
     possible = logprobs.gather(-1, tokens) > -torch.inf  # sums made in parallel are not quite monotone on a GPU
     tokens = torch.where(possible, tokens, logprobs.argmax(-1, keepdim=True))
     return tokens[:, 0], logprobs.gather(-1, tokens)[:, 0]

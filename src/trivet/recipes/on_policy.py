@@ -20,7 +20,7 @@ def rollout_metrics(rollouts: Rollouts, rewards: Tensor, reward: WeightedSum) ->
     grouped = rewards.view(-1, size)
     return {
         "reward": float(rewards.nanmean()),
-        "reward_std": float(rewards[~rewards.isnan()].std(correction=0)),
+        "reward_std": float((rewards - rewards.nanmean()).square().nanmean().sqrt()),
         "frac_reward_zero_std": float((grouped == grouped[:, :1]).all(1).float().mean()) if size > 1 else 0.0,
         "completions/mean_length": float(groups.present.sum(1).float().mean()),
         "completions/clipped_ratio": float(1 - rollouts.finished.float().mean()),

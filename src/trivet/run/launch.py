@@ -80,7 +80,15 @@ class Launch:
 
         def load(path: str, counts: Counter[str]) -> list[Example]:
             limits = {"max_prompt": min(config.max_prompt_tokens, room), "max_completion": config.max_completion_tokens}
-            examples = load_examples(path, self.tokenizer, self.stops, self.recipe.ROWS, counts=counts, **limits)
+            examples = load_examples(
+                path,
+                self.tokenizer,
+                self.stops,
+                self.recipe.ROWS,
+                counts=counts,
+                **limits,
+                truncate_prompts=config.truncate_prompts,
+            )
             highest = max(max(ids) for example in examples for ids in (example.prompt, *example.completions))
             if highest >= self.vocabulary:
                 said = f"its tokenizer gives token id {highest}, but its model has {self.vocabulary} ids"
@@ -145,7 +153,7 @@ def launch(config: Options, watch: Watch | None = None) -> Path:
         "peak_memory_bytes": peak_memory(run.device),
         "tokens_generated": tokens["tokens/generated"],
         "tokens_trained": tokens["tokens/trained"],
-        "eval": heldout,
+        "eval": _known(heldout),
         "data": dict(launched.counts),
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {run.device}",
@@ -172,8 +180,10 @@ def peak_memory(device: str) -> int:
 
 
 def _append(path: Path, lines: list[dict[str, Any]]) -> None:
-    lines = [
-        {key: value if value == value else None for key, value in line.items()} for line in lines
-    ]  # JSON has no NaN
     with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        file.writelines(json.dumps(_known(line), ensure_ascii=False) + "\n" for line in lines)
+
+
+def _known(numbers: dict[str, Any]) -> dict[str, Any]:
+    """null for NaN, which JSON does not have."""
+    return {key: value if value == value else None for key, value in numbers.items()}

@@ -40,6 +40,8 @@ class Options:
     """Prompts (rows, for preferences and supervised data) of one step."""
     max_prompt_tokens: int = 512
     """Longer prompts are left out, and counted."""
+    truncate_prompts: bool = False
+    """Keep the last --max-prompt-tokens tokens of a longer prompt, and its row."""
     max_completion_tokens: int = 256
     """Sampling stops here; longer completions in the data are cut, and counted."""
     microbatch_tokens: int = 8192
