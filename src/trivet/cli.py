@@ -44,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         return run_command(args[0], args[1:])
+    except BrokenPipeError:  # whoever read our output, head for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (InputError, OSError) as error:  # an OSError: a full disk, a directory that can't be made
         print(f"trivet {args[0]}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
