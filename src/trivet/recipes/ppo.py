@@ -95,7 +95,7 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
         rewards = reward(rollouts)  # (B,)
         rewards = torch.where(
             rewards.isnan(), rewards.nanmean().nan_to_num(), rewards
-        )  # one that nobody scored is taken as average
+        )  # unscored ones count as average
         ref_logprobs = in_microbatches(token_logprobs, reference, groups, budget, temperature=temperature)  # (B, T)
         old_values = in_microbatches(values, critic, groups, budget)  # (B, T)
         charge = config.beta if config.kl_in == "reward" else 0.0
@@ -106,9 +106,9 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
 
         learner = old_logprobs.clone()  # (B, T) as the updates go on
         update = critic_update = Metrics()
-        for chosen in minibatches(len(prompts), config.epochs_per_batch, config.minibatches):
-            total = groups.select(chosen.nonzero()[:, 0]).mask.sum()
-            for rows, part in microbatches(groups, budget, only=chosen.to(run.device)):
+        for chosen in minibatches(mask, len(prompts), config):
+            total = mask.view(len(prompts), -1)[chosen].sum()
+            for rows, part in microbatches(groups, budget, only=chosen):
                 logprobs = token_logprobs(policy, part, temperature=temperature)  # (b, T)
                 loss = clipped_surrogate_loss(logprobs, old_logprobs[rows], advantages[rows], **clip)  # (b, T)
                 if config.kl_in == "loss":
@@ -145,11 +145,11 @@ def critic_from(reward: WeightedSum, policy: Any) -> Any:
     return with_scalar_head(policy)
 
 
-def minibatches(prompts: int, epochs: int, parts: int) -> Iterator[torch.Tensor]:
-    """(P,) bool: the prompts of each optimizer step, every prompt once an epoch, in a new random order each."""
-    for _ in range(epochs):
-        for chosen in torch.randperm(prompts).chunk(parts):
-            yield torch.zeros(prompts, dtype=torch.bool).index_fill(0, chosen, True)
+def minibatches(mask: torch.Tensor, prompts: int, config: Config) -> Iterator[torch.Tensor]:
+    """(P,) bool on the device of mask: the prompts of each update, every prompt once an epoch, in a new random order each."""
+    for _ in range(config.epochs_per_batch):
+        for chosen in torch.randperm(prompts).chunk(config.minibatches):
+            yield mask.new_zeros(prompts).index_fill(0, chosen.to(mask.device), True)
 
 
 PRESETS = {

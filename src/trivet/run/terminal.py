@@ -22,28 +22,33 @@ SHOWN = {
 
 
 class Terminal:
-    """Follows one run; give it to a recipe's main. brief: the progress line only."""
+    """Follows one run; give it to launch. brief: the progress line only."""
 
     def __init__(self, *, brief: bool = False) -> None:
         self.brief = brief
         self.console = Console(highlight=False)
         self.progress: Progress | None = None
         self.spoken = 0.0
-        self.tokens = 0.0
+        self.tokens, self.first = 0.0, 0.0
 
     def __call__(self, launched: Launch, step: int, metrics: Metrics) -> None:
         if step == 0:
             self._begin(launched)
             return
         run = launched.run
-        self.tokens += metrics.get("tokens/generated", 0) + metrics.get("tokens/trained", 0)
         line = "  ".join(f"{name} {metrics[key]:.3g}" for key, name in SHOWN.items() if key in metrics)
-        line += f"  {self.tokens / max(1e-9, metrics['seconds']):,.0f} tokens/s"
+        left = ""
+        if step == 1:  # it carries what is done once, a reference pass for one, and tells nothing of the speed
+            self.first = metrics["seconds"]
+        else:
+            self.tokens += metrics.get("tokens/generated", 0) + metrics.get("tokens/trained", 0)
+            spent = max(1e-9, metrics["seconds"] - self.first)
+            line += f"  {self.tokens / spent:,.0f} tokens/s"
+            left = f"  {_clock((run.steps - step) * spent / (step - 1))} left"
         if self.progress:
             self.progress.update(self.progress.task_ids[0], completed=step, numbers=line)
         elif step == run.steps or time.monotonic() - self.spoken > 5:
-            left = (run.steps - step) * metrics["seconds"] / step
-            self.console.print(f"step {step}/{run.steps}  {line}  {_clock(left)} left", soft_wrap=True)
+            self.console.print(f"step {step}/{run.steps}  {line}{left}", soft_wrap=True)
             self.spoken = time.monotonic()
         heldout = {key: value for key, value in metrics.items() if key.startswith("eval/")}
         if step == run.steps:
