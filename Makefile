@@ -3,29 +3,30 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: quickstart test check install clean
+.PHONY: quickstart test install clean
 
 quickstart: .venv/installed  ## all six methods on the embedded story model, a few minutes
-	$(BIN)/trivet quickstart --out runs/quickstart
+	@$(BIN)/trivet quickstart --out runs/quickstart
 
 test: .venv/developed  ## lint, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/pytest -n 2
 
 install: .venv/installed  ## the environment only
 
 # torch first and by itself: TORCH="torch --index-url https://download.pytorch.org/whl/cpu" picks another build
 .venv/installed: pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --editable .
-	touch $@
+	@echo "setting up .venv: $(TORCH), then trivet and what it needs (a minute or two) ..."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
 
 .venv/developed: .venv/installed
-	$(BIN)/pip install --quiet --editable ".[dev]"
-	touch $@
+	@$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $@
 
 clean:
 	rm -rf .venv runs dist build .pytest_cache .ruff_cache

@@ -151,8 +151,9 @@ def _plain_rows(groups: Groups) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _scalar(model: Any, hidden: Tensor) -> Tensor:
-    """The scalar head, in float32 at least. (M, D) -> (M,)"""
-    return model.score(hidden)[:, 0].to(torch.promote_types(hidden.dtype, torch.float32))
+    """The scalar head, in the type of its weights. (M, D) -> (M,)"""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return model.score(hidden.to(model.score.weight.dtype))[:, 0]
 
 
 def _place(x: Tensor, mask: Tensor) -> Tensor:
