@@ -83,27 +83,30 @@ class ScoreConfig:
 def generate(args: list[str]) -> None:
     """trivet generate"""
     config: GenerateConfig = parse(GenerateConfig, args, "trivet generate")
-    folder = model_folder(config.model)
-    tokenizer = load_tokenizer(folder, config.chat_template)
-    stops = stop_ids(folder, tokenizer)
     if bool(config.prompt) == bool(config.data):
         raise InputError("give either --prompt TEXT or --data FILE")
+    if min(config.group_size, config.max_completion_tokens) < 1 or config.temperature < 0:
+        raise InputError("--group-size and --max-completion-tokens must be at least 1, --temperature at least 0")
+    new_file(config.out)
+    folder = model_folder(config.model)
+    tokenizer = load_tokenizer(folder, config.chat_template)
+    stops, context = stop_ids(folder, tokenizer), model_facts(folder)[1]
     if config.prompt:
         prompt = [{"role": "user", "content": config.prompt}] if tokenizer.chat_template else config.prompt
         row = {"prompt": prompt}
         examples = [Example(prompt=encode_prompt(tokenizer, prompt), completions=[], learned=[], row=row)]
     else:
-        room = model_facts(folder)[1] - config.max_completion_tokens
-        limits: dict[str, Any] = {"max_prompt": room, "max_completion": config.max_completion_tokens}
         counts = Counter[str]()
+        limits: dict[str, Any] = {"max_prompt": context - 1, "max_completion": context}
         examples = load_examples(config.data, tokenizer, stops, "prompts", counts=counts, **limits)
         examples = examples[: config.limit or None]
+    room = min(config.max_completion_tokens, context - max(len(example.prompt) for example in examples))
+    if room < 1:
+        raise InputError(f"the prompt is longer than the context of {config.model} ({context} tokens); shorten it")
     policy = load_policy(folder, device=config.device)
     sampler = torch.Generator(config.device).manual_seed(config.seed)
     decode = partial(decode_completion, tokenizer)
-    engine = Engine(
-        decode, stops, config.max_completion_tokens, config.temperature, sampler, config.top_k, config.top_p
-    )
+    engine = Engine(decode, stops, room, config.temperature, sampler, config.top_k, config.top_p)
     with open(config.out, "x", encoding="utf-8") if config.out else nullcontext(sys.stdout) as file:
         for start in range(0, len(examples), 32):  # what is finished is written
             rollouts = engine.generate(policy, examples[start : start + 32], config.group_size)
@@ -113,9 +116,16 @@ def generate(args: list[str]) -> None:
                 print(json.dumps(line, ensure_ascii=False) if config.out else text, file=file, flush=True)
 
 
+def new_file(path: str) -> None:
+    """InputError where a file to be written is there already."""
+    if path and Path(path).exists():
+        raise InputError(f"--out {path} exists; choose another name, or remove it first")
+
+
 def score(args: list[str]) -> None:
     """trivet score"""
     config: ScoreConfig = parse(ScoreConfig, args, "trivet score")
+    new_file(config.out)
     folders = [model_folder(spec) for spec in config.reward if (Path(model_folder(spec)) / "config.json").exists()]
     if not (config.model or folders):
         raise InputError("no reward here is a model, so --model must name whose tokenizer reads the rows")
