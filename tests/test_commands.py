@@ -56,7 +56,7 @@ def test_score_says_how_many_pairs_a_reward_ranks_right(tmp_path, capsys):
         "exact_match",
     ]
     assert main([*arguments, "--out", str(out)]) == 0
-    assert "0.5000 of 2 pairs" in capsys.readouterr().out
+    assert "1 of 2 pairs ranked right (50.0%)" in capsys.readouterr().out
     assert [json.loads(line)["score_chosen"] for line in out.read_text().splitlines()] == [1.0, 0.0]
 
 

@@ -88,8 +88,7 @@ def test_a_run_directory_explains_itself_and_loads_in_transformers(recipe, optio
         == 4
     )
     assert tomllib.loads((out / "config.toml").read_text())["prompts_per_step"] == 4
-    samples = (out / "samples.jsonl").read_text().splitlines()
-    assert bool(samples) == ("reward" in options)
+    assert (out / "samples.jsonl").exists() == ("reward" in options)
     if "save_every" in options:
         assert (out / "checkpoints" / "step-1" / "model.safetensors").exists()
 

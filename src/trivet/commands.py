@@ -89,8 +89,11 @@ def generate(args: list[str]) -> None:
         raise InputError("--group-size and --max-completion-tokens must be at least 1, --temperature at least 0")
     new_file(config.out)
     folder = model_folder(config.model)
+    kind, context, _ = model_facts(folder)
+    if is_scorer(folder):
+        raise InputError(f"--model {config.model} is a {kind}, which scores and does not write; trivet score takes it")
     tokenizer = load_tokenizer(folder, config.chat_template)
-    stops, context = stop_ids(folder, tokenizer), model_facts(folder)[1]
+    stops = stop_ids(folder, tokenizer)
     if config.prompt:
         prompt = [{"role": "user", "content": config.prompt}] if tokenizer.chat_template else config.prompt
         row = {"prompt": prompt}
@@ -100,6 +103,7 @@ def generate(args: list[str]) -> None:
         limits: dict[str, Any] = {"max_prompt": context - 1, "max_completion": context}
         examples = load_examples(config.data, tokenizer, stops, "prompts", counts=counts, **limits)
         examples = examples[: config.limit or None]
+        print("\n".join(f"{reason}: {count:,}" for reason, count in counts.items()), file=sys.stderr)
     room = min(config.max_completion_tokens, context - max(len(example.prompt) for example in examples))
     if room < 1:
         raise InputError(f"the prompt is longer than the context of {config.model} ({context} tokens); shorten it")
@@ -147,13 +151,15 @@ def score(args: list[str]) -> None:
             {**example.row, "score_chosen": a, "score_rejected": b}
             for example, a, b in zip(examples, chosen.tolist(), rejected.tolist(), strict=True)
         ]
-        right = (chosen > rejected).float().mean()
-        print(f"{right:.4f} of {len(examples):,} pairs ranked right, mean margin {(chosen - rejected).mean():.4f}")
+        right, pairs = int((chosen > rejected).sum()), len(examples)
+        margin = (chosen - rejected).nanmean()
+        print(f"{right:,} of {pairs:,} pairs ranked right ({right / pairs:.1%}), mean margin {margin:.4f}")
     else:
         lines = [{**example.row, "score": a} for example, a in zip(examples, scores.tolist(), strict=True)]
-        print(
-            f"mean score {scores.mean():.4f} over {len(examples):,} rows, standard deviation {scores.std(correction=0):.4f}"
-        )
+        known = scores[~scores.isnan()]
+        unscored = f", {len(scores) - len(known):,} unscored" if len(known) < len(scores) else ""
+        spread = known.std(correction=0) if len(known) else torch.nan
+        print(f"mean score {known.mean():.4f} over {len(known):,} rows{unscored}, standard deviation {spread:.4f}")
     if config.out:
         with open(config.out, "x", encoding="utf-8") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

@@ -186,7 +186,9 @@ def evaluate_all(out: Path, config: Config, prompts: int, each: int = 4) -> str:
     gap = torch.tensor([example.row["gold_chosen"] - example.row["gold_rejected"] for example in run.heldout])
     _record(out / "reward-model", {"noise_ceiling": float(gap.abs().sigmoid().mean())})
     blocks = [_side_by_side(heldout[p].row["prompt"], p * each, texts, results) for p in range(4)]
-    (out / "samples.md").write_text("# The same openings, told by every method\n\n" + "\n".join(blocks))
+    (out / "samples.md").write_text(
+        "# The same openings, told by every method\n\nOne random sample each, at temperature 1.\n\n" + "\n".join(blocks)
+    )
     return blocks[0]
 
 

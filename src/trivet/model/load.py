@@ -1,5 +1,6 @@
 """Models in and out: ordinary Hugging Face folders, loaded as a policy or with a scalar head, copied, saved."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,8 @@ def _with_weights(name: str, kind: Any, may_lack: tuple[str, ...] = (), **option
 def _reading(name: str, load: Callable[[], Any]) -> Any:
     if not name:
         raise InputError("no model was named: give --model a Hugging Face name or folder (or use --preset toy)")
-    if (Path(name).exists() or name[0] in "/.") and not (Path(name) / "config.json").exists():
+    local = Path(name).exists() or name[0] in "/." or ("/" in name and Path(name).parts[0] in os.listdir())
+    if local and not (Path(name) / "config.json").exists():
         raise InputError(f"{name}: no config.json there; a model is a folder as transformers' save_pretrained makes it")
     try:
         return load()

@@ -60,28 +60,28 @@ def read_summary(run: Path) -> dict[str, Any]:
 
 
 def tables(runs: list[Path]) -> tuple[Table, Table]:
-    """What each method is, with what it cost; and its last held-out numbers."""
-    about = Table(title="the methods, with what they cost here", title_justify="left", header_style="bold")
-    for title in ("method", "objective", "reward model", "stages", "memory", "compute", "best for"):
-        about.add_column(title)
-    summaries = [(run.name, read_summary(run)) for run in runs]
-    for name, summary in summaries:
-        objective, needed, stages, best = METHODS.get(summary["method"], ("", "", "", ""))
-        about.add_row(label(name, summary), objective, needed, stages, memory(summary), compute(summary), best)
-    heldout = {name: heldout_numbers(summary) for name, summary in summaries}
-    shown = [key for key in COLUMNS if any(key in numbers for numbers in heldout.values())]
+    """The last held-out numbers of the runs; and what each method is, with what its last stage cost."""
+    summaries = [read_summary(run) for run in runs]
+    names = [label(run, summary, runs) for run, summary in zip(runs, summaries, strict=True)]
+    heldout = [heldout_numbers(summary) for summary in summaries]
+    shown = [key for key in COLUMNS if any(key in numbers for numbers in heldout)]
     measured = Table(title="held-out numbers, and tokens", title_justify="left", header_style="bold")
-    measured.add_column("method")
+    measured.add_column("method", overflow="fold")
     for title in [*(COLUMNS[key] for key in shown), "generated", "trained"]:
-        measured.add_column(title, justify="right")
-    for name, summary in summaries:
-        numbers = heldout[name]
+        measured.add_column(title, justify="right", overflow="fold")
+    for name, summary, numbers in zip(names, summaries, heldout, strict=True):
         cells = [f"{numbers[key]:.3g}" if key in numbers else "" for key in shown]
         if "gold_se" in numbers and "gold" in shown:
             cells[shown.index("gold")] += f" ±{numbers['gold_se']:.2f}"
         tokens = [f"{summary[f'tokens_{kind}'] / 1000:,.0f}k" for kind in ("generated", "trained")]
-        measured.add_row(label(name, summary), *cells, *tokens)
-    return about, measured
+        measured.add_row(name, *cells, *tokens)
+    about = Table(title="the methods, with what their last stage cost", title_justify="left", header_style="bold")
+    for title in ("method", "objective", "reward model", "stages", "memory", "compute", "best for"):
+        about.add_column(title, overflow="fold")
+    for name, summary in zip(names, summaries, strict=True):
+        objective, needed, stages, best = METHODS.get(summary["method"], ("", "", "", ""))
+        about.add_row(name, objective, needed, stages, memory(summary), compute(summary), best)
+    return measured, about
 
 
 def heldout_numbers(summary: dict[str, Any]) -> dict[str, float]:
@@ -96,9 +96,10 @@ def heldout_numbers(summary: dict[str, Any]) -> dict[str, float]:
     return numbers
 
 
-def label(name: str, summary: dict[str, Any]) -> str:
-    """The run's folder name, with the method where the name does not say it."""
-    return escape(name if name == summary["method"] else f"{name} ({summary['method']})")
+def label(run: Path, summary: dict[str, Any], runs: list[Path]) -> str:
+    """The run's folder name, its whole path where another run is named the same, and the method where that is not its name."""
+    name = run.name if sum(other.name == run.name for other in runs) == 1 else str(run)
+    return escape(name if run.name == summary["method"] else f"{name} ({summary['method']})")
 
 
 def memory(summary: dict[str, Any]) -> str:

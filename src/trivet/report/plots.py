@@ -41,7 +41,12 @@ def draw_quickstart(out: Path, methods: Sequence[str]) -> list[Path]:
     axes.set(xlabel="KL to the SFT model (nats per story)", ylabel="gold reward", title="What the reward costs in KL")
     axes.legend(frameon=False)
     axes.text(
-        0.99, 0.01, "dots: held-out, ± 2 s.e.; lines: while training", transform=axes.transAxes, ha="right", fontsize=8
+        0.99,
+        0.01,
+        "dots: held-out, ± 2 s.e.; lines: while training, mean of 5 steps (DPO samples nothing)",
+        transform=axes.transAxes,
+        ha="right",
+        fontsize=8,
     )
 
     figure2, panels = plt.subplots(1, 2, figsize=(9, 3.8), sharex=True, layout="constrained")
@@ -51,14 +56,14 @@ def draw_quickstart(out: Path, methods: Sequence[str]) -> list[Path]:
             step = [row["step"] for row in rows]
             panels[0].plot(step, smooth([row["reward"] for row in rows]), color=COLORS[method], label=method)
             panels[1].plot(step, smooth([row["rewards/gold/mean"] for row in rows]), color=COLORS[method])
-    panels[0].set(title="learned reward (trained on)", xlabel="step", ylabel="mean of the step")
-    panels[1].set(title="gold reward (the judge)", xlabel="step")
+    panels[0].set(title="learned reward (trained on)", xlabel="step", ylabel="mean of the last 5 steps")
+    panels[1].set(title="gold reward (the judge)", xlabel="step", ylabel="mean of the last 5 steps")
     panels[0].legend(frameon=False)
 
     figure3, bars = plt.subplots(1, 3, figsize=(10, 3.2), sharey=True, layout="constrained")
-    names = list(summaries)[::-1]
+    names = [name for name in COLORS if name in summaries][::-1]
     measured = {
-        "wall time (s)": [summaries[name]["seconds"] for name in names],
+        "wall time of this stage (s)": [summaries[name]["seconds"] for name in names],
         "peak memory (MiB)": [summaries[name]["peak_memory_bytes"] / 2**20 for name in names],
     }
     for axis, (title, numbers) in zip(bars[:2], measured.items(), strict=True):

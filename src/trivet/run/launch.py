@@ -56,6 +56,8 @@ class Launch:
         model = load(self.start_from, device=device, precision=config.precision, from_scratch=config.from_scratch)
         if self.recipe.TRAINS == "scorer":
             self._give_pad_token(model)
+        else:
+            model.generation_config.eos_token_id = self.stops  # what is saved ends where it was taught to end
         names, weights = getattr(config, "reward", None), getattr(config, "reward_weights", ())
         self.run = Run(
             config=config,
@@ -105,6 +107,11 @@ class Launch:
         if not train:
             raise InputError(f"{config.data}: all rows fell into the held-out share; lower --eval-fraction")
         self.counts["for training"], self.counts["held out"] = len(train), len(heldout)
+        if not heldout:
+            self.counts["evaluations (nothing is held out: --eval-fraction, --eval-data)"] = 0
+        plain = sum(isinstance(example.row.get("prompt"), str) for example in train)
+        if self.tokenizer.chat_template and plain:
+            self.counts["prompts taken as plain text, though the model has a chat template"] = plain
         return train, heldout[: config.eval_limit]
 
     def _give_pad_token(self, model: Any) -> None:
@@ -180,6 +187,8 @@ def peak_memory(device: str) -> int:
 
 
 def _append(path: Path, lines: list[dict[str, Any]]) -> None:
+    if not lines:
+        return
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(_known(line), ensure_ascii=False) + "\n" for line in lines)
 

@@ -23,7 +23,7 @@ class Options:
     eval_limit: int = 256
     """Evaluate at most this many held-out examples."""
     steps: int = 0
-    """Optimizer steps to take; 0 follows --epochs."""
+    """Steps to take, each over --prompts-per-step prompts; 0 follows --epochs."""
     epochs: float = 1.0
     """Passes over the data, where --steps is 0."""
     lr: float = 1e-5

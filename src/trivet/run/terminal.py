@@ -110,7 +110,7 @@ def _example(launched: Launch, most: int = 120) -> str:
 
 
 def _numbers(title: str, metrics: dict[str, Any]) -> Table:
-    table = Table(title=title, show_header=False, title_justify="left", box=None, padding=(0, 2, 0, 2))
+    table = Table(title=title, show_header=False, title_justify="left", box=None, padding=(0, 2, 0, 2), min_width=40)
     for key, value in metrics.items():
         table.add_row(key.removeprefix("eval/"), f"{value:.4g}")
     return table
