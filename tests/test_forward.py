@@ -161,6 +161,13 @@ def test_chunked_logprobs_match_log_softmax_with_bias_in_float64(rows):
         torch.testing.assert_close(a, b)
 
 
+def test_an_empty_prompt_is_refused(model):
+    groups = ragged()
+    empty = dataclasses.replace(groups, prompt_mask=groups.prompt_mask & torch.tensor([[True], [False], [True]]))
+    with pytest.raises(ValueError, match="a prompt without tokens"):
+        token_logprobs(model, empty)
+
+
 def test_bfloat16_compute_keeps_float32_weights_and_gradients():
     model = tiny()
     model.compute_dtype = torch.bfloat16

@@ -61,6 +61,8 @@ class Layout:
 
     def __init__(self, groups: Groups):
         prompt_length = groups.prompt_mask.sum(1)  # (P,)
+        if int(prompt_length.min()) == 0:
+            raise ValueError("a prompt without tokens predicts nothing; give each at least one, BOS for instance")
         start = prompt_length.repeat_interleave(groups.group_size)[:, None]  # (B, 1)
         prompt_column, own_column = groups.prompt_mask.cumsum(1) - 1, groups.present.cumsum(1) - 1  # (P, S), (B, T)
         prompt_row, completion_row = groups.prompt_mask.nonzero()[:, 0], groups.present.nonzero()[:, 0]

@@ -23,5 +23,5 @@ def with_scalar_head(policy: Any) -> Any:
         raise InputError(f"{type(model).__name__} has no scalar head named 'score'; choose another kind of model")
     model.base_model.load_state_dict(policy.base_model.state_dict())
     torch.nn.init.zeros_(model.score.weight)
-    model.compute_dtype = policy.compute_dtype
+    model.compute_dtype = getattr(policy, "compute_dtype", None)
     return model.to(policy.device).eval()

@@ -90,8 +90,9 @@ def heldout_numbers(summary: dict[str, Any]) -> dict[str, float]:
     for key, name in (("accuracy", "rewards/accuracies"), ("length", "completions/mean_length")):
         if name in numbers:
             numbers.setdefault(key, numbers[name])
-    if "gold" in numbers:  # judged by one judge for all, which a recipe's own reward and loss are not
+    if "gold" in numbers:  # judged by one judge for all, which a recipe's own reward is not
         numbers.pop("reward", None)
+    if {"gold", "accuracy"} & set(numbers):
         numbers.pop("loss", None)
     return numbers
 
