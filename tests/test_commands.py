@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from transformers import AutoModelForSequenceClassification
 
 from trivet.cli import main
 from trivet.toy import STORIES
@@ -68,6 +69,21 @@ def test_missing_arguments_are_one_sentence(arguments, capsys):
     said = capsys.readouterr().err
     assert said.startswith(f"trivet {arguments[0]}: ")
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["generate", "score"])
+def test_a_device_that_is_not_there_is_one_sentence(command, capsys):
+    given = {"generate": ["--prompt", "One day"], "score": ["--data", STORIES["data"], "--reward", "brevity"]}[command]
+    assert main([command, "--model", STORIES["model"], *given, "--device", "nonsense"]) == 2
+    said = capsys.readouterr().err
+    assert "--device nonsense" in said
+    assert said.count("\n") == 1
+
+
+def test_a_model_that_scores_is_not_asked_to_write(tmp_path, capsys):
+    AutoModelForSequenceClassification.from_pretrained(STORIES["model"], num_labels=1).save_pretrained(tmp_path)
+    assert main(["generate", "--model", str(tmp_path), "--prompt", "One day"]) == 2
+    assert "needs a causal language model" in capsys.readouterr().err
 
 
 def test_help_is_quick_to_import():

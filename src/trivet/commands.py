@@ -14,14 +14,20 @@ import torch
 
 from trivet.batch import Example, Rollouts, to_groups
 from trivet.cli import parse
-from trivet.data import load_examples
+from trivet.data import load_examples, read_rows
 from trivet.errors import InputError
 from trivet.generation.engine import Engine
-from trivet.model.load import is_scorer, load_policy, load_scorer, model_facts, model_folder
+from trivet.model.load import (
+    is_scorer,
+    load_policy,
+    load_scorer,
+    model_facts,
+    model_folder,
+    require_causal,
+    usable_device,
+)
 from trivet.model.text import decode_completion, encode_prompt, load_tokenizer, stop_ids
 from trivet.rewards.functions import load_rewards
-
-Lines = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,11 +95,9 @@ def generate(args: list[str]) -> None:
         raise InputError("--group-size and --max-completion-tokens must be at least 1, --temperature at least 0")
     new_file(config.out)
     folder = model_folder(config.model)
-    kind, context, _ = model_facts(folder)
-    if is_scorer(folder):
-        raise InputError(f"--model {config.model} is a {kind}, which scores and does not write; trivet score takes it")
+    require_causal(folder, "generate")
     tokenizer = load_tokenizer(folder, config.chat_template)
-    stops = stop_ids(folder, tokenizer)
+    stops, device, context = stop_ids(folder, tokenizer), usable_device(config.device), model_facts(folder)[1]
     if config.prompt:
         prompt = [{"role": "user", "content": config.prompt}] if tokenizer.chat_template else config.prompt
         row = {"prompt": prompt}
@@ -103,12 +107,12 @@ def generate(args: list[str]) -> None:
         limits: dict[str, Any] = {"max_prompt": context - 1, "max_completion": context}
         examples = load_examples(config.data, tokenizer, stops, "prompts", counts=counts, **limits)
         examples = examples[: config.limit or None]
-        print("\n".join(f"{reason}: {count:,}" for reason, count in counts.items()), file=sys.stderr)
+        report(counts)
     room = min(config.max_completion_tokens, context - max(len(example.prompt) for example in examples))
     if room < 1:
         raise InputError(f"the prompt is longer than the context of {config.model} ({context} tokens); shorten it")
-    policy = load_policy(folder, device=config.device)
-    sampler = torch.Generator(config.device).manual_seed(config.seed)
+    policy = load_policy(folder, device=device)
+    sampler = torch.Generator(device).manual_seed(config.seed)
     decode = partial(decode_completion, tokenizer)
     engine = Engine(decode, stops, room, config.temperature, sampler, config.top_k, config.top_p)
     with open(config.out, "x", encoding="utf-8") if config.out else nullcontext(sys.stdout) as file:
@@ -118,6 +122,11 @@ def generate(args: list[str]) -> None:
                 row = rollouts.rows[b // config.group_size]
                 line = {**row, "completion": text, "finished": bool(rollouts.finished[b])}
                 print(json.dumps(line, ensure_ascii=False) if config.out else text, file=file, flush=True)
+
+
+def report(counts: Counter[str]) -> None:
+    """What became of the rows, on the side of the answers."""
+    print("\n".join(f"{reason}: {count:,}" for reason, count in counts.items()), file=sys.stderr)
 
 
 def new_file(path: str) -> None:
@@ -135,19 +144,19 @@ def score(args: list[str]) -> None:
         raise InputError("no reward here is a model, so --model must name whose tokenizer reads the rows")
     folder = model_folder(config.model) if config.model else folders[0]
     tokenizer = load_tokenizer(folder, config.chat_template)
-    stops, counts = stop_ids(folder, tokenizer), Counter[str]()
+    stops, device, counts = stop_ids(folder, tokenizer), usable_device(config.device), Counter[str]()
     limits: dict[str, Any] = {"max_prompt": config.max_prompt_tokens, "max_completion": config.max_completion_tokens}
-    form = "preference" if "chosen" in first_row(config.data) else "supervised"
+    form = "preference" if "chosen" in next(read_rows(config.data), {}) else "supervised"
     examples = load_examples(config.data, tokenizer, stops, form, counts=counts, **limits)
     load = load_scorer if is_scorer(folder) else load_policy
-    rewards = load_rewards(config.reward, config.reward_weights, tokenizer, like=load(folder, device=config.device))
+    rewards = load_rewards(config.reward, config.reward_weights, tokenizer, like=load(folder, device=device))
     scores = torch.cat(
-        [rewards(as_rollouts(examples[i : i + 64], tokenizer, stops, config)) for i in range(0, len(examples), 64)]
+        [rewards(as_rollouts(examples[i : i + 64], tokenizer, stops, device)) for i in range(0, len(examples), 64)]
     )
-    print("\n".join(f"{reason}: {count:,}" for reason, count in counts.items()), file=sys.stderr)
+    report(counts)
     if form == "preference":
         chosen, rejected = scores.view(-1, 2).unbind(1)
-        lines: Lines = [
+        lines: list[dict[str, Any]] = [
             {**example.row, "score_chosen": a, "score_rejected": b}
             for example, a, b in zip(examples, chosen.tolist(), rejected.tolist(), strict=True)
         ]
@@ -165,16 +174,9 @@ def score(args: list[str]) -> None:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-def first_row(path: str) -> dict[str, Any]:
-    """The first row of a file, empty where there is none."""
-    from trivet.data import read_rows
-
-    return next(read_rows(path), {})
-
-
-def as_rollouts(examples: Sequence[Example], tokenizer: Any, stops: Sequence[int], config: ScoreConfig) -> Rollouts:
+def as_rollouts(examples: Sequence[Example], tokenizer: Any, stops: Sequence[int], device: str) -> Rollouts:
     """Given completions in the clothes of sampled ones, for rewards to look at."""
-    groups = to_groups(examples, config.device)
+    groups = to_groups(examples, device)
     finished = torch.tensor([ids[-1] in stops for example in examples for ids in example.completions])
     texts = [
         decode_completion(tokenizer, example.prompt, ids[:-1] if ids[-1] in stops else ids)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from trivet.errors import InputError
-from trivet.report.compare import tables, wide_console
+from trivet.report.compare import read_summary, tables, wide_console
 
 GOLD = "trivet.toy.stories:gold"
 STAGES = {
@@ -69,7 +69,7 @@ def quickstart(args: list[str]) -> None:
     pictures = draw_quickstart(out, COMPARED)
     for table in tables([out / method for method in STAGES]):
         console.print(table)
-    ceiling = json.loads((out / "reward-model" / "summary.json").read_text())["eval"]
+    ceiling = read_summary(out / "reward-model")["eval"]
     console.print(
         f"reward model: {ceiling['eval/accuracy']:.1%} of the held-out pairs ranked as labeled; the labels are noisy, so knowing "
         f"the gold reward gives {ceiling['eval/noise_ceiling']:.1%} in expectation\n",
@@ -193,7 +193,7 @@ def evaluate_all(out: Path, config: Config, prompts: int, each: int = 4) -> str:
 
 
 def _record(run: Path, numbers: dict[str, float]) -> None:
-    summary = json.loads((run / "summary.json").read_text())
+    summary = read_summary(run)
     summary["eval"] |= {f"eval/{key}": value for key, value in numbers.items()}
     (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 

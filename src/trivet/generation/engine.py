@@ -10,8 +10,8 @@ from torch import Tensor
 from trivet.batch import Example, Groups, Rollouts, pad
 from trivet.errors import InputError
 from trivet.generation.sampling import draw, warp
-from trivet.model.attention import NO_MASK, Layout, attend_dense
-from trivet.model.forward import autocast, shares_prefix, token_logprobs
+from trivet.model.attention import Layout, attend_dense
+from trivet.model.forward import autocast, shares_prefix, token_logprobs, trunk
 
 
 @dataclass
@@ -34,14 +34,7 @@ class Engine:
             completions, present, logprobs = run(self, policy, ids, prompt_mask, group_size)
         if not logprobs.isfinite().all():
             raise InputError("the policy's probabilities are not numbers any more: lower --lr, or look at its weights")
-        groups = Groups(
-            prompts=ids,
-            prompt_mask=prompt_mask,
-            completions=completions,
-            mask=present,
-            present=present,
-            group_size=group_size,
-        )
+        groups = _groups(ids, prompt_mask, completions, present)
         last = present.sum(1) - 1
         finished = torch.isin(completions.gather(1, last[:, None])[:, 0], completions.new_tensor(self.stops))
         lengths, tokens = (last + 1 - finished.long()).tolist(), completions.tolist()
@@ -50,20 +43,28 @@ class Engine:
         return Rollouts(groups=groups, logprobs=logprobs, finished=finished, texts=texts, rows=rows)
 
 
+def _groups(prompts: Tensor, prompt_mask: Tensor, completions: Tensor, present: Tensor) -> Groups:
+    """Groups of which every completion token is learned."""
+    return Groups(
+        prompts=prompts,
+        prompt_mask=prompt_mask,
+        completions=completions,
+        mask=present,
+        present=present,
+        group_size=len(completions) // len(prompts),
+    )
+
+
 def _decode(
     engine: Engine, model: Any, prompts: Tensor, prompt_mask: Tensor, group_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Completions (B, T), which of their tokens are present (B, T), and the log-probability of each as sampled (B, T)."""
     room, device = engine.max_completion_tokens, prompts.device
     empty = torch.zeros(len(prompts), 1, dtype=torch.int64, device=device)
-    layout = Layout(
-        Groups(
-            prompts=prompts, prompt_mask=prompt_mask, completions=empty, mask=empty > 0, present=empty > 0, group_size=1
-        )
-    )
+    layout = Layout(_groups(prompts, prompt_mask, empty, empty > 0))
     cache = Cache(layout, prompt_mask, group_size, room)
     head = model.get_output_embeddings()
-    hidden = _trunk(model, layout.ids, layout.positions, cache)[0, layout.last]  # (P, D)
+    hidden = trunk(model, layout.ids, layout.positions, cache)[0, layout.last]  # (P, D)
     logits = head(hidden).repeat_interleave(group_size, 0)  # (B, V)
     alive = torch.arange(len(logits), device=device)  # row numbers still being written; the cache holds these
     writing = torch.ones(len(logits), dtype=torch.bool, device=device)  # False: ended, not yet taken out of the cache
@@ -84,17 +85,10 @@ def _decode(
             alive, tokens = alive[writing], tokens[writing]
             cache.keep(writing)
             writing = writing[writing]
-        hidden = _trunk(model, tokens[:, None], (cache.start + t)[:, None], cache)[:, 0]  # (R, D)
+        hidden = trunk(model, tokens[:, None], (cache.start + t)[:, None], cache)[:, 0]  # (R, D)
         logits = head(hidden)
     longest = int(present.sum(1).max())
     return completions[:, :longest].clone(), present[:, :longest].clone(), logprobs[:, :longest].clone()
-
-
-def _trunk(model: Any, ids: Tensor, positions: Tensor, cache: "Cache") -> Tensor:
-    mask = NO_MASK.to(ids.device)
-    return model.base_model(
-        ids, attention_mask=mask, position_ids=positions, use_cache=False, layout=cache
-    ).last_hidden_state
 
 
 class Cache:
@@ -104,7 +98,7 @@ class Cache:
     """
 
     def __init__(self, prefill: Layout, prompt_mask: Tensor, group_size: int, room: int):
-        self.prefill: Layout | None = prefill
+        self.prefill = prefill
         lengths, self.width = prompt_mask.sum(1), prefill.first.width
         row = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
         self.column = row * self.width + (self.width - lengths).repeat_interleave(lengths) + prefill.positions[0]
@@ -113,17 +107,16 @@ class Cache:
         self.visible = torch.arange(self.width + room, device=lengths.device) >= (self.width - self.start)[:, None]
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
-        self.used, self.layers_done = self.width, 0
+        self.used = self.width
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
     ) -> Tensor:
         """(R, heads, 1, d) -> (R, 1, heads, d), or of the packed prompts at prefill."""
         if layer not in self.keys:
-            assert self.prefill is not None
             self.keys[layer], self.values[layer] = self._store(key), self._store(value)
             return self.prefill.attend(layer, query, key, value, scale, window)
-        if layer == min(self.keys):
+        if layer == next(iter(self.keys)):  # the first layer opens the next column
             self.used += 1
         self.keys[layer][:, :, self.used - 1] = key[:, :, 0]
         self.values[layer][:, :, self.used - 1] = value[:, :, 0]
@@ -171,12 +164,5 @@ def _transformers_generate(
     completions = sampled[:, ids.shape[1] :]
     ended = torch.isin(completions, completions.new_tensor(engine.stops)).long()
     present = ended.cumsum(1) - ended == 0  # up to the first stop, itself included
-    groups = Groups(
-        prompts=prompts,
-        prompt_mask=prompt_mask,
-        completions=completions,
-        mask=present,
-        present=present,
-        group_size=group_size,
-    )
+    groups = _groups(prompts, prompt_mask, completions, present)
     return completions, present, token_logprobs(model, groups, temperature=engine.temperature or 1.0)

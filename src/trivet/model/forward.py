@@ -1,6 +1,6 @@
 """From groups to numbers: token_logprobs, values and scores of a Hugging Face model.
 
-The one place where the next-token shift happens (Layout.predictor, and `_plain` for models that can't share a prefix).
+The one place where the next-token shift happens (Layout.predictor, and `_plain_rows` for models that can't share a prefix).
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def values(model: Any, groups: Groups) -> Tensor:
     with autocast(model):
         if shares_prefix(model):
             layout = Layout(groups)
-            hidden = _trunk(model, layout)[layout.predictor[groups.mask]]  # (M, D)
+            hidden = trunk(model, layout.ids, layout.positions, layout)[0, layout.predictor[groups.mask]]  # (M, D)
         else:
             hidden, before, _ = _plain(model, groups)
             hidden = hidden[before[:, 0], before[:, 1]]
@@ -42,11 +42,7 @@ def values(model: Any, groups: Groups) -> Tensor:
 def scores(model: Any, groups: Groups) -> Tensor:
     """The scalar head at the last real token of each sequence, EOS included. Returns (B,)."""
     with autocast(model):
-        if shares_prefix(model):
-            layout = Layout(groups)
-            return _scalar(model, _trunk(model, layout)[layout.last])
-        hidden, _, last = _plain(model, groups)
-        return _scalar(model, hidden[torch.arange(len(last), device=last.device), last])
+        return _scalar(model, _last_hidden(model, groups, shared=shares_prefix(model)))
 
 
 @torch.no_grad()
@@ -89,11 +85,9 @@ def _try_sharing(model: Any) -> bool:
                 model.set_attn_implementation(NAME)
                 shared = _shared_token_logprobs(model, probe, 1.0)
             else:
-                hidden, _, last = _plain(model, probe)
-                plain = hidden[torch.arange(len(last)), last]
+                plain = _last_hidden(model, probe, shared=False)
                 model.set_attn_implementation(NAME)
-                layout = Layout(probe)
-                shared = _trunk(model, layout)[layout.last]
+                shared = _last_hidden(model, probe, shared=True)
         rounding = (64 if model.dtype.itemsize > 2 else 4) * torch.finfo(model.dtype).eps
         agrees = torch.allclose(shared, plain, rtol=rounding, atol=rounding)
     except (UnshareableError, TypeError, ValueError, AttributeError, KeyError, RuntimeError, IndexError):
@@ -103,18 +97,25 @@ def _try_sharing(model: Any) -> bool:
     return agrees
 
 
-def _trunk(model: Any, layout: Any) -> Tensor:
-    """Last hidden states of the packed row, (N, D)."""
-    ids = layout.ids
+def trunk(model: Any, ids: Tensor, positions: Tensor, layout: Any) -> Tensor:
+    """Last hidden states (R, L, D) of ids and positions (R, L); layout.attend does the attention."""
     mask = NO_MASK.to(ids.device)
-    trunk = model.base_model
-    out = trunk(ids, attention_mask=mask, position_ids=layout.positions, use_cache=False, layout=layout)
-    return out.last_hidden_state[0]
+    out = model.base_model(ids, attention_mask=mask, position_ids=positions, use_cache=False, layout=layout)
+    return out.last_hidden_state
+
+
+def _last_hidden(model: Any, groups: Groups, *, shared: bool) -> Tensor:
+    """The trunk's hidden state at each sequence's last real token, (B, D)."""
+    if shared:
+        layout = Layout(groups)
+        return trunk(model, layout.ids, layout.positions, layout)[0, layout.last]
+    hidden, _, last = _plain(model, groups)
+    return hidden[torch.arange(len(last), device=last.device), last]
 
 
 def _shared_token_logprobs(model: Any, groups: Groups, temperature: float) -> Tensor:
     layout = Layout(groups)
-    hidden = _trunk(model, layout)[layout.predictor[groups.mask]]  # (M, D)
+    hidden = trunk(model, layout.ids, layout.positions, layout)[0, layout.predictor[groups.mask]]  # (M, D)
     head = model.get_output_embeddings()
     targets = groups.completions[groups.mask]  # (M,)
     return _place(selected_logprobs(hidden, head.weight, head.bias, targets, temperature), groups.mask)

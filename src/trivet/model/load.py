@@ -68,6 +68,23 @@ def is_scorer(name: str) -> bool:
     return model_facts(name)[0].endswith("ForSequenceClassification")
 
 
+def require_causal(name: str, command: str) -> None:
+    """InputError where config.json names a model that can't write; where it names none, loading will tell."""
+    kind = model_facts(name)[0]
+    if kind.endswith(("Classification", "QuestionAnswering", "ForMaskedLM", "ForPreTraining")):
+        raise InputError(f"--model {name} is a {kind}; {command} needs a causal language model")
+
+
+def usable_device(name: str) -> str:
+    """The device of this name, or the best one there is for 'auto'. Errors: InputError where torch finds no such device."""
+    device = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device {device}: torch finds no such device here; use cpu or auto") from None
+    return device
+
+
 def model_folder(name: str) -> str:
     """The model inside a run directory, or the name as it is."""
     return str(Path(name) / "model") if (Path(name) / "model" / "config.json").exists() else name

@@ -1,4 +1,4 @@
-"""What PPO, GRPO and pairwise GRPO share: sampling a step's rollouts is in the engine; here is what is said about them."""
+"""What PPO, GRPO and pairwise GRPO say of themselves: metrics of a step's rollouts, and the evaluation on held-out prompts."""
 
 from typing import Any
 
@@ -29,12 +29,17 @@ def rollout_metrics(rollouts: Rollouts, rewards: Tensor, reward: WeightedSum) ->
     } | reward.metrics()
 
 
+def completion_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> float:
+    """KL(pi || pi_ref) in nats per completion: k1 summed over its tokens, averaged over completions."""
+    return float(sequence_sum(k1(logprobs, ref_logprobs), mask).mean())
+
+
 @torch.no_grad()
 def policy_metrics(rollouts: Rollouts, logprobs: Tensor, ref_logprobs: Tensor) -> Metrics:
     """How far the learner's log-probabilities are from the reference's (`kl`, nats per completion) and from the sampler's."""
     mask, difference = rollouts.groups.mask, (logprobs - rollouts.logprobs).abs()
     return {
-        "kl": float(sequence_sum(k1(logprobs, ref_logprobs), mask).mean()),
+        "kl": completion_kl(logprobs, ref_logprobs, mask),
         "sampling/logprob_difference/mean": float(token_mean(difference, mask)),
         "sampling/logprob_difference/max": float(torch.where(mask, difference, 0.0).max()),
     }
@@ -49,5 +54,5 @@ def evaluate(run: Run, policy: Any, reference: Any, reward: WeightedSum, engine:
         ref_logprobs = in_microbatches(
             token_logprobs, reference, rollouts.groups, run.config.microbatch_tokens, temperature=engine.temperature
         )
-        metrics["kl"] = float(sequence_sum(k1(rollouts.logprobs, ref_logprobs), rollouts.groups.mask).mean())
+        metrics["kl"] = completion_kl(rollouts.logprobs, ref_logprobs, rollouts.groups.mask)
     return {f"eval/{key}": value for key, value in metrics.items() if not key.startswith(("tokens/", "frac_"))}

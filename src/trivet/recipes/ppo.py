@@ -27,11 +27,11 @@ from trivet.model.copies import frozen_copy, with_scalar_head
 from trivet.model.forward import in_microbatches, token_logprobs, values
 from trivet.optimization.advantages import gae
 from trivet.optimization.diagnostics import explained_variance, is_clipped
-from trivet.optimization.kl import k1, k2
+from trivet.optimization.kl import k2
 from trivet.optimization.policy import clipped_surrogate_loss
-from trivet.optimization.reduce import sequence_sum, token_mean, whiten
+from trivet.optimization.reduce import token_mean, whiten
 from trivet.optimization.value import clipped_value_loss
-from trivet.recipes.on_policy import evaluate, rollout_metrics
+from trivet.recipes.on_policy import completion_kl, evaluate, rollout_metrics
 from trivet.rewards.reward import WeightedSum
 from trivet.rewards.shaping import kl_charged_rewards
 from trivet.run.loop import Metrics, Optimizer, Run
@@ -124,7 +124,7 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
 
         metrics = rollout_metrics(rollouts, rewards, reward) | update
         metrics |= {
-            "kl": float(sequence_sum(k1(old_logprobs, ref_logprobs), mask).mean()),
+            "kl": completion_kl(old_logprobs, ref_logprobs, mask),
             "clip_ratio": float(token_mean(is_clipped(learner, old_logprobs, advantages, **clip).float(), mask)),
             "objective/rlhf_reward": float(token_rewards.sum(1).mean()),
             "value/explained_variance": float(explained_variance(old_values, returns, mask)),

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from trivet.report.compare import read_summary
+
 COLORS = {  # Okabe and Ito's palette, told apart by color-blind readers too
     "sft": "#000000",
     "reward-model": "#999999",
@@ -23,9 +25,7 @@ def draw_quickstart(out: Path, methods: Sequence[str]) -> list[Path]:
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 130})
-    summaries = {
-        method: json.loads((out / method / "summary.json").read_text()) for method in (*methods, "reward-model")
-    }
+    summaries = {method: read_summary(out / method) for method in (*methods, "reward-model")}
     steps = {method: read_metrics(out / method) for method in methods}
 
     figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")

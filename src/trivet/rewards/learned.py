@@ -1,5 +1,6 @@
 """A trained reward model used as a reward."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -11,17 +12,15 @@ from trivet.model.load import is_scorer, load_scorer, model_folder
 from trivet.model.text import encode_completion, encode_prompt, load_tokenizer, stop_ids
 
 
+@dataclass
 class LearnedReward:
     """Scores of a reward model: on the sampled token ids where it shares the policy's tokenizer, else on their text."""
 
-    def __init__(self, model: Any, tokenizer: Any, stops: list[int], same_tokens: bool, budget: int = 8192):
-        self.model, self.tokenizer, self.stops, self.same_tokens, self.budget = (
-            model,
-            tokenizer,
-            stops,
-            same_tokens,
-            budget,
-        )
+    model: Any
+    tokenizer: Any
+    stops: list[int]
+    same_tokens: bool
+    budget: int = 8192  # trunk tokens at a time
 
     def __call__(self, rollouts: Rollouts) -> Tensor:
         groups = rollouts.groups

@@ -20,14 +20,20 @@ import transformers
 from trivet.batch import Example
 from trivet.data import load_examples, split_by_prompt
 from trivet.errors import InputError
-from trivet.model.load import load_policy, load_scorer, model_facts, model_folder, save_model
+from trivet.model.load import (
+    load_policy,
+    load_scorer,
+    model_facts,
+    model_folder,
+    require_causal,
+    save_model,
+    usable_device,
+)
 from trivet.model.text import decode_completion, load_tokenizer, stop_ids
 from trivet.rewards.functions import load_rewards
 from trivet.run.config import check, to_toml
 from trivet.run.loop import Metrics, Run
 from trivet.run.options import Options
-
-NOT_CAUSAL = ("Classification", "QuestionAnswering", "ForMaskedLM", "ForPreTraining")
 
 
 class Launch:
@@ -39,14 +45,10 @@ class Launch:
         check(config, self.method)
         self.start_from = model_folder(config.model)
         self.out = Path(config.out or f"runs/{self.method}-{time.strftime('%Y%m%d-%H%M%S')}")
-        device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            generator = torch.Generator(torch.empty(0, device=device).device).manual_seed(config.seed)
-        except (RuntimeError, AssertionError):
-            raise InputError(f"--device {device}: torch finds no such device here; use cpu or auto") from None
-        kind, self.context, self.vocabulary = model_facts(self.start_from)
-        if kind.endswith(NOT_CAUSAL) and self.recipe.TRAINS == "policy":  # a reward model may go on from a reward model
-            raise InputError(f"--model {config.model} is a {kind}; {self.method} needs a causal language model")
+        device = usable_device(config.device)
+        if self.recipe.TRAINS == "policy":  # a reward model may go on from a reward model
+            require_causal(self.start_from, self.method)
+        _, self.context, self.vocabulary = model_facts(self.start_from)
         self.tokenizer = load_tokenizer(self.start_from, config.chat_template)
         self.stops = stop_ids(self.start_from, self.tokenizer)
         self.counts: Counter[str] = Counter()
@@ -69,7 +71,7 @@ class Launch:
             reward=None if names is None else load_rewards(names, weights, self.tokenizer, like=model),
             steps=config.steps or max(1, round(config.epochs * len(train) / config.prompts_per_step)),
             device=device,
-            generator=generator,
+            generator=torch.Generator(device).manual_seed(config.seed),
         )
 
     def _examples(self) -> tuple[list[Example], list[Example]]:
@@ -81,16 +83,12 @@ class Launch:
             )
 
         def load(path: str, counts: Counter[str]) -> list[Example]:
-            limits = {"max_prompt": min(config.max_prompt_tokens, room), "max_completion": config.max_completion_tokens}
-            examples = load_examples(
-                path,
-                self.tokenizer,
-                self.stops,
-                self.recipe.ROWS,
-                counts=counts,
-                **limits,
-                truncate_prompts=config.truncate_prompts,
-            )
+            limits: dict[str, Any] = {
+                "max_prompt": min(config.max_prompt_tokens, room),
+                "max_completion": config.max_completion_tokens,
+                "truncate_prompts": config.truncate_prompts,
+            }
+            examples = load_examples(path, self.tokenizer, self.stops, self.recipe.ROWS, counts=counts, **limits)
             highest = max(max(ids) for example in examples for ids in (example.prompt, *example.completions))
             if highest >= self.vocabulary:
                 said = f"its tokenizer gives token id {highest}, but its model has {self.vocabulary} ids"
