@@ -176,7 +176,7 @@ def test_toml(refused, tmp_path, text, named):
         ("sft", "a.csv", b"prompt,completion\n0+0=,0\n1+1=\n", "row 2: needs"),
         ("sft", "a.parquet", b"hello", "can't be read as .parquet"),
         ("sft", "a.jsonl.gz", b"hello", "can't be read as .jsonl"),
-        ("sft", "a.jsonl.gz", gzip.compress(lines([GOOD] * 500))[:60], "can't be read as .jsonl"),
+        ("sft", "a.jsonl.gz", gzip.compress(lines([GOOD] * 500), mtime=0)[:60], "can't be read as .jsonl"),
         ("sft", "a.jsonl", '{"prompt": "0", "completion": "é"}\n'.encode("latin-1"), "row 1: can't be read"),
         ("sft", "a.csv", "prompt,completion\n0,é\n".encode("latin-1"), "row 1: can't be read"),
         ("sft", "a.jsonl", b'{"prompt": "\\ud800", "completion": "0"}\n', "row 1: its text is not valid Unicode"),
