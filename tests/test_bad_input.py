@@ -63,9 +63,24 @@ def lines(rows: list) -> bytes:
         ("grpo", "--eval-every 1.5", "--eval-every is '1.5'; expected int"),
         ("grpo", "--lr", "--lr is given nothing"),
         ("grpo", "--lr 1 2", "--lr is given 1 2"),
-        ("grpo", "--normalize yes", "--normalize is given yes"),
+        ("dpo", "--length-normalize yes", "--length-normalize is given yes"),
+        (
+            "dpo",
+            "--label-smoothing 0.1",
+            "--label-smoothing does nothing with --loss sigmoid; it belongs to conservative",
+        ),
+        ("dpo", "--loss robust", "--loss robust needs --label-smoothing above 0 and below 0.5"),
+        ("dpo", "--loss conservative --label-smoothing 0.5", "below 0.5"),
+        ("dpo", "--loss simpo --length-normalize", "--length-normalize does nothing with --loss simpo"),
+        ("dpo", "--loss orpo", "give --sft-weight too"),
+        ("dpo", "--loss cosine", "--loss is 'cosine'; expected one of sigmoid"),
+        ("grpo", "--loss gspo", "--epochs-per-batch of 2 or more"),
+        ("grpo", "--clip-dual 3", "--epochs-per-batch of 2 or more"),
+        ("grpo", "--clip-dual 1.1 --epochs-per-batch 2", "above 1 + --clip-high"),
+        ("grpo", "--kl-in reward --kl-estimator k3", "--kl-in reward charges k1"),
+        ("grpo", "--baseline batch --scale-rewards group", "--scale-rewards group goes with --baseline group"),
         ("grpo", "--lr 1 --lr 2", "--lr is given twice"),
-        ("grpo", "--normalize --no-normalize", "--no-normalize is given twice"),
+        ("grpo", "--lr-decay --no-lr-decay", "--no-lr-decay is given twice"),
         ("grpo", "--precision foo", "one of float32, bfloat16"),
         ("ppo", "--kl-in foo", "one of reward, loss"),
         ("grpo", "--group-size 0", "--group-size"),
@@ -116,9 +131,10 @@ def test_options(refused, method, flags, named):
 
 def test_steps_presets_commands_and_stray_words(refused):
     assert "--steps is -1" in refused("sft", "--preset", "arithmetic", "--steps", "-1")
-    assert "toy and arithmetic" in refused("sft", "--preset", "nonsense")
+    assert "toy, arithmetic" in refused("sft", "--preset", "nonsense")
     assert "'foo' belongs to no option" in refused("sft", "foo")
     assert "no model was named" in refused("sft")
+    assert "--prompts-per-step of at least 2" in refused("dpo", "--loss", "kto", "--prompts-per-step", "1")
     assert "'grpo'" in refused("gpro")
 
 
@@ -163,7 +179,10 @@ def test_toml(refused, tmp_path, text, named):
         ("sft", "a.txt", b"hello", "unknown kind of file"),
         ("sft", "a.jsonl", lines([GOOD, {"question": "x", "answer": "y"}]), "row 2: needs text, messages"),
         ("sft", "a.jsonl", lines([{}]), "no columns"),
-        ("dpo", "a.jsonl", lines([GOOD]), "row 1: needs chosen and rejected; it has prompt, completion"),
+        ("reward-model", "a.jsonl", lines([GOOD]), "row 1: needs chosen and rejected; it has prompt, completion"),
+        ("dpo", "a.jsonl", lines([GOOD]), "completion and label); it has prompt, completion"),
+        ("dpo", "a.jsonl", lines([GOOD | {"label": "yes"}]), "row 1: label is 'yes'; expected true"),
+        ("dpo", "a.jsonl", lines([GOOD | {"label": True}]), "--loss kto learns from"),
         ("grpo", "a.jsonl", lines([{"question": "x"}]), "row 1: needs prompt; it has question"),
         ("sft", "a.jsonl", lines([GOOD]) + b'{"prompt": \n', "row 2: can't be read as .jsonl"),
         ("sft", "a.jsonl", b"[1, 2]\n", "row 1: can't be read as .jsonl: not an object"),

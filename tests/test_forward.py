@@ -9,8 +9,9 @@ from transformers import AutoModelForSequenceClassification, Gemma2Config, Mamba
 
 from conftest import SMALL, ragged, tiny
 from trivet.batch import Groups, microbatches
-from trivet.model.forward import in_microbatches, scores, shares_prefix, token_logprobs, values
+from trivet.model.forward import in_microbatches, shares_prefix, token_logprobs
 from trivet.model.logprobs import selected_logprobs
+from trivet.model.scalar import scores, values
 
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import trivet.optimization
-from trivet.optimization.advantages import gae, group_advantages, leave_one_out_advantages
-from trivet.optimization.diagnostics import explained_variance, is_clipped
+from trivet.optimization.advantages import group_advantages, leave_one_out_advantages
 from trivet.optimization.kl import k1, k2, k3
-from trivet.optimization.policy import clipped_surrogate_loss, policy_gradient_loss
+from trivet.optimization.normalize import whiten
+from trivet.optimization.policy import clipped_surrogate_loss, is_clipped, policy_gradient_loss
 from trivet.optimization.preference import (
     bradley_terry_loss,
     dpo_loss,
@@ -26,9 +26,9 @@ from trivet.optimization.preference import (
     pairwise_group_loss,
     ranked_pairs,
 )
-from trivet.optimization.reduce import sequence_mean, sequence_sum, token_mean, whiten
+from trivet.optimization.reduce import sequence_mean, sequence_sum, token_mean
 from trivet.optimization.supervised import nll_loss
-from trivet.optimization.value import clipped_value_loss
+from trivet.optimization.value import clipped_value_loss, explained_variance, gae
 
 torch.set_num_threads(1)
 some = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -729,7 +729,20 @@ dpo_loss(chosen, rejected, ref_chosen, ref_rejected, *, beta)
 ranked_pairs(rewards, group_size)
 pairwise_group_loss(logprob, ref_logprob, rewards, group_size, *, beta)
 policy_gradient_loss(logprobs, advantages)
-clipped_surrogate_loss(logprobs, old_logprobs, advantages, *, clip_low, clip_high)
+clipped_surrogate_loss(logprobs, old_logprobs, advantages, *, clip_low, clip_high, clip_dual=inf)
+gspo_loss(logprobs, old_logprobs, advantages, mask, *, clip_low, clip_high)
+cispo_loss(logprobs, old_logprobs, advantages, *, clip_low, clip_high)
+weighted_kl(kl, logprobs, old_logprobs)
+hinge_loss(chosen, rejected)
+conservative_loss(chosen, rejected, *, label_smoothing)
+robust_loss(chosen, rejected, *, label_smoothing)
+ipo_loss(chosen, rejected, ref_chosen, ref_rejected, *, beta)
+simpo_loss(chosen, rejected, *, beta, gamma)
+odds_ratio_loss(chosen, rejected)
+kto_loss(logprob, ref_logprob, desirable, kl, *, beta)
+scale_by_batch(advantages, rewards)
+adapted_beta(beta, kl, *, target, rate=0.1)
+scale_to_unit_variance(x, mask)
 clipped_value_loss(values, old_values, returns, *, clip)
 group_advantages(rewards, group_size, *, normalize=False)
 leave_one_out_advantages(rewards, group_size)
@@ -752,13 +765,30 @@ PUBLIC = {
 }
 B, P, G, T = 6, 2, 3, 4
 GIVEN = {"beta": 0.1, "clip_low": 0.2, "clip_high": 0.2, "clip": 0.2, "gamma": 0.9, "lam": 0.8, "group_size": G}
+GIVEN |= {"label_smoothing": 0.1, "target": 6.0}
+PER_COMPLETION = (
+    *(
+        "group_",
+        "leave_",
+        "scale_by",
+        "ranked_",
+        "pairwise_",
+        "bradley_",
+        "implicit_",
+        "dpo_",
+        "hinge_",
+        "conservative_",
+    ),
+    *("robust_", "ipo_", "simpo_", "odds_", "kto_"),
+)
 
 
 def call(name: str, device: str = "cpu") -> Tensor | tuple[Tensor, ...]:
     """The function on ones of the shapes that its arguments' names stand for."""
-    per_completion = name.startswith(("group_", "leave_", "ranked_", "pairwise_", "bradley_", "implicit_", "dpo_"))
-    shape = (B,) if per_completion else (B, T)
-    known = {**GIVEN, "mask": torch.ones(shape, device=device).bool()}
+    shape = (B,) if name.startswith(PER_COMPLETION) else (B, T)
+    known = {**GIVEN, **{key: torch.ones(shape, device=device).bool() for key in ("mask", "desirable")}}
+    if name in ("kto_loss", "adapted_beta"):
+        known["kl"] = torch.ones((), device=device)
     arguments = {
         key: known.get(key, torch.ones(shape, device=device))
         for key, parameter in inspect.signature(PUBLIC[name]).parameters.items()

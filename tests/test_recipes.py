@@ -9,8 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from trivet.batch import collate
-from trivet.model.forward import scores, token_logprobs
+from trivet.model.forward import token_logprobs
 from trivet.model.load import load_policy, load_scorer
+from trivet.model.scalar import scores
 from trivet.recipes import dpo, grpo, pairwise_grpo, ppo, reward_model, sft
 from trivet.run.arguments import read_toml, typed
 from trivet.run.launch import Launch, launch
@@ -67,7 +68,7 @@ def test_first_step_of_grpo_has_exactly_no_kl():
         (sft, {}),
         (dpo, {}),
         (grpo, GOLD),
-        (grpo, {**GOLD, "epochs_per_batch": 2, "normalize": True, "beta": 0.0}),
+        (grpo, {**GOLD, "epochs_per_batch": 2, "scale_rewards": "group", "beta": 0.0}),
         (ppo, {**GOLD, "minibatches": 2, "kl_in": "loss", "save_every": 1}),
         (pairwise_grpo, GOLD),
     ],

@@ -5,7 +5,7 @@ completions. Column t of every (B, T) tensor describes completion token t.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,14 +49,8 @@ class Groups:
     def regroup(self, group_size: int) -> "Groups":
         """The same rows in smaller groups, each with its own copy of the prompt. group_size divides the present one."""
         copies = self.group_size // group_size
-        return Groups(
-            prompts=self.prompts.repeat_interleave(copies, 0),
-            prompt_mask=self.prompt_mask.repeat_interleave(copies, 0),
-            completions=self.completions,
-            mask=self.mask,
-            present=self.present,
-            group_size=group_size,
-        )
+        prompts, prompt_mask = (x.repeat_interleave(copies, 0) for x in (self.prompts, self.prompt_mask))
+        return replace(self, prompts=prompts, prompt_mask=prompt_mask, group_size=group_size)
 
     def to(self, device: torch.device | str) -> "Groups":
         """The same groups on another device."""

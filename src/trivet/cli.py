@@ -80,21 +80,22 @@ def run_command(command: str, args: list[str]) -> int:
 
 
 def parse(kind: type[Any], args: list[str], program: str, presets: dict[str, dict[str, Any]] | None = None) -> Any:
-    """A config from --preset NAME, then --config FILE.toml, then flags, the later ones on top."""
+    """A config from --preset NAME ..., then --config FILE.toml, then flags, the later ones on top."""
     from trivet.run.arguments import read_flags, read_toml, typed
 
     presets, extra = presets or {}, ""
     if presets:
-        extra = f" --preset {'|'.join(presets)} and --config FILE.toml set several options at once; flags go on top."
+        extra = f" --preset (one or more of {', '.join(presets)}) and --config FILE.toml set several options; flags go on top."
     if {"-h", "--help"} & set(args):
         import tyro
 
         tyro.cli(kind, args=["--help"], prog=program, description=(kind.__doc__ or "") + extra)
-    flags = read_flags(kind, args, ("preset", "config") if presets else ())
-    preset, path = flags.pop("preset", None), flags.pop("config", None)
-    if preset is not None and preset not in presets:
-        raise InputError(f"--preset {preset}: there is {' and '.join(presets)}")
-    values = dict(presets.get(preset or "", {}))
+    flags = read_flags(kind, args, {"preset": tuple[str, ...], "config": str} if presets else {})
+    path, values = flags.pop("config", None), dict[str, Any]()
+    for preset in flags.pop("preset", ()):
+        if preset not in presets:
+            raise InputError(f"--preset {preset}: there is {', '.join(presets)}")
+        values |= presets[preset]
     if path is not None:
         values |= typed(kind, read_toml(path), f"{path}: ")
     return kind(**values | typed(kind, flags, "--"))

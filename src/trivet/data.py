@@ -1,7 +1,7 @@
 """Rows to examples: files and hub data sets, the formats of the field, a split by prompt, and a count of what was left out.
 
 Formats: text · messages · prompt + completion · prompt + chosen + rejected (strings or conversations, the prompt also
-implicit) · prompt plus any columns.
+implicit) · prompt + completion + label · prompt plus any columns.
 """
 
 import csv
@@ -23,6 +23,7 @@ Row = dict[str, Any]
 NEEDS = {
     "supervised": "text, messages or prompt and completion",
     "preference": "chosen and rejected",
+    "feedback": "chosen and rejected (or, for --loss kto, prompt, completion and label)",
     "prompts": "prompt",
 }
 KINDS = (".jsonl", ".json", ".csv", ".parquet")
@@ -42,7 +43,7 @@ def load_examples(
     """Read, check and tokenize the rows of a file or hub data set.
 
     truncate_prompts: keep the end of a prompt over max_prompt tokens rather than leave its row out.
-    form: 'supervised', 'preference' or 'prompts'. counts: gets what was left out or cut, by reason.
+    form: 'supervised', 'preference', 'feedback' (preferences, or completions with a label) or 'prompts'. counts: gets what was left out or cut, by reason.
     Errors: InputError that names the file and row where a row can't be understood or none is left.
     """
     examples: list[Example] = []
@@ -50,7 +51,9 @@ def load_examples(
         where = f"{path} row {number}"
         counts["rows read"] += 1
         prompt, completions = _sides(row, form, where)
-        if reason := _useless(form, prompt, completions):
+        if form == "feedback" and len(completions) == 1:
+            row = row | {"label": _label(row, where)}
+        if reason := _useless(prompt, completions):
             counts[f"left out: {reason}"] += 1
             continue
         try:
@@ -63,7 +66,7 @@ def load_examples(
         if truncate_prompts and len(example.prompt) > max_prompt:
             del example.prompt[:-max_prompt]
             counts[f"cut: prompt over {max_prompt} tokens (its end is kept)"] += 1
-        if reason := _useless_tokens(form, example, max_prompt):
+        if reason := _useless_tokens(example, max_prompt):
             counts[f"left out: {reason}"] += 1
             continue
         if longer:
@@ -141,9 +144,9 @@ def _hub_rows(name: str) -> Iterator[Row]:
         raise InputError(f"{name}: neither a file here nor a data set from the hub: {first_line(error)}") from None
 
 
-def _useless(form: str, prompt: Any, completions: list[Any]) -> str:
+def _useless(prompt: Any, completions: list[Any]) -> str:
     """Why this row can't teach, '' where it can."""
-    if form == "preference" and completions[0] == completions[1]:
+    if len(completions) == 2 and completions[0] == completions[1]:
         return "chosen equals rejected"
     for side in completions:
         if not (any(m.get("content") or m.get("tool_calls") for m in side) if is_conversation(side) else side):
@@ -151,11 +154,11 @@ def _useless(form: str, prompt: Any, completions: list[Any]) -> str:
     return "empty prompt" if prompt == [] else ""
 
 
-def _useless_tokens(form: str, example: Example, max_prompt: int) -> str:
+def _useless_tokens(example: Example, max_prompt: int) -> str:
     """The same of its tokens, completions already cut."""
     if not 0 < len(example.prompt) <= max_prompt:
         return f"prompt over {max_prompt} tokens" if example.prompt else "empty prompt"
-    if form == "preference" and example.completions[0] == example.completions[1]:
+    if len(example.completions) == 2 and example.completions[0] == example.completions[1]:
         return "chosen equals rejected once cut"
     return "" if all(map(any, example.learned)) else "nothing to learn"
 
@@ -175,21 +178,30 @@ def _sides(row: Row, form: str, where: str) -> tuple[Any, list[Any]]:
     prompt: Any = get("prompt")
     if form == "prompts" and (prompt is not None or row.get("messages") is not None):
         return (_opening(get("messages"))[0], []) if prompt is None else (prompt, [])
-    pair = form != "supervised" or row.get("completion") is None
+    labelled = form == "feedback" and row.get("label") is not None and row.get("chosen") is None
+    pair = not labelled and (form != "supervised" or row.get("completion") is None)
     sides: list[Any] = [
         side for side in map(get, ("chosen", "rejected") if pair else ("completion",)) if side is not None
     ]
-    if len(sides) == 2 or (form == "supervised" and sides and prompt is not None):
+    if len(sides) == 2 or ((form == "supervised" or labelled) and sides and prompt is not None):
         if isinstance(sides[0], str) != isinstance(sides[-1], str):
             raise InputError(f"{where}: of chosen and rejected one is a string, one messages; make them the same kind")
         prompt, sides = _split(prompt, sides)
-        return prompt, {"supervised": sides[:1], "preference": sides, "prompts": []}[form]
+        return prompt, {"supervised": sides[:1], "prompts": []}.get(form, sides)
     if form == "supervised" and row.get("messages") is not None:
         return _opening(get("messages"))
     if form == "supervised" and isinstance(get("text"), str):
         return None, [row["text"]]
     has = ", ".join(column if value is not None else f"{column} (null)" for column, value in row.items())
     raise InputError(f"{where}: needs {NEEDS[form]}; it has {has or 'no columns'}")
+
+
+def _label(row: Row, where: str) -> bool:
+    """Whether a labelled completion is good: true or false, 1 or 0, also as a CSV file spells them."""
+    said = str(row["label"]).strip().lower()
+    if said not in ("true", "1", "1.0", "false", "0", "0.0"):
+        raise InputError(f"{where}: label is {row['label']!r:.60}; expected true (a good completion) or false")
+    return said in ("true", "1", "1.0")
 
 
 def _split(prompt: Any, sides: list[Any]) -> tuple[Any, list[Any]]:

@@ -1,13 +1,13 @@
 """The in-process engine: it samples from the learner's own weights and prefills each prompt once for its whole group."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trivet.batch import Example, Groups, Rollouts, pad
+from trivet.batch import Example, Groups, Rollouts, collate
 from trivet.errors import InputError
 from trivet.generation.sampling import draw, warp
 from trivet.model.attention import Layout, attend_dense
@@ -28,13 +28,13 @@ class Engine:
 
     def generate(self, policy: Any, prompts: Sequence[Example], group_size: int) -> Rollouts:
         """group_size completions of every prompt, sampled from the policy as it is now."""
-        ids, prompt_mask = (x.to(policy.device) for x in pad([prompt.prompt for prompt in prompts]))
+        bare = collate([prompt.prompt for prompt in prompts], [[]] * len(prompts)).to(policy.device)
         run = _decode if shares_prefix(policy) else _transformers_generate
         with torch.no_grad(), autocast(policy):
-            completions, present, logprobs = run(self, policy, ids, prompt_mask, group_size)
+            completions, present, logprobs = run(self, policy, bare, group_size)
         if not logprobs.isfinite().all():
             raise InputError("the policy's probabilities are not numbers any more: lower --lr, or look at its weights")
-        groups = _groups(ids, prompt_mask, completions, present)
+        groups = replace(bare, completions=completions, mask=present, present=present, group_size=group_size)
         last = present.sum(1) - 1
         finished = torch.isin(completions.gather(1, last[:, None])[:, 0], completions.new_tensor(self.stops))
         lengths, tokens = (last + 1 - finished.long()).tolist(), completions.tolist()
@@ -43,26 +43,10 @@ class Engine:
         return Rollouts(groups=groups, logprobs=logprobs, finished=finished, texts=texts, rows=rows)
 
 
-def _groups(prompts: Tensor, prompt_mask: Tensor, completions: Tensor, present: Tensor) -> Groups:
-    """Groups of which every completion token is learned."""
-    return Groups(
-        prompts=prompts,
-        prompt_mask=prompt_mask,
-        completions=completions,
-        mask=present,
-        present=present,
-        group_size=len(completions) // len(prompts),
-    )
-
-
-def _decode(
-    engine: Engine, model: Any, prompts: Tensor, prompt_mask: Tensor, group_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _decode(engine: Engine, model: Any, bare: Groups, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Completions (B, T), which of their tokens are present (B, T), and the log-probability of each as sampled (B, T)."""
-    room, device = engine.max_completion_tokens, prompts.device
-    empty = torch.zeros(len(prompts), 1, dtype=torch.int64, device=device)
-    layout = Layout(_groups(prompts, prompt_mask, empty, empty > 0))
-    cache = Cache(layout, prompt_mask, group_size, room)
+    room, device, layout = engine.max_completion_tokens, bare.prompts.device, Layout(bare)
+    cache = Cache(layout, bare.prompt_mask, group_size, room)
     head = model.get_output_embeddings()
     hidden = trunk(model, layout.ids, layout.positions, cache)[0, layout.last]  # (P, D)
     logits = head(hidden).repeat_interleave(group_size, 0)  # (B, V)
@@ -142,12 +126,10 @@ class Cache:
         return rows
 
 
-def _transformers_generate(
-    engine: Engine, model: Any, prompts: Tensor, prompt_mask: Tensor, group_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _transformers_generate(engine: Engine, model: Any, bare: Groups, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """The same through transformers' own generate, for models that can't share a prefix; then one pass for log-probabilities."""
-    order = prompt_mask.long().argsort(dim=1, stable=True)  # padding first
-    ids, attention = prompts.gather(1, order), prompt_mask.gather(1, order)
+    order = bare.prompt_mask.long().argsort(dim=1, stable=True)  # padding first
+    ids, attention = bare.prompts.gather(1, order), bare.prompt_mask.gather(1, order)
     torch.manual_seed(int(torch.randint(2**31, (), generator=engine.generator, device=engine.generator.device)))
     sampled = model.generate(
         ids,
@@ -164,5 +146,5 @@ def _transformers_generate(
     completions = sampled[:, ids.shape[1] :]
     ended = torch.isin(completions, completions.new_tensor(engine.stops)).long()
     present = ended.cumsum(1) - ended == 0  # up to the first stop, itself included
-    groups = _groups(prompts, prompt_mask, completions, present)
+    groups = replace(bare, completions=completions, mask=present, present=present, group_size=group_size)
     return completions, present, token_logprobs(model, groups, temperature=engine.temperature or 1.0)

@@ -1,4 +1,4 @@
-"""From groups to numbers: token_logprobs, values and scores of a Hugging Face model.
+"""From groups to numbers: token_logprobs of a Hugging Face model, and the hidden states that scalar heads read (scalar.py).
 
 The one place where the next-token shift happens (Layout.predictor, and `_plain_rows` for models that can't share a prefix).
 """
@@ -27,34 +27,12 @@ def token_logprobs(model: Any, groups: Groups, *, temperature: float = 1.0) -> T
         return _shared_token_logprobs(model, groups, temperature)
 
 
-def values(model: Any, groups: Groups) -> Tensor:
-    """V of the state before each trained completion token, from a model with a scalar head. Returns (B, T), 0 outside mask."""
-    with autocast(model):
-        if shares_prefix(model):
-            layout = Layout(groups)
-            hidden = trunk(model, layout.ids, layout.positions, layout)[0, layout.predictor[groups.mask]]  # (M, D)
-        else:
-            hidden, before, _ = _plain(model, groups)
-            hidden = hidden[before[:, 0], before[:, 1]]
-        return _place(_scalar(model, hidden), groups.mask)
-
-
-def scores(model: Any, groups: Groups) -> Tensor:
-    """The scalar head at the last real token of each sequence, EOS included. Returns (B,)."""
-    with autocast(model):
-        return _scalar(model, _last_hidden(model, groups, shared=shares_prefix(model)))
-
-
 @torch.no_grad()
 def in_microbatches(function: Callable[..., Tensor], model: Any, groups: Groups, budget: int, **options: Any) -> Tensor:
-    """token_logprobs, values or scores of all of groups without gradients, at most `budget` trunk tokens at a time."""
-    result = torch.zeros(0)
-    for rows, part in microbatches(groups, budget):
-        x = function(model, part, **options)
-        if not len(result):
-            result = x.new_zeros(len(groups.completions), *x.shape[1:])
-        result[rows] = x
-    return result
+    """token_logprobs, or values or scores, of all of groups without gradients, at most `budget` trunk tokens at a time."""
+    parts = [(rows, function(model, part, **options)) for rows, part in microbatches(groups, budget)]
+    rows, results = zip(*parts, strict=True)
+    return torch.cat(results)[torch.cat(rows).argsort()]
 
 
 def autocast(model: Any) -> AbstractContextManager[Any]:
@@ -78,16 +56,18 @@ def _try_sharing(model: Any) -> bool:
     top = model.get_input_embeddings().num_embeddings - 1
     ids = [[min(7 * i + 3 * j, top) for j in range(length)] for i, length in enumerate((5, 3, 2, 4, 1, 3))]
     probe = collate(ids[:2], ids[2:]).to(model.device)
+
+    def numbers(shared: bool) -> Tensor:
+        if model.get_output_embeddings() is not None:
+            return (_shared_token_logprobs if shared else _plain_token_logprobs)(model, probe, 1.0)
+        hidden, _, last = states(model, probe, shared=shared)
+        return hidden[last]
+
     try:
         with torch.no_grad(), torch.autocast(model.device.type, enabled=False):
-            if model.get_output_embeddings() is not None:
-                plain = _plain_token_logprobs(model, probe, 1.0)
-                model.set_attn_implementation(NAME)
-                shared = _shared_token_logprobs(model, probe, 1.0)
-            else:
-                plain = _last_hidden(model, probe, shared=False)
-                model.set_attn_implementation(NAME)
-                shared = _last_hidden(model, probe, shared=True)
+            plain = numbers(shared=False)
+            model.set_attn_implementation(NAME)
+            shared = numbers(shared=True)
         rounding = (64 if model.dtype.itemsize > 2 else 4) * torch.finfo(model.dtype).eps
         agrees = torch.allclose(shared, plain, rtol=rounding, atol=rounding)
     except (UnshareableError, TypeError, ValueError, AttributeError, KeyError, RuntimeError, IndexError):
@@ -104,40 +84,39 @@ def trunk(model: Any, ids: Tensor, positions: Tensor, layout: Any) -> Tensor:
     return out.last_hidden_state
 
 
-def _last_hidden(model: Any, groups: Groups, *, shared: bool) -> Tensor:
-    """The trunk's hidden state at each sequence's last real token, (B, D)."""
+def states(model: Any, groups: Groups, *, shared: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The trunk's hidden states (N, D), and where in them the ones stand that predict a trained token (M,), and the one of
+    each sequence's last real token (B,)."""
     if shared:
         layout = Layout(groups)
-        return trunk(model, layout.ids, layout.positions, layout)[0, layout.last]
-    hidden, _, last = _plain(model, groups)
-    return hidden[torch.arange(len(last), device=last.device), last]
+        hidden = trunk(model, layout.ids, layout.positions, layout)[0]
+        return hidden, layout.predictor[groups.mask], layout.last
+    ids, attention, before, last = _plain_rows(groups)
+    return (
+        model.base_model(ids, attention_mask=attention, use_cache=False).last_hidden_state.flatten(0, 1),
+        before,
+        last,
+    )
 
 
 def _shared_token_logprobs(model: Any, groups: Groups, temperature: float) -> Tensor:
-    layout = Layout(groups)
-    hidden = trunk(model, layout.ids, layout.positions, layout)[0, layout.predictor[groups.mask]]  # (M, D)
-    head = model.get_output_embeddings()
-    targets = groups.completions[groups.mask]  # (M,)
-    return _place(selected_logprobs(hidden, head.weight, head.bias, targets, temperature), groups.mask)
+    hidden, before, _ = states(model, groups, shared=True)
+    head, targets = model.get_output_embeddings(), groups.completions[groups.mask]  # (M,)
+    return place(selected_logprobs(hidden[before], head.weight, head.bias, targets, temperature), groups.mask)
 
 
 def _plain_token_logprobs(model: Any, groups: Groups, temperature: float) -> Tensor:
     """The model's own forward over padded rows, prompt copied for each completion: the yardstick of the shared way."""
     ids, attention, before, _ = _plain_rows(groups)
-    logits = model(ids, attention_mask=attention, use_cache=False).logits[before[:, 0], before[:, 1]]  # (M, V)
+    logits = model(ids, attention_mask=attention, use_cache=False).logits.flatten(0, 1)[before]  # (M, V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     picked = logits.log_softmax(-1).gather(1, groups.completions[groups.mask][:, None])[:, 0]
-    return _place(picked, groups.mask)
-
-
-def _plain(model: Any, groups: Groups) -> tuple[Tensor, Tensor, Tensor]:
-    ids, attention, before, last = _plain_rows(groups)
-    return model.base_model(ids, attention_mask=attention, use_cache=False).last_hidden_state, before, last
+    return place(picked, groups.mask)
 
 
 def _plain_rows(groups: Groups) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One right-padded row per completion: ids and attention mask (B, L), the (row, column) before each trained token
-    (M, 2), the column of each row's last token (B,)."""
+    """One right-padded row per completion: ids and attention mask (B, L); counted through all rows, the cell before each
+    trained token (M,) and that of each row's last token (B,)."""
     ids = torch.cat([groups.prompts.repeat_interleave(groups.group_size, 0), groups.completions], 1)
     real = torch.cat([groups.prompt_mask.repeat_interleave(groups.group_size, 0), groups.present], 1)
     column = real.cumsum(1) - 1
@@ -147,16 +126,10 @@ def _plain_rows(groups: Groups) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     packed[real.nonzero()[:, 0], column[real]] = ids[real]
     attention = torch.arange(width, device=ids.device) < length[:, None]
     trained = torch.cat([torch.zeros_like(real[:, : groups.prompts.shape[1]]), groups.mask], 1)
-    before = torch.stack([trained.nonzero()[:, 0], column[trained] - 1], 1)
-    return packed, attention.long(), before, length - 1
+    start = torch.arange(len(ids), device=ids.device) * width
+    return packed, attention.long(), (start[:, None] + column)[trained] - 1, start + length - 1
 
 
-def _scalar(model: Any, hidden: Tensor) -> Tensor:
-    """The scalar head, in the type of its weights. (M, D) -> (M,)"""
-    with torch.autocast(hidden.device.type, enabled=False):
-        return model.score(hidden.to(model.score.weight.dtype))[:, 0]
-
-
-def _place(x: Tensor, mask: Tensor) -> Tensor:
+def place(x: Tensor, mask: Tensor) -> Tensor:
     """Values of the masked tokens at their place in (B, T), 0 elsewhere."""
     return x.new_zeros(mask.shape).masked_scatter(mask, x)

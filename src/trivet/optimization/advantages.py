@@ -1,4 +1,4 @@
-"""How much better than expected: baselines from the group, or from a learned value."""
+"""How much better than expected: baselines from the group or the batch (from a learned value: value.py)."""
 
 import torch
 from torch import Tensor
@@ -30,29 +30,22 @@ def leave_one_out_advantages(rewards: Tensor, group_size: int) -> Tensor:
 
         A_i = R_i - 1/(G-1) sum_{j != i} R_j  =  G/(G-1) (R_i - mean_j R_j)
 
-    rewards: (B,), all known. group_size: G >= 2. Returns (B,). Unbiased for any G. Source: RLOO (Kool et al. 2019;
-    Ahmadian et al. 2024).
+    rewards: (B,), NaN where no reward is known: such a completion gets 0, and G counts the known ones; one that is alone
+    gets 0. group_size: G. Returns (B,). Unbiased for any G. Source: RLOO (Kool et al. 2019; Ahmadian et al. 2024).
     """
-    return group_advantages(rewards, group_size) * (group_size / (group_size - 1))
+    count = (~rewards.view(-1, group_size).isnan()).sum(1).repeat_interleave(group_size)  # (B,)
+    return group_advantages(rewards, group_size) * (count / (count - 1).clamp(min=1))
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalized advantage estimation over the real tokens of each completion.
+def scale_by_batch(advantages: Tensor, rewards: Tensor) -> Tensor:
+    """Advantages in units of the spread of all rewards of the step.
 
-        delta_t = r_t + gamma V(s_{t+1}) - V(s_t);  A_t = sum_l (gamma lam)^l delta_{t+l};  return_t = A_t + V(s_t)
+        A_i / (std(R) + 1e-4), the unbiased standard deviation over the whole batch
 
-    rewards: (B, T) paid for token t. values: (B, T), V of the state before token t. mask: (B, T); the state after a
-    completion's last real token is worth 0, and tokens outside the mask are stepped over. Returns advantages and
-    returns, (B, T) each, 0 outside the mask. lam = 0 is the one-step advantage, lam = 1 the Monte-Carlo return minus V.
-    Source: Schulman et al. 2016, eq. 16.
+    advantages, rewards: (B,); NaN rewards do not count. Returns (B,). One scale for all groups, where
+    group_advantages(normalize=True) has one for each. With the mean of the batch as the baseline, which is
+    group_advantages(rewards, len(rewards)), it is the normalization of REINFORCE++ (Hu 2025).
     """
-    advantages = torch.zeros_like(values)  # (B, T)
-    next_value = next_advantage = torch.zeros_like(values[:, 0])  # (B,)
-    for t in reversed(range(values.shape[1])):
-        real = mask[:, t]  # (B,)
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantage = delta + gamma * lam * next_advantage
-        advantages[:, t] = torch.where(real, advantage, 0.0)
-        next_advantage = torch.where(real, advantage, next_advantage)
-        next_value = torch.where(real, values[:, t], next_value)
-    return advantages, torch.where(mask, advantages + values, 0.0)
+    centered = group_advantages(rewards, len(rewards))  # (B,) exact zeros where the rewards are equal
+    variance = centered.square().sum() / ((~rewards.isnan()).sum() - 1).clamp(min=1)
+    return advantages / (variance.sqrt() + 1e-4)

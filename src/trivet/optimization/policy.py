@@ -16,18 +16,37 @@ def policy_gradient_loss(logprobs: Tensor, advantages: Tensor) -> Tensor:
 
 
 def clipped_surrogate_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    clip_dual: float = torch.inf,
 ) -> Tensor:
     """PPO's surrogate: move only while the ratio stays near 1, unless that would undo harm.
 
         -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A),  rho = pi / pi_old
 
     logprobs: (B, T) under the policy being trained; old_logprobs: (B, T) under the policy that sampled; advantages:
-    (B, T). Returns (B, T). At rho = 1 value and gradient are -A and -A grad log pi, those of policy_gradient_loss; the
+    (B, T). clip_dual: rho is cut there first, so that a huge one teaches nothing of a bad token either; above 1 + clip_high.
+    Returns (B, T). At rho = 1 value and gradient are -A and -A grad log pi, those of policy_gradient_loss; the
     gradient is zero where rho > 1 + clip_high with A > 0, or rho < 1 - clip_low with A < 0.
-    Source: Schulman et al. 2017, eq. 7 (clip_low = clip_high = 0.2 there).
+    Source: Schulman et al. 2017, eq. 7 (clip_low = clip_high = 0.2 there); unequal limits: DAPO (Yu et al. 2025), eq. 8;
+    clip_dual: dual-clip PPO (Ye et al. 2020), c = 3 there.
     """
     advantages = advantages.detach()
-    ratio = (logprobs - old_logprobs.detach()).exp()  # (B, T)
+    ratio = (logprobs - old_logprobs.detach()).exp().clamp(max=clip_dual)  # (B, T)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)  # (B, T)
     return -torch.minimum(ratio * advantages, clipped * advantages)
+
+
+def is_clipped(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float
+) -> Tensor:
+    """Where clipped_surrogate_loss has no gradient: rho > 1 + clip_high with A > 0, or rho < 1 - clip_low with A < 0.
+
+    (B, T) each; returns (B, T) bool. The mean over real tokens is the metric clip_ratio.
+    """
+    ratio = (logprobs - old_logprobs).exp()  # (B, T)
+    return ((ratio > 1 + clip_high) & (advantages > 0)) | ((ratio < 1 - clip_low) & (advantages < 0))

@@ -32,19 +32,3 @@ def sequence_mean(x: Tensor, mask: Tensor) -> Tensor:
     paper (Shao et al. 2024, eq. 3), whose length bias Dr. GRPO (Liu et al. 2025) points out.
     """
     return sequence_sum(x, mask) / mask.sum(-1).clamp(min=1)
-
-
-def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """Shift and scale to mean 0 and (unbiased) variance 1 over the real tokens.
-
-        (x - mean) / sqrt(var + 1e-8) where mask, 0 elsewhere
-
-    With fewer than two real tokens the variance is not defined and only the mean is taken away; equal values give exactly
-    0. Returns (B, T). Source: Ziegler et al. 2019, lm-human-preferences.
-    """
-    count = mask.sum()
-    anchored = torch.where(mask, x - torch.where(mask, x, -torch.inf).amax(), 0.0)  # equal values become exact zeros
-    centered = torch.where(mask, anchored - token_mean(anchored, mask), 0.0)
-    variance = centered.square().sum() / (count - 1).clamp(min=1)
-    scale = torch.where(count > 1, (variance + 1e-8).rsqrt(), torch.ones_like(variance))
-    return centered * scale

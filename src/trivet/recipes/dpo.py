@@ -1,4 +1,4 @@
-"""DPO: direct preference optimization (Rafailov et al. 2023).
+"""DPO: direct preference optimization (Rafailov et al. 2023), and the losses that later papers put in its place.
 
 reward signal   preference pairs
 generation      none
@@ -7,27 +7,37 @@ optimization    Bradley-Terry on the implicit reward beta log pi/pi_ref
     L = mean over pairs of  -log sigmoid(beta [(log pi(y_w) - log pi(y_l)) - (log pi_ref(y_w) - log pi_ref(y_l))])
 
 The reference is the policy as it starts, so its log-probabilities are taken before the first step, once for each pair that will
-be seen, and no second model is kept in memory.
+be seen, and no second model is kept in memory. --loss chooses another comparison (dpo_variants.py, docs/methods.md); --loss kto
+takes each completion by itself, and reads rows of prompt, completion and label as well as pairs.
 
     trivet dpo --model Qwen/Qwen3-0.6B --data preferences.jsonl
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from trivet.batch import Example, microbatches, to_groups
+from trivet.batch import Example, Groups, microbatches, to_groups
+from trivet.errors import InputError
 from trivet.model.forward import in_microbatches, token_logprobs
-from trivet.optimization.preference import dpo_loss, implicit_reward
 from trivet.optimization.reduce import sequence_sum
+from trivet.recipes.dpo_variants import (
+    REFERENCE_FREE,
+    VARIANTS,
+    check,
+    desirable,
+    exchanged,
+    group_loss,
+    implied_rewards,
+)
 from trivet.run.loop import Metrics, Optimizer, Run
 from trivet.run.options import Options
 from trivet.toy import ARITHMETIC, STORIES
 
-ROWS, TRAINS = "preference", "policy"  # what the data must hold, and what kind of model is trained
+ROWS, TRAINS = "feedback", "policy"  # what the data must hold, and what kind of model is trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,83 +45,129 @@ class Config(Options):
     """Direct preference optimization: Bradley-Terry on log-ratios to the reference."""
 
     beta: float = 0.1
-    """Strength of the tie to the reference, per nat."""
+    """Strength of the tie to the reference, per nat (ipo: the paper's tau; simpo: scale of the reward; orpo: its lambda)."""
+    loss: Literal["sigmoid", "conservative", "robust", "hinge", "ipo", "simpo", "orpo", "kto"] = "sigmoid"
+    """How the sides are compared: sigmoid is DPO; simpo and orpo take no reference; kto takes each side by itself."""
+    label_smoothing: float = 0.0
+    """Of conservative and robust: the share of labels believed to be wrong, below 0.5."""
+    length_normalize: bool = False
+    """Compare log-probabilities per token in place of sums (not in kto; simpo and orpo always do)."""
+    gamma: float = 0.0
+    """Of simpo: by how much the winner's reward should lead."""
+    sft_weight: float = 0.0
+    """Weight of the supervised loss of the chosen side, beside the comparison (not in kto)."""
+    desirable_weight: float = 1.0
+    """Of kto: weight of good completions."""
+    undesirable_weight: float = 1.0
+    """Of kto: weight of bad completions."""
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def train(config: Config, run: Run) -> Iterator[Metrics]:
     """Yield the metrics of each step; the policy is run.model."""
     policy = run.model
-    seen = [example for _, examples in run.batches() for example in examples] + run.heldout
-    reference = reference_logprobs(policy, seen, config, run)
+    sizes = {len(example.completions) for example in run.train + run.heldout}
+    if len(sizes) > 1 or (1 in sizes and config.loss != "kto"):
+        mixed = "rows of both kinds, pairs and labels" if len(sizes) > 1 else "rows with a label, not pairs"
+        raise InputError(
+            f"{config.data} has {mixed}: --loss kto learns from either kind by itself, the others from pairs"
+        )
+    reference = reference_logprobs(policy, config, run)
     optimizer = Optimizer(policy, config, run.steps)
 
     for step, examples in run.batches():
-        groups = to_groups(examples, run.device)
-        ref_logprob = torch.stack([reference[id(example)] for example in examples]).flatten()  # (B,)
+        groups, good = to_groups(examples, run.device), desirable(examples, run.device)  # (B,)
+        ref_logprob = look_up(reference, examples)  # (B,)
+        kl = exchanged_kl(policy, examples, reference, config, run.device)  # scalar, 0 but in kto
+        written = groups.mask & good[:, None]  # (B, T) tokens of the supervised term
         result = torch.zeros_like(ref_logprob)  # (B,)
         for rows, part in microbatches(groups, config.microbatch_tokens, whole=True):
-            logprob = sequence_sum(token_logprobs(policy, part), part.mask)  # (b,)
-            chosen, rejected = logprob.view(-1, 2).unbind(1)
-            ref_chosen, ref_rejected = ref_logprob[rows].view(-1, 2).unbind(1)
-            loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=config.beta)  # (b / 2,)
-            (loss.sum() / len(examples)).backward()
+            logprobs = token_logprobs(policy, part)  # (b, T)
+            logprob, tokens = sequence_sum(logprobs, part.mask), part.mask.sum(1)  # (b,) each
+            loss = group_loss(config, logprob, ref_logprob[rows], tokens, good[rows], kl, part.group_size)  # (p,)
+            supervised = -sequence_sum(logprobs, written[rows]).sum() / written.sum().clamp(min=1)
+            (loss.sum() / len(examples) + config.sft_weight * supervised).backward()
             result[rows] = logprob.detach()
-        metrics = pair_metrics(result, ref_logprob, config.beta) | optimizer.step()
+        metrics = feedback_metrics(config, result, ref_logprob, groups, good, kl) | optimizer.step()
         metrics["tokens/trained"] = float(groups.lengths.sum())
         if run.evaluates(step):
             metrics |= evaluate(policy, run.heldout, reference, config, run.device)
         yield metrics
 
 
-def reference_logprobs(policy: Any, examples: Sequence[Example], config: Config, run: Run) -> dict[int, Tensor]:
-    """log pi_ref of the (chosen, rejected) completions of every example, by the example's identity."""
-    unique = list({id(example): example for example in examples}.values())
-    run.note(f"reference log-probabilities of {len(unique):,} pairs")
-    result: dict[int, Tensor] = {}
+Table = dict[tuple[int, int], Tensor]  # (prompt, completions), by identity -> log pi_ref of each completion
+
+
+def reference_logprobs(policy: Any, config: Config, run: Run) -> Table:
+    """log pi_ref of all completions that will be seen: in kto also after the prompt of their neighbor."""
+    seen: list[Example] = []
+    for examples in (*(examples for _, examples in run.batches()), run.heldout):
+        seen += examples + (exchanged(examples) if config.loss == "kto" and examples else [])
+    unique = {(id(example.prompt), id(example.completions)): example for example in seen}
+    if config.loss in REFERENCE_FREE:
+        return {key: torch.zeros(len(example.completions), device=run.device) for key, example in unique.items()}
+    run.note(f"reference log-probabilities of {len(unique):,} rows")
+    result: Table = {}
     for start in range(0, len(unique), 64):
-        some = unique[start : start + 64]
-        logprob = completion_logprob(policy, some, config, run.device)  # (B,)
-        result |= dict(zip(map(id, some), logprob.view(-1, 2), strict=True))
+        some = dict(list(unique.items())[start : start + 64])
+        logprob = completion_logprob(policy, list(some.values()), config, run.device)  # (B,)
+        result |= dict(zip(some, logprob.view(len(some), -1), strict=True))
     return result
 
 
+def look_up(reference: Table, examples: Sequence[Example]) -> Tensor:
+    """log pi_ref of the examples' completions. (B,)"""
+    return torch.cat([reference[id(example.prompt), id(example.completions)] for example in examples])
+
+
 def completion_logprob(policy: Any, examples: Sequence[Example], config: Config, device: str) -> Tensor:
-    """log pi(y|x) of both completions of each example, without gradients. (B,)"""
+    """log pi(y|x) of all completions of the examples, without gradients. (B,)"""
     groups = to_groups(examples, device)
     return sequence_sum(in_microbatches(token_logprobs, policy, groups, config.microbatch_tokens), groups.mask)
 
 
-def pair_metrics(logprob: Tensor, ref_logprob: Tensor, beta: float) -> Metrics:
-    """Loss and implicit rewards of the two sides, in the field's names."""
-    (chosen, rejected), (ref_chosen, ref_rejected) = logprob.view(-1, 2).unbind(1), ref_logprob.view(-1, 2).unbind(1)
-    reward_chosen, reward_rejected = implicit_reward(logprob, ref_logprob, beta=beta).view(-1, 2).unbind(1)
-    return {
-        "loss": float(dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=beta).mean()),
-        "rewards/chosen": float(reward_chosen.mean()),
-        "rewards/rejected": float(reward_rejected.mean()),
-        "rewards/margins": float((reward_chosen - reward_rejected).mean()),
-        "rewards/accuracies": float((reward_chosen > reward_rejected).float().mean()),
-        "logps/chosen": float(chosen.mean()),
-        "logps/rejected": float(rejected.mean()),
-    }
+def exchanged_kl(policy: Any, examples: Sequence[Example], reference: Table, config: Config, device: str) -> Tensor:
+    """The reference point of kto: log pi/pi_ref of exchanged completions, their mean, not below 0. A scalar; else 0."""
+    if config.loss != "kto":
+        return torch.zeros((), device=device)
+    pairs = exchanged(examples)
+    return (completion_logprob(policy, pairs, config, device) - look_up(reference, pairs)).mean().clamp(min=0)
 
 
-def evaluate(
-    policy: Any, examples: Sequence[Example], reference: dict[int, Tensor], config: Config, device: str
+def feedback_metrics(
+    config: Config, logprob: Tensor, ref_logprob: Tensor, groups: Groups, good: Tensor, kl: Tensor
 ) -> Metrics:
-    """The same on the held-out pairs."""
-    ref_logprob = torch.stack([reference[id(example)] for example in examples]).flatten()  # (B,)
-    metrics = pair_metrics(completion_logprob(policy, examples, config, device), ref_logprob, config.beta)
+    """Loss and implicit rewards of the good and the bad side, in the field's names."""
+    tokens, size = groups.mask.sum(1), groups.group_size
+    rewards = implied_rewards(config, logprob, ref_logprob, tokens)  # (B,)
+    metrics = {"loss": float(group_loss(config, logprob, ref_logprob, tokens, good, kl, size).mean())}
+    for side, rows in (("chosen", good), ("rejected", ~good)):
+        if rows.any():
+            metrics |= {f"rewards/{side}": float(rewards[rows].mean()), f"logps/{side}": float(logprob[rows].mean())}
+    if config.loss == "kto":
+        metrics["kl"] = float(kl)
+    if size == 2:
+        chosen, rejected = rewards.view(-1, 2).unbind(1)
+        metrics["rewards/margins"] = float((chosen - rejected).mean())
+        metrics["rewards/accuracies"] = float((chosen > rejected).float().mean())
+    if config.sft_weight:
+        metrics["nll_loss"] = float(-logprob[good].sum() / tokens[good].sum())
+        metrics["loss"] += config.sft_weight * metrics["nll_loss"]
+    return metrics
+
+
+def evaluate(policy: Any, examples: Sequence[Example], reference: Table, config: Config, device: str) -> Metrics:
+    """The same on the held-out rows."""
+    logprob = completion_logprob(policy, examples, config, device)  # (B,)
+    kl, groups = exchanged_kl(policy, examples, reference, config, device), to_groups(examples, device)
+    metrics = feedback_metrics(config, logprob, look_up(reference, examples), groups, desirable(examples, device), kl)
     return {f"eval/{key}": value for key, value in metrics.items()}
 
 
 PRESETS = {
-    "toy": {
-        **STORIES,
-        "prompts_per_step": 32,
-        "epochs": 1.0,
-        "lr": 3e-4,
-        "lr_decay": True,
-    },
-    "arithmetic": {**ARITHMETIC, "steps": 100, "lr": 1e-3},
+    "toy": STORIES | {"prompts_per_step": 32, "epochs": 1.0, "lr": 3e-4, "lr_decay": True},
+    "arithmetic": ARITHMETIC | {"steps": 100, "lr": 1e-3},
+    **VARIANTS,
 }

@@ -83,19 +83,6 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
 
 
 PRESETS = {
-    "toy": {
-        **STORIES,
-        "reward": ("trivet.toy.stories:gold",),
-        "prompts_per_step": 16,
-        "lr": 4e-4,
-        "steps": 40,
-    },
-    "arithmetic": {
-        **ARITHMETIC,
-        "reward": ("exact_match",),
-        "group_size": 16,
-        "beta": 0.03,
-        "lr": 2e-3,
-        "steps": 300,
-    },
+    "toy": STORIES | {"reward": ("trivet.toy.stories:gold",), "prompts_per_step": 16, "lr": 4e-4, "steps": 40},
+    "arithmetic": ARITHMETIC | {"reward": ("exact_match",), "group_size": 16, "beta": 0.03, "lr": 2e-3, "steps": 300},
 }

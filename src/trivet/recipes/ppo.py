@@ -8,13 +8,14 @@ optimization    clipped surrogate on advantages from GAE; a critic of its own le
     L_policy = -min(rho A, clip(rho, 1-eps, 1+eps) A)            L_value = 1/2 max((V - R)^2, (clip(V) - R)^2)
 
 The critic is a second model: a copy of the reward model where one that shares the policy's tokens is given, else the policy's
-trunk with a zero head. --kl-in loss puts beta KL(pi || pi_ref) (k2) into the loss instead of the reward. Differs from
-InstructGPT: no pretraining term, and V is not normalized.
+trunk with a zero head; or, with --shared-critic, that head on the policy's own trunk. --kl-in loss puts beta KL(pi || pi_ref)
+(k2) into the loss instead of the reward. Differs from InstructGPT: no pretraining term, and V is not normalized.
 
     trivet ppo --model Qwen/Qwen3-0.6B --data questions.jsonl --reward runs/reward-model
 """
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,15 +24,15 @@ import torch
 
 from trivet.batch import microbatches
 from trivet.generation.engine import Engine
-from trivet.model.copies import frozen_copy, with_scalar_head
-from trivet.model.forward import in_microbatches, token_logprobs, values
-from trivet.optimization.advantages import gae
-from trivet.optimization.diagnostics import explained_variance, is_clipped
-from trivet.optimization.kl import k2
-from trivet.optimization.policy import clipped_surrogate_loss
-from trivet.optimization.reduce import token_mean, whiten
-from trivet.optimization.value import clipped_value_loss
-from trivet.recipes.on_policy import completion_kl, evaluate, rollout_metrics
+from trivet.model.copies import frozen_copy
+from trivet.model.forward import in_microbatches, token_logprobs
+from trivet.model.scalar import values, with_scalar_head
+from trivet.optimization.kl import adapted_beta, k1, k2
+from trivet.optimization.normalize import scale_to_unit_variance, whiten
+from trivet.optimization.policy import clipped_surrogate_loss, is_clipped
+from trivet.optimization.reduce import sequence_sum, token_mean
+from trivet.optimization.value import clipped_value_loss, explained_variance, gae
+from trivet.recipes.on_policy import evaluate, rollout_metrics
 from trivet.rewards.reward import WeightedSum
 from trivet.rewards.shaping import kl_charged_rewards
 from trivet.run.loop import Metrics, Optimizer, Run
@@ -53,6 +54,8 @@ class Config(Options):
     """Completions per prompt; they share the prompt's computation, nothing else."""
     beta: float = 0.05
     """Charge for KL(pi || pi_ref), reward per nat."""
+    kl_target: float = 0.0
+    """Adapt beta so that the KL is led to so many nats per completion; 0 leaves beta as it is."""
     kl_in: Literal["reward", "loss"] = "reward"
     """Charge the KL per token in the reward, or as a term of the loss."""
     temperature: float = 1.0
@@ -70,36 +73,47 @@ class Config(Options):
     clip_high: float = 0.2
     """The ratio is clipped above 1 + clip_high."""
     value_clip: float = 0.2
-    """How far a value may usefully move from its old value on one batch."""
+    """How far a value may usefully move from its old value on one batch; 0 does not limit it."""
     critic_lr: float = 1e-5
     """Learning rate of the critic."""
+    shared_critic: bool = False
+    """The critic is a scalar head on the policy's own trunk: half the memory, and value gradients in the policy."""
+    value_coef: float = 0.1
+    """Weight of the value loss where the critic is shared; a separate one has a learning rate of its own."""
     whiten_advantages: bool = True
     """Shift and scale the advantages of a batch to mean 0 and variance 1."""
+    whiten_rewards: bool = False
+    """Scale the rewards of a batch, charges included, to variance 1; their signs stay."""
+    missing_eos_penalty: float = 0.0
+    """Take this from the reward of a completion that was cut at the length limit."""
 
 
 def train(config: Config, run: Run) -> Iterator[Metrics]:
     """Yield the metrics of each step; the policy is run.model."""
     policy, reward = run.model, run.reward
     reference = frozen_copy(policy)
-    critic = critic_from(reward, policy)
+    critic = with_scalar_head(policy, share=True) if config.shared_critic else critic_from(reward, policy)
+    value_coef, value_clip = config.value_coef if config.shared_critic else 1.0, config.value_clip or math.inf
     engine = Engine(run.decode, run.stops, config.max_completion_tokens, config.temperature, run.generator)
     updates = config.epochs_per_batch * config.minibatches
     optimizer = Optimizer(policy, config, run.steps * updates)
-    critic_optimizer = Optimizer(critic, config, run.steps * updates, lr=config.critic_lr)
-    budget, temperature = config.microbatch_tokens, config.temperature
+    head_or_all = critic.score if config.shared_critic else critic
+    critic_optimizer = Optimizer(head_or_all, config, run.steps * updates, lr=config.critic_lr)
+    budget, temperature, beta = config.microbatch_tokens, config.temperature, config.beta
     clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
 
     for step, prompts in run.batches():
         rollouts = engine.generate(policy, prompts, config.group_size)
         groups, mask, old_logprobs = rollouts.groups, rollouts.groups.mask, rollouts.logprobs  # (B, T)
         rewards = reward(rollouts)  # (B,)
-        rewards = torch.where(
-            rewards.isnan(), rewards.nanmean().nan_to_num(), rewards
-        )  # unscored ones count as average
+        rewards = rewards.where(~rewards.isnan(), rewards.nanmean().nan_to_num())  # unscored ones count as average
+        scores = rewards - config.missing_eos_penalty * ~rollouts.finished  # (B,)
         ref_logprobs = in_microbatches(token_logprobs, reference, groups, budget, temperature=temperature)  # (B, T)
         old_values = in_microbatches(values, critic, groups, budget)  # (B, T)
-        charge = config.beta if config.kl_in == "reward" else 0.0
-        token_rewards = kl_charged_rewards(rewards, old_logprobs, ref_logprobs, mask, beta=charge)  # (B, T)
+        kl, charge = k1(old_logprobs, ref_logprobs), beta if config.kl_in == "reward" else 0.0  # (B, T)
+        token_rewards = kl_charged_rewards(scores, kl, mask, beta=charge)  # (B, T)
+        if config.whiten_rewards:
+            token_rewards = scale_to_unit_variance(token_rewards, mask)
         advantages, returns = gae(token_rewards, old_values, mask, gamma=config.gamma, lam=config.lam)  # (B, T) each
         if config.whiten_advantages:
             advantages = whiten(advantages, mask)
@@ -112,25 +126,27 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
                 logprobs = token_logprobs(policy, part, temperature=temperature)  # (b, T)
                 loss = clipped_surrogate_loss(logprobs, old_logprobs[rows], advantages[rows], **clip)  # (b, T)
                 if config.kl_in == "loss":
-                    loss = loss + config.beta * k2(logprobs, ref_logprobs[rows])
+                    loss = loss + beta * k2(logprobs, ref_logprobs[rows])
                 token_mean(loss, part.mask, total=total).backward()
-                value_loss = clipped_value_loss(
-                    values(critic, part), old_values[rows], returns[rows], clip=config.value_clip
-                )  # (b, T)
-                token_mean(value_loss, part.mask, total=total).backward()
+                value = values(critic, part)  # (b, T)
+                value_loss = clipped_value_loss(value, old_values[rows], returns[rows], clip=value_clip)  # (b, T)
+                (value_coef * token_mean(value_loss, part.mask, total=total)).backward()
                 learner[rows] = logprobs.detach()
             update = optimizer.step()
             critic_update = critic_optimizer.step()
 
         metrics = rollout_metrics(rollouts, rewards, reward) | update
         metrics |= {
-            "kl": completion_kl(old_logprobs, ref_logprobs, mask),
+            "kl": float(sequence_sum(kl, mask).mean()),
             "clip_ratio": float(token_mean(is_clipped(learner, old_logprobs, advantages, **clip).float(), mask)),
             "objective/rlhf_reward": float(token_rewards.sum(1).mean()),
             "value/explained_variance": float(explained_variance(old_values, returns, mask)),
             "value/grad_norm": critic_update["grad_norm"],
             "tokens/trained": float(2 * groups.lengths.sum() * config.epochs_per_batch),
         }
+        if config.kl_target:
+            metrics["objective/kl_coef"] = float(beta)
+            beta = float(adapted_beta(beta, sequence_sum(kl, mask).mean(), target=config.kl_target))
         if run.evaluates(step):
             metrics |= evaluate(run, policy, reference, reward, engine)
         run.keep_samples(step, rollouts, rewards)
@@ -152,23 +168,8 @@ def minibatches(mask: torch.Tensor, prompts: int, config: Config) -> Iterator[to
             yield mask.new_zeros(prompts).index_fill(0, chosen.to(mask.device), True)
 
 
+LEARN = {"reward": ("trivet.toy.stories:gold",), "lr": 1e-3, "critic_lr": 1e-3}
 PRESETS = {
-    "toy": {
-        **STORIES,
-        "reward": ("trivet.toy.stories:gold",),
-        "prompts_per_step": 16,
-        "group_size": 8,
-        "lr": 1e-3,
-        "critic_lr": 1e-3,
-        "steps": 40,
-    },
-    "arithmetic": {
-        **ARITHMETIC,
-        "reward": ("exact_match",),
-        "group_size": 16,
-        "beta": 0.03,
-        "lr": 1e-3,
-        "critic_lr": 1e-3,
-        "steps": 200,
-    },
+    "toy": STORIES | LEARN | {"prompts_per_step": 16, "group_size": 8, "steps": 40},
+    "arithmetic": ARITHMETIC | LEARN | {"reward": ("exact_match",), "group_size": 16, "beta": 0.03, "steps": 200},
 }

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from trivet.batch import Example, microbatches, to_groups
-from trivet.model.forward import in_microbatches, scores
+from trivet.model.forward import in_microbatches
+from trivet.model.scalar import scores
 from trivet.optimization.preference import bradley_terry_loss
 from trivet.run.loop import Metrics, Optimizer, Run
 from trivet.run.options import Options
@@ -76,12 +77,6 @@ def evaluate(model: Any, examples: Sequence[Example], config: Config, device: st
 
 
 PRESETS = {
-    "toy": {
-        **STORIES,
-        "prompts_per_step": 32,
-        "epochs": 1.0,
-        "lr": 1e-3,
-        "lr_decay": True,
-    },
-    "arithmetic": {**ARITHMETIC, "steps": 200, "lr": 1e-3},
+    "toy": STORIES | {"prompts_per_step": 32, "epochs": 1.0, "lr": 1e-3, "lr_decay": True},
+    "arithmetic": ARITHMETIC | {"steps": 200, "lr": 1e-3},
 }

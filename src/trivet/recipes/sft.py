@@ -59,16 +59,6 @@ def evaluate(policy: Any, examples: Sequence[Example], config: Config, device: s
 
 
 PRESETS = {
-    "toy": {
-        **STORIES,
-        "prompts_per_step": 32,
-        "steps": 60,
-        "lr": 3e-4,
-        "lr_decay": True,
-    },
-    "arithmetic": {
-        **ARITHMETIC,
-        "steps": 150,
-        "lr": 3e-3,
-    },
+    "toy": STORIES | {"prompts_per_step": 32, "steps": 60, "lr": 3e-4, "lr_decay": True},
+    "arithmetic": ARITHMETIC | {"steps": 150, "lr": 3e-3},
 }

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from trivet.batch import Rollouts, collate
 from trivet.errors import InputError
-from trivet.model.forward import in_microbatches, scores
+from trivet.model.forward import in_microbatches
 from trivet.model.load import is_scorer, load_scorer, model_folder
+from trivet.model.scalar import scores
 from trivet.model.text import encode_completion, encode_prompt, load_tokenizer, stop_ids
 
 

@@ -10,13 +10,13 @@ from typing import Any, Literal
 from trivet.errors import InputError
 
 
-def read_flags(config: type[Any], args: Sequence[str], others: Sequence[str] = ()) -> dict[str, Any]:
+def read_flags(config: type[Any], args: Sequence[str], others: dict[str, Any] | None = None) -> dict[str, Any]:
     """Keys and values from --key value, --key=value, --key and --no-key, several values where a list is expected.
 
-    others: keys beyond the fields of config, which hold strings. A word that is no number where one is expected stays as it is.
+    others: keys beyond the fields of config, and their types. A word that is no number where one is expected stays as it is.
     Errors: InputError for an unknown key, naming the nearest, one given twice, or the wrong number of values.
     """
-    kinds, given = typing.get_type_hints(config) | dict.fromkeys(others, str), dict[str, Any]()
+    kinds, given = typing.get_type_hints(config) | (others or {}), dict[str, Any]()
     groups: list[list[str]] = []
     for word in args:
         if word.startswith("--"):
