@@ -26,6 +26,7 @@ install: .venv/installed  ## the environment only
 
 .venv/developed: .venv/installed
 	@$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/trl-1.12.0 trl==1.12.0
 	@touch $@
 
 clean:

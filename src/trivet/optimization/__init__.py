@@ -6,6 +6,7 @@ from trivet.optimization.normalize import scale_to_unit_variance, whiten
 from trivet.optimization.policy import clipped_surrogate_loss, is_clipped, policy_gradient_loss
 from trivet.optimization.preference import (
     bradley_terry_loss,
+    centering_loss,
     dpo_loss,
     implicit_reward,
     pairwise_group_loss,
@@ -28,6 +29,7 @@ from trivet.optimization.value import clipped_value_loss, explained_variance, ga
 __all__ = [
     "adapted_beta",
     "bradley_terry_loss",
+    "centering_loss",
     "cispo_loss",
     "clipped_surrogate_loss",
     "clipped_value_loss",

@@ -17,6 +17,14 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor, *, margin: Tensor | flo
     return -logsigmoid(chosen - rejected - margin)
 
 
+def centering_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """Fixes what Bradley-Terry leaves open, the zero of the scores: (r(y_w) + r(y_l))^2.
+
+    chosen, rejected: (B,) scores. Returns (B,). Source: Eisenstein et al. 2023, section 2.
+    """
+    return (chosen + rejected).square()
+
+
 def implicit_reward(logprob: Tensor, ref_logprob: Tensor, *, beta: float) -> Tensor:
     """The reward that a policy implies, up to a term of the prompt alone.
 
