@@ -61,7 +61,7 @@ def scorer() -> Any:
 
 
 POLICY = tiny()
-REFERENCE, OLD = moved(POLICY, 1), moved(POLICY, 2)
+REFERENCE, OLD = moved(POLICY, 1), moved(POLICY, 2, 0.05)
 PAIRS, SINGLES, GROUPS = ragged(5, 2), ragged(6, 1, seed=1), ragged(4, 4, seed=2)
 PAIRS.completions[PAIRS.completions == PAD] = 3  # transformers finds the end of a sequence by looking for padding
 LABELS = [True, False, False, True, True, False]

@@ -44,7 +44,7 @@ from trivet.toy import STORIES
 TOKENIZER = AutoTokenizer.from_pretrained(STORIES["model"])
 TOKENIZER.padding_side = "left"
 PAD, EOS = TOKENIZER.pad_token_id, TOKENIZER.eos_token_id
-OLD, CRITIC = moved(MODEL, 2), scorer()
+OLD, CRITIC = moved(MODEL, 4, 0.05), scorer()
 ROWS, LENGTH = 8, 6
 DRAW = torch.Generator().manual_seed(0)
 PROMPTS = [torch.randint(5, 60, (n,), generator=DRAW).tolist() for n in (3, 5, 2, 4, 6, 3, 1, 5)]
