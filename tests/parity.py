@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -26,19 +26,16 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, Qwen3Config
 
 from conftest import SMALL, ragged, tiny
-from trivet.batch import Example, Groups, Rollouts
+from steps import Gradient, examples, gradient, lists, recipe_step, rollouts_of
 from trivet.model.forward import token_logprobs
 from trivet.optimization.policy import clipped_surrogate_loss
 from trivet.optimization.reduce import sequence_sum
 from trivet.recipes import dpo, grpo, reward_model, sft
-from trivet.rewards.reward import WeightedSum
-from trivet.run.loop import Optimizer, Run
 
 TOLERANCE = 1e-5
 PAD = 60
 OUT = tempfile.gettempdir() + "/trivet-parity"
 PPO_PEER = Path(sys.prefix) / "trl-1.12.0"  # beside the environment, not in it
-Gradient = dict[str, Tensor]
 Side = tuple[float, Gradient]  # loss and gradient
 
 
@@ -67,59 +64,6 @@ PAIRS.completions[PAIRS.completions == PAD] = 3  # transformers finds the end of
 LABELS = [True, False, False, True, True, False]
 REWARDS = [float(x) for x in torch.randn(16, generator=torch.Generator().manual_seed(3)).round(decimals=2)]
 TEMPERATURE = 0.8
-
-
-def lists(groups: Groups) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts and completions as token ids."""
-    prompts = [ids[mask].tolist() for ids, mask in zip(groups.prompts, groups.prompt_mask, strict=True)]
-    completions = [ids[mask].tolist() for ids, mask in zip(groups.completions, groups.present, strict=True)]
-    return prompts, completions
-
-
-def examples(groups: Groups, rows: Sequence[dict[str, Any]] | None = None) -> list[Example]:
-    prompts, completions = lists(groups)
-    size = groups.group_size
-    parts = [completions[p * size : (p + 1) * size] for p in range(len(prompts))]
-    rows = rows or [{} for _ in prompts]
-    return [
-        Example(prompt=prompt, completions=part, learned=[[True] * len(ids) for ids in part], row=row)
-        for prompt, part, row in zip(prompts, parts, rows, strict=True)
-    ]
-
-
-# Our side: a recipe's own loop up to its first optimizer step -------------------------------------------------------
-
-
-def gradient(model: Any) -> Gradient:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def ours(recipe: Any, model: Any, rows: list[Example], reward: Any = None, budget: int = 90, **options: Any) -> Side:
-    """Loss and gradient of the first step, microbatches added up."""
-    config = (
-        recipe.Config(prompts_per_step=len(rows), microbatch_tokens=budget, temperature=TEMPERATURE, **options)
-        if (recipe is grpo)
-        else recipe.Config(prompts_per_step=len(rows), microbatch_tokens=budget, **options)
-    )
-    model, losses, gradients = copy.deepcopy(model), list[float](), list[Gradient]()
-    run = Run(config=config, model=model, decode=lambda prompt, ids: "", stops=[0], train=rows, heldout=[],
-              reward=reward, steps=1, device="cpu", generator=torch.Generator())  # fmt: skip
-    run.batches = lambda: iter([(1, rows)])  # in this order
-    backward = Tensor.backward
-
-    def record(loss: Tensor) -> None:
-        if not gradients:
-            losses.append(float(loss.detach()))
-        backward(loss)
-
-    def stop(optimizer: Optimizer) -> dict[str, float]:
-        gradients.append(gradient(model))
-        model.zero_grad()
-        return {"grad_norm": 0.0}
-
-    with patch.object(Tensor, "backward", record), patch.object(Optimizer, "step", stop):
-        next(recipe.train(config, run))
-    return sum(losses), gradients[0]
 
 
 def theirs(model: Any, loss: Callable[[Any], Tensor]) -> Side:
@@ -166,7 +110,12 @@ def sft_rows() -> list[Any]:
     whole = [{"input_ids": p + c, "labels": [-100] * len(p) + c} for p, c in zip(prompts, completions, strict=True)]
     batch = DataCollatorForLanguageModeling(pad_token_id=PAD)(whole)
     return [
-        ("sft", "nll", ours(sft, POLICY, examples(SINGLES)), theirs(model, lambda m: trainer.compute_loss(m, batch)))
+        (
+            "sft",
+            "nll",
+            recipe_step(sft, POLICY, examples(SINGLES))[0],
+            theirs(model, lambda m: trainer.compute_loss(m, batch)),
+        )
     ]
 
 
@@ -192,7 +141,9 @@ def reward_rows() -> list[Any]:
         inputs = type(trainer.data_collator)(pad_token_id=PAD)(batch)
         model.config.pad_token_id = PAD  # they had put the tokenizer's in its place
         side = theirs(model, lambda m, t=trainer, i=inputs: t.compute_loss(m, dict(i)))
-        result.append(("reward-model", name, ours(reward_model, scorer(), examples(PAIRS, rows), **ours_options), side))
+        result.append(
+            ("reward-model", name, recipe_step(reward_model, scorer(), examples(PAIRS, rows), **ours_options)[0], side)
+        )
     return result
 
 
@@ -207,7 +158,7 @@ def dpo_rows() -> list[Any]:
         ("length-normalized", {"length_normalize": True}, {"loss_type": ["sigmoid_norm"]}),
         ("sigmoid + 0.5 sft", {"sft_weight": 0.5}, {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}),
     ]
-    result, table = [], dpo.reference_logprobs
+    result = []
     for name, ours_options, theirs_options in variants:
         model = copy.deepcopy(POLICY)
         args = DPOConfig(**common(beta=0.3, **theirs_options))
@@ -221,8 +172,7 @@ def dpo_rows() -> list[Any]:
             for i, p in enumerate(prompts)
         ]
         inputs = type(trainer.data_collator)(pad_token_id=PAD)(batch)
-        with patch.object(dpo, "reference_logprobs", lambda policy, config, run: table(REFERENCE, config, run)):
-            side = ours(dpo, POLICY, examples(PAIRS), beta=0.3, **ours_options)
+        side = recipe_step(dpo, POLICY, examples(PAIRS), reference=REFERENCE, beta=0.3, **ours_options)[0]
         result.append(("dpo", name, side, theirs(model, lambda m, t=trainer, i=inputs: t._compute_loss(m, i, False))))
     return result + kto_rows() + without_reference_rows()
 
@@ -230,7 +180,7 @@ def dpo_rows() -> list[Any]:
 def kto_rows() -> list[Any]:
     from trl import KTOConfig, KTOTrainer
 
-    result, table = [], dpo.reference_logprobs
+    result = []
     for name, weights in (("kto", {}), ("kto, weighted", {"desirable_weight": 1.3, "undesirable_weight": 0.7})):
         model = copy.deepcopy(POLICY)
         args = KTOConfig(**common(beta=0.3, per_device_train_batch_size=6, **weights))
@@ -245,8 +195,7 @@ def kto_rows() -> list[Any]:
         ]
         inputs = type(trainer.data_collator)(pad_token_id=PAD)(batch)
         rows = examples(SINGLES, [{"label": label} for label in LABELS])
-        with patch.object(dpo, "reference_logprobs", lambda policy, config, run: table(REFERENCE, config, run)):
-            side = ours(dpo, POLICY, rows, loss="kto", beta=0.3, **weights)
+        side = recipe_step(dpo, POLICY, rows, reference=REFERENCE, loss="kto", beta=0.3, **weights)[0]
         result.append(("dpo", name, side, theirs(model, lambda m, t=trainer, i=inputs: t._compute_loss(m, i, False))))
     return result
 
@@ -294,35 +243,18 @@ def without_reference_rows() -> list[Any]:
     pairs = examples(PAIRS)
     zeros = {(id(pair.prompt), id(pair.completions)): torch.zeros(2) for pair in pairs}
     with patch.object(dpo, "reference_logprobs", lambda policy, config, run: zeros):  # theirs has no reference
-        conservative = ours(dpo, POLICY, pairs, loss="conservative", label_smoothing=0.1, beta=0.3)
+        conservative = recipe_step(dpo, POLICY, pairs, loss="conservative", label_smoothing=0.1, beta=0.3)[0]
     tiny_weight = 1e-30  # orpo asks for a supervised loss; this one is nothing in float32
     return [
         ("dpo", "conservative", conservative, smoothed),
-        ("dpo", "simpo", ours(dpo, POLICY, examples(PAIRS), loss="simpo", beta=2.0, gamma=0.7), simpo),
+        ("dpo", "simpo", recipe_step(dpo, POLICY, examples(PAIRS), loss="simpo", beta=2.0, gamma=0.7)[0], simpo),
         (
             "dpo",
             "orpo, the odds ratio",
-            ours(dpo, POLICY, examples(PAIRS), loss="orpo", beta=0.4, sft_weight=tiny_weight),
+            recipe_step(dpo, POLICY, examples(PAIRS), loss="orpo", beta=0.4, sft_weight=tiny_weight)[0],
             odds,
         ),
     ]
-
-
-class Given:
-    """An engine and a reward that hand out what is given."""
-
-    def __init__(self, rewards: list[float | None]):
-        self.rewards = torch.tensor([float("nan") if r is None else r for r in rewards])
-        logprobs = token_logprobs(OLD, GROUPS, temperature=TEMPERATURE).detach()
-        rows: list[dict[str, Any]] = [{"prompt": "x"}] * len(GROUPS.prompts)
-        texts, finished = ["x"] * len(self.rewards), torch.ones(len(self.rewards), dtype=torch.bool)
-        self.rollouts = Rollouts(groups=GROUPS, logprobs=logprobs, finished=finished, texts=texts, rows=rows)
-
-    def generate(self, engine: Any, policy: Any, prompts: Any, group_size: int) -> Rollouts:
-        return self.rollouts
-
-    def reward(self, rollouts: Rollouts) -> Tensor:
-        return self.rewards
 
 
 def grpo_trainer(kind: str, rewards: list[float | None], **options: Any) -> tuple[Any, Any, dict[str, Any]]:
@@ -354,8 +286,20 @@ def grpo_trainer(kind: str, rewards: list[float | None], **options: Any) -> tupl
     return trainer, model, inputs
 
 
+def sampled(policy: Any) -> Tensor:
+    return token_logprobs(policy, GROUPS, temperature=TEMPERATURE).detach()
+
+
+def our_grpo(rewards: list[float | None], before: Any, **options: Any) -> Side:
+    longest, size = GROUPS.completions.shape[1], GROUPS.group_size
+    return recipe_step(
+        grpo, POLICY, examples(GROUPS), before=before, reference=REFERENCE, rollouts=rollouts_of(GROUPS, sampled(before or POLICY)),
+        rewards=torch.tensor([float("nan") if r is None else r for r in rewards]), temperature=TEMPERATURE,
+        group_size=size, max_completion_tokens=longest, **options,
+    )[0]  # fmt: skip
+
+
 def grpo_rows() -> list[Any]:
-    once: dict[str, Any] = {"epochs_per_batch": 2, "beta": 0.0}
     sequence, k3 = {"loss_mean": "sequence"}, {"kl_estimator": "k3", "beta": 0.04}
     wide = {"epsilon": 0.2, "epsilon_high": 0.28}
     variants: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
@@ -381,23 +325,11 @@ def grpo_rows() -> list[Any]:
     result = []
     for name, ours_options, theirs_options in variants:
         rewards: list[float | None] = [None if "without" in name and b in (1, 6) else r for b, r in enumerate(REWARDS)]
-        given = Given(rewards)
         options = {"scale_rewards": "none", **theirs_options}
         trainer, model, inputs = grpo_trainer("GRPO", rewards, **options)
-        inputs["old_per_token_logps"] = given.rollouts.logprobs
+        inputs["old_per_token_logps"] = sampled(OLD)
         side = theirs(model, lambda m, t=trainer, i=inputs: t._compute_loss(m, i))
-        settings = {"max_completion_tokens": GROUPS.completions.shape[1], "group_size": GROUPS.group_size}
-        with (
-            patch("trivet.generation.engine.Engine.generate", lambda *x, g=given: g.generate(*x)),
-            patch.object(grpo, "frozen_copy", lambda policy: REFERENCE),
-        ):
-            mine = ours(
-                grpo,
-                POLICY,
-                examples(GROUPS),
-                WeightedSum({"r": given.reward}, [1.0]),
-                **{**once, **settings, **ours_options},
-            )
+        mine = our_grpo(rewards, OLD, epochs_per_batch=2, **{"beta": 0.0, **ours_options})
         result.append(("grpo", name, mine, side))
     return result + rloo_rows()
 
@@ -407,7 +339,7 @@ def rloo_rows() -> list[Any]:
     gradient is the same up to the constant length, and has their loss as a function."""
     rewards: list[float | None] = [None if b == 6 else r for b, r in enumerate(REWARDS)]
     trainer, model, inputs = grpo_trainer("RLOO", rewards, beta=0.1)
-    inputs["old_logps"] = sequence_sum(token_logprobs(OLD, GROUPS, temperature=TEMPERATURE).detach(), GROUPS.mask)
+    inputs["old_logps"] = sequence_sum(sampled(OLD), GROUPS.mask)
     off_policy = theirs(model, lambda m: trainer._compute_loss(m, inputs))
 
     def surrogate(policy: Any) -> Tensor:
@@ -418,17 +350,8 @@ def rloo_rows() -> list[Any]:
     function = theirs(copy.deepcopy(POLICY), surrogate)
     trainer, model, inputs = grpo_trainer("RLOO", rewards, beta=0.1)
     _, on_policy = theirs(model, lambda m: trainer._compute_loss(m, inputs))
-    given, longest = Given(rewards), GROUPS.completions.shape[1]
-    given.rollouts = Rollouts(
-        groups=GROUPS, logprobs=token_logprobs(POLICY, GROUPS, temperature=TEMPERATURE).detach(),
-        finished=given.rollouts.finished, texts=given.rollouts.texts, rows=given.rollouts.rows,
-    )  # fmt: skip
-    options = {**grpo.PRESETS["rloo"], "beta": 0.1, "max_completion_tokens": longest, "group_size": GROUPS.group_size}
-    with (
-        patch("trivet.generation.engine.Engine.generate", lambda *x: given.generate(*x)),
-        patch.object(grpo, "frozen_copy", lambda policy: REFERENCE),
-    ):
-        _, mine = ours(grpo, POLICY, examples(GROUPS), WeightedSum({"r": given.reward}, [1.0]), **options)
+    longest = GROUPS.completions.shape[1]
+    _, mine = our_grpo(rewards, None, **grpo.PRESETS["rloo"] | {"beta": 0.1})
     mine = {name: g * longest for name, g in mine.items()}
     return [
         ("grpo", "rloo, clipped (function)", function, off_policy),

@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from parity import POLICY as MODEL
-from parity import REFERENCE, difference, gradient, moved, scorer
-from trivet.batch import Example, Rollouts, collate
-from trivet.generation.engine import Engine
+from parity import REFERENCE, difference, moved, scorer
+from steps import gradient, recipe_step, rollouts_of
+from trivet.batch import Example, collate
 from trivet.model.forward import token_logprobs
 from trivet.model.scalar import values
 from trivet.optimization import (
@@ -36,9 +36,7 @@ from trivet.optimization import (
     whiten,
 )
 from trivet.recipes import ppo
-from trivet.rewards.reward import WeightedSum
 from trivet.rewards.shaping import kl_charged_rewards
-from trivet.run.loop import Optimizer, Run
 from trivet.toy import STORIES
 
 TOKENIZER = AutoTokenizer.from_pretrained(STORIES["model"])
@@ -132,38 +130,18 @@ def their_step(completions: list[list[int]], **options: Any) -> dict[str, Any]:
 
 def our_step(completions: list[list[int]], finished: bool, **options: Any) -> dict[str, Any]:
     """Our recipe's own loop up to its first optimizer steps."""
-    policy, critic, groups = copy.deepcopy(MODEL), copy.deepcopy(CRITIC), collate(PROMPTS, completions)
-    rows = [Example(prompt=ids, completions=[], learned=[], row={}) for ids in PROMPTS]
-    rollouts = Rollouts(
-        groups=groups, logprobs=token_logprobs(OLD, groups).detach(), finished=torch.full((ROWS,), finished),
-        texts=[""] * ROWS, rows=[{}] * ROWS,
-    )  # fmt: skip
-    config = ppo.Config(prompts_per_step=ROWS, group_size=1, epochs_per_batch=1, **{"beta": 0.05, **options})
-    run = Run(config=config, model=policy, decode=lambda prompt, ids: "", stops=[EOS], train=rows, heldout=[],
-              reward=WeightedSum({"r": lambda rollouts: SCORES}, [1.0]), steps=1, device="cpu",
-              generator=torch.Generator())  # fmt: skip
-    run.batches = lambda: iter([(1, rows)])
-    losses, seen, backward = list[float](), dict[str, Any](), Tensor.backward
-
-    def record(loss: Tensor) -> None:
-        losses.append(float(loss.detach()))
-        backward(loss)
+    groups, seen = collate(PROMPTS, completions), dict[str, Any]()
 
     def whitened(x: Tensor, mask: Tensor) -> Tensor:
         seen["advantages"] = x
         return whiten(x, mask)
 
-    def stop(optimizer: Optimizer) -> dict[str, float]:
-        if "policy" not in seen:
-            seen.update(policy=(losses[0], gradient(policy)), value=(losses[1], gradient(critic)))
-        return {"grad_norm": 0.0}
-
-    with (
-        patch.object(Engine, "generate", lambda *x: rollouts), patch.object(ppo, "frozen_copy", lambda model: REFERENCE),
-        patch.object(ppo, "critic_from", lambda reward, model: critic), patch.object(ppo, "whiten", whitened),
-        patch.object(Tensor, "backward", record), patch.object(Optimizer, "step", stop),
-    ):  # fmt: skip
-        next(ppo.train(config, run))
+    rows = [Example(prompt=ids, completions=[], learned=[], row={}) for ids in PROMPTS]
+    with patch.object(ppo, "whiten", whitened):
+        seen["policy"], seen["value"] = recipe_step(
+            ppo, MODEL, rows, reference=REFERENCE, critic=CRITIC, rewards=SCORES, group_size=1, epochs_per_batch=1,
+            rollouts=rollouts_of(groups, token_logprobs(OLD, groups), finished=finished), **{"beta": 0.05, **options},
+        )  # fmt: skip
     return seen
 
 

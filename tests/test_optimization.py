@@ -15,17 +15,28 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import trivet.optimization
-from trivet.optimization.advantages import group_advantages, leave_one_out_advantages
-from trivet.optimization.kl import k1, k2, k3
-from trivet.optimization.normalize import whiten
+from trivet.optimization.advantages import group_advantages, leave_one_out_advantages, scale_by_batch
+from trivet.optimization.kl import adapted_beta, k1, k2, k3
+from trivet.optimization.normalize import scale_to_unit_variance, whiten
 from trivet.optimization.policy import clipped_surrogate_loss, is_clipped, policy_gradient_loss
 from trivet.optimization.preference import (
     bradley_terry_loss,
+    centering_loss,
     dpo_loss,
     implicit_reward,
     pairwise_group_loss,
     ranked_pairs,
 )
+from trivet.optimization.preference_variants import (
+    conservative_loss,
+    hinge_loss,
+    ipo_loss,
+    kto_loss,
+    odds_ratio_loss,
+    robust_loss,
+    simpo_loss,
+)
+from trivet.optimization.ratio import cispo_loss, gspo_loss, weighted_kl
 from trivet.optimization.reduce import sequence_mean, sequence_sum, token_mean
 from trivet.optimization.supervised import nll_loss
 from trivet.optimization.value import clipped_value_loss, explained_variance, gae
@@ -642,6 +653,225 @@ def test_whiten_of_equal_numbers_is_zero_rounding_included(constant):
     assert (whiten(torch.full((3, 7), constant), torch.ones(3, 7, dtype=torch.bool)) == 0).all()
 
 
+# Variants of the comparison -----------------------------------------------------------------------------------------
+
+
+@some
+@given(seeds)
+def test_hinge_is_its_definition_and_stops_at_a_lead_of_1(seed):
+    chosen, rejected = leaf(numbers(9, seed=seed)), numbers(9, seed=seed + 1)
+    loss = hinge_loss(chosen, rejected)
+    assert loss.tolist() == pytest.approx(
+        [max(0.0, 1 - c + r) for c, r in zip(chosen.tolist(), rejected.tolist(), strict=True)]
+    )
+    assert_close(grad(loss, chosen), -(chosen - rejected < 1).double())
+    assert_close(hinge_loss(rejected, rejected), torch.ones(9).double())
+
+
+@pytest.mark.parametrize("eps", [0.0, 0.1, 0.4])
+def test_conservative_is_the_cross_entropy_with_the_smoothed_label(eps):
+    chosen, rejected = numbers(9), numbers(9, seed=1)
+    wins = torch.sigmoid(chosen - rejected)
+    expected = -(1 - eps) * wins.log() - eps * (1 - wins).log()
+    assert_close(conservative_loss(chosen, rejected, label_smoothing=eps), expected)
+    if eps:
+        best = leaf(f64([math.log((1 - eps) / eps)]))  # the lead that the label allows
+        assert_close(grad(conservative_loss(best, f64([0.0]), label_smoothing=eps), best), f64([0.0]))
+
+
+@pytest.mark.parametrize("loss", [conservative_loss, robust_loss])
+def test_without_smoothing_it_is_bradley_terry_and_with_it_is_not(loss):
+    chosen, rejected = numbers(9), numbers(9, seed=1)
+    plain = bradley_terry_loss(chosen, rejected)
+    assert_close(loss(chosen, rejected, label_smoothing=0.0), plain)
+    assert (loss(chosen, rejected, label_smoothing=0.1) - plain).abs().min() > 1e-3
+
+
+@pytest.mark.parametrize("eps", [0.1, 0.3])
+def test_robust_is_unbiased_under_flips_of_that_probability_and_conservative_is_not(eps):
+    chosen, rejected = numbers(9), numbers(9, seed=1)
+
+    def expected(loss) -> Tensor:
+        right, flipped = loss(chosen, rejected, label_smoothing=eps), loss(rejected, chosen, label_smoothing=eps)
+        return (1 - eps) * right + eps * flipped
+
+    assert_close(expected(robust_loss), bradley_terry_loss(chosen, rejected))
+    assert (expected(conservative_loss) - bradley_terry_loss(chosen, rejected)).abs().max() > 0.05
+
+
+def test_ipo_regresses_the_log_ratio_margin_to_one_over_two_beta():
+    policy, ref, beta = leaf(numbers(2, 6)), numbers(2, 6, seed=1), 0.7
+    margin = (policy[0] - ref[0]) - (policy[1] - ref[1])
+    loss = ipo_loss(policy[0], policy[1], ref[0], ref[1], beta=beta)
+    assert_close(loss, (margin - 1 / (2 * beta)) ** 2)
+    slope = 2 * (margin.detach() - 1 / (2 * beta))
+    assert_close(grad(loss, policy), torch.stack([slope, -slope]))
+    assert_close(ipo_loss(ref[0], ref[1], ref[0], ref[1], beta=beta), torch.full((6,), 1 / (4 * beta**2)).double())
+
+
+def test_simpo_is_bradley_terry_on_mean_logprobs_with_a_target_margin():
+    chosen, rejected = numbers(6), numbers(6, seed=1)
+    found = simpo_loss(chosen, rejected, beta=2.0, gamma=0.5)
+    assert_close(found, -torch.log(torch.sigmoid(2.0 * chosen - 2.0 * rejected - 0.5)))
+
+
+@some
+@given(st.floats(-20, -1e-6), st.floats(-20, -1e-6))
+def test_odds_ratio_is_its_definition(chosen, rejected):
+    p, q = math.exp(chosen), math.exp(rejected)
+    ratio = (p / -math.expm1(chosen)) / (q / -math.expm1(rejected))
+    found = float(odds_ratio_loss(f64([chosen]), f64([rejected])))
+    assert found == pytest.approx(math.log1p(1 / ratio), rel=1e-6)
+
+
+def test_odds_ratio_stays_finite_at_both_ends():
+    chosen = leaf(torch.tensor([0.0, -1e-9, -1e4], dtype=torch.float32))
+    loss = odds_ratio_loss(chosen, torch.tensor([-1.0, -1.0, -1.0]))
+    assert loss.isfinite().all()
+    assert grad(loss, chosen).isfinite().all()
+
+
+def test_kto_is_its_definition_for_both_labels():
+    policy, ref, kl, beta = leaf(numbers(6)), numbers(6, seed=1), leaf(f64(0.3)), 0.7
+    desirable = torch.tensor([True, True, True, False, False, False])
+    loss = kto_loss(policy, ref, desirable, kl * 1, beta=beta)
+    lead = beta * (policy - ref - 0.3)
+    expected = torch.where(desirable, 1 - torch.sigmoid(lead), 1 - torch.sigmoid(-lead))
+    assert_close(loss, expected)
+    slope = grad(loss, policy)
+    assert (slope[:3] < 0).all()  # a good one is made likelier
+    assert (slope[3:] > 0).all()
+    assert torch.autograd.grad(loss.sum(), kl, allow_unused=True)[0] is None
+    assert_close(kto_loss(ref, ref, desirable, f64(0.0), beta=beta), torch.full((6,), 0.5).double())
+
+
+def test_centering_is_least_where_the_scores_are_each_others_negative():
+    chosen, rejected = leaf(f64([1.0, -2.0])), f64([-1.0, 3.0])
+    loss = centering_loss(chosen, rejected)
+    assert_close(loss, f64([0.0, 1.0]))
+    assert_close(grad(loss, chosen), f64([0.0, 2.0]))
+
+
+# Variants of the policy gradient --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "slope"),
+    [
+        (2.0, -2.0, 4.0, 4.0),
+        (5.0, -2.0, 6.0, 0.0),
+        (5.0, 2.0, -2.6, 0.0),
+        (0.5, 2.0, -1.0, -1.0),
+        (0.5, -2.0, 1.6, 0.0),
+    ],
+)
+def test_dual_clip_bounds_the_loss_of_a_bad_token_that_has_become_likely(ratio, advantage, loss, slope):
+    old = f64([-1.3])
+    logprobs = leaf(old + math.log(ratio))
+    found = clipped_surrogate_loss(logprobs, old, f64([advantage]), **EPS, clip_dual=3.0)
+    assert_close(found, f64([loss]))
+    assert_close(grad(found, logprobs), f64([slope]))
+
+
+def gspo_by_definition(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> list[float]:
+    """One loss a completion, written out."""
+    result = []
+    for b in range(len(mask)):
+        real = mask[b].nonzero()[:, 0].tolist()
+        s = math.exp(sum(float(logprobs[b, t] - old[b, t]) for t in real) / max(1, len(real)))
+        a = float(advantages[b])
+        result.append(-min(s * a, max(0.8, min(1.3, s)) * a))
+    return result
+
+
+@some
+@given(seeds)
+def test_gspo_is_its_definition_and_one_number_a_completion(seed):
+    logprobs, old, advantages = numbers(4, 6, seed=seed), numbers(4, 6, seed=seed + 1), numbers(4, seed=seed + 2)
+    loss = gspo_loss(logprobs, old, advantages[:, None].expand(4, 6), REAL, **EPS)
+    assert loss.shape == (4, 6)
+    expected = gspo_by_definition(logprobs, old, advantages, REAL)
+    assert sequence_mean(loss, REAL)[:3].tolist() == pytest.approx(expected[:3])
+
+
+def test_gspo_on_policy_has_the_gradient_of_the_policy_gradient_under_sequence_mean():
+    logprobs, advantages = leaf(numbers(4, 6)), numbers(4, 1, seed=1).expand(4, 6)
+    found = sequence_mean(gspo_loss(logprobs, logprobs.detach(), advantages, REAL, **EPS), REAL)
+    expected = sequence_mean(policy_gradient_loss(logprobs, advantages), REAL)
+    assert_close(grad(found, logprobs), grad(expected, logprobs))
+
+
+@some
+@given(seeds)
+def test_cispo_weighs_by_the_limited_ratio_and_never_stops_learning(seed):
+    logprobs, old, advantages = leaf(numbers(40, seed=seed)), numbers(40, seed=seed + 1), numbers(40, seed=seed + 2)
+    loss = cispo_loss(logprobs, old, advantages, **EPS)
+    weight = (logprobs - old).exp().detach().clamp(0.8, 1.3)
+    assert_close(loss, -weight * advantages * logprobs)
+    assert_close(grad(loss, logprobs), -weight * advantages)
+    free = cispo_loss(logprobs, old, advantages, clip_low=1.0, clip_high=1e9)
+    assert_close(grad(free, logprobs), -(logprobs - old).exp().detach() * advantages)
+    at_one = cispo_loss(logprobs, logprobs.detach(), advantages, **EPS)
+    assert_close(at_one, policy_gradient_loss(logprobs, advantages))
+
+
+def test_weighted_kl_off_policy_averages_to_the_kl_and_has_its_gradient(one_token):
+    logits, reference = one_token
+    sampler = numbers(5, seed=14).log_softmax(-1)
+    for estimator in (k1, k3):
+        policy = logits.log_softmax(-1)
+        found = expectation(sampler, weighted_kl(estimator(policy, reference), policy, sampler))
+        assert_close(found, kl(policy, reference))
+        assert_close(grad(found, logits), grad(kl(logits.log_softmax(-1), reference), logits))
+
+
+def test_scale_by_batch_divides_by_the_unbiased_deviation_of_all_known_rewards():
+    rewards = numbers(12)
+    advantages = group_advantages(rewards, 4)
+    assert_close(scale_by_batch(advantages, rewards), advantages / (rewards.std() + 1e-4))
+    rewards[5] = NAN
+    known = rewards[~rewards.isnan()]
+    assert_close(scale_by_batch(advantages, rewards), advantages / (known.std() + 1e-4))
+
+
+def test_batch_baseline_with_batch_scale_is_whitening_of_the_rewards():
+    rewards = 100 * numbers(12)
+    found = scale_by_batch(group_advantages(rewards, 12), rewards)
+    assert_close(found, (rewards - rewards.mean()) / rewards.std(), rtol=1e-5, atol=1e-5)
+
+
+def test_scale_by_batch_of_equal_rewards_is_zero_rounding_included():
+    rewards = torch.full((8,), 1000.1)
+    assert scale_by_batch(group_advantages(rewards, 4), rewards).tolist() == [0.0] * 8
+
+
+@some
+@given(seeds, st.sets(st.integers(0, 4), max_size=5))
+def test_leave_one_out_leaves_out_what_is_not_known(seed, unknown):
+    rewards, known = numbers(5, seed=seed), [i for i in range(5) if i not in unknown]
+    expected = torch.zeros(5, dtype=torch.float64)
+    for i in known:
+        others = [float(rewards[j]) for j in known if j != i]
+        expected[i] = float(rewards[i]) - sum(others) / len(others) if others else 0.0
+    rewards[list(unknown)] = NAN
+    assert_close(leave_one_out_advantages(rewards, 5), expected)
+
+
+@pytest.mark.parametrize(("kl", "factor"), [(6.0, 1.0), (6.6, 1.01), (5.4, 0.99), (60.0, 1.02), (0.0, 0.98)])
+def test_adapted_beta_rises_above_the_target_falls_below_it_and_never_leaps(kl, factor):
+    assert float(adapted_beta(0.05, f64(kl), target=6.0)) == pytest.approx(0.05 * factor)
+
+
+def test_unit_variance_keeps_signs_and_zeros_and_forgets_the_unit():
+    x = numbers(4, 6)
+    x[0, 0] = 0.0
+    found = scale_to_unit_variance(x, REAL)
+    assert_close(found[REAL].var(), f64(1.0), rtol=1e-5, atol=1e-5)
+    assert (found.sign() == torch.where(REAL, x, 0.0).sign()).all()
+    assert_close(scale_to_unit_variance(1000 * x, REAL), found, rtol=1e-5, atol=1e-5)
+    assert (found[REAL].mean() - x[REAL].mean() / x[REAL].std()).abs() < 1e-6  # the mean shrinks with the rest
+
+
 # Diagnostics --------------------------------------------------------------------------------------------------------
 
 
@@ -673,6 +903,7 @@ REDUCED = {  # everything that takes a mask
     "sequence_sum": sequence_sum,
     "sequence_mean": sequence_mean,
     "whiten": whiten,
+    "scale_to_unit_variance": scale_to_unit_variance,
     "gae of rewards": lambda x, mask: torch.stack(gae(x, numbers(4, 6, seed=1), mask, gamma=0.9, lam=0.8)),
     "gae of values": lambda x, mask: torch.stack(gae(numbers(4, 6, seed=1), x, mask, gamma=0.9, lam=0.8)),
     "explained_variance of values": lambda x, mask: explained_variance(x, numbers(4, 6, seed=1), mask),
@@ -775,6 +1006,7 @@ PER_COMPLETION = (
         "ranked_",
         "pairwise_",
         "bradley_",
+        "centering_",
         "implicit_",
         "dpo_",
         "hinge_",

@@ -105,12 +105,13 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
         for epoch in range(config.epochs_per_batch):
             for rows, part in microbatches(groups, budget, only=teaches):
                 logprobs = token_logprobs(policy, part, temperature=temperature)  # (b, T)
+                old = learner[rows] if epoch else logprobs.detach()  # (b, T) so rho is exactly 1 at first
                 advantage = advantages[rows, None].expand_as(logprobs)  # (b, T)
                 if config.epochs_per_batch == 1:
                     loss = policy_gradient_loss(logprobs, advantage)  # (b, T)
                 else:
-                    loss = surrogate(logprobs, old_logprobs[rows], advantage, part.mask, config)  # (b, T)
-                loss = loss + in_loss * kl_term(logprobs, old_logprobs[rows], ref_logprobs[rows], config)
+                    loss = surrogate(logprobs, old, advantage, part.mask, config)  # (b, T)
+                loss = loss + in_loss * kl_term(logprobs, old, ref_logprobs[rows], config)
                 step_mean(loss, part.mask, groups.mask, config).backward()
                 latest[rows] = logprobs.detach()
             learner = latest.clone() if epoch == 0 else learner
@@ -119,7 +120,7 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
         metrics |= policy_metrics(rollouts, learner, ref_logprobs)
         metrics["tokens/trained"] = float(groups.lengths[teaches].sum() * config.epochs_per_batch)
         if config.epochs_per_batch > 1:
-            clipped = is_clipped(latest, old_logprobs, advantages[:, None], **clip)
+            clipped = is_clipped(latest, learner, advantages[:, None], **clip)
             metrics["clip_ratio"] = float(token_mean(clipped.float(), groups.mask))
         if run.evaluates(step):
             metrics |= evaluate(run, policy, reference, reward, engine)
