@@ -32,7 +32,7 @@ from trivet.optimization.normalize import scale_to_unit_variance, whiten
 from trivet.optimization.policy import clipped_surrogate_loss, is_clipped
 from trivet.optimization.reduce import sequence_sum, token_mean
 from trivet.optimization.value import clipped_value_loss, explained_variance, gae
-from trivet.recipes.on_policy import evaluate, rollout_metrics
+from trivet.recipes.on_policy import evaluate, policy_metrics, rollout_metrics
 from trivet.rewards.reward import WeightedSum
 from trivet.rewards.shaping import kl_charged_rewards
 from trivet.run.loop import Metrics, Optimizer, Run
@@ -118,7 +118,7 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
         if config.whiten_advantages:
             advantages = whiten(advantages, mask)
 
-        learner = old_logprobs.clone()  # (B, T) as the updates go on
+        learner, latest = old_logprobs.clone(), old_logprobs.clone()  # (B, T) before the policy moves, as it moves on
         update = critic_update = Metrics()
         for chosen in minibatches(mask, len(prompts), config):
             total = mask.view(len(prompts), -1)[chosen].sum()
@@ -131,14 +131,15 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
                 value = values(critic, part)  # (b, T)
                 value_loss = clipped_value_loss(value, old_values[rows], returns[rows], clip=value_clip)  # (b, T)
                 (value_coef * token_mean(value_loss, part.mask, total=total)).backward()
-                learner[rows] = logprobs.detach()
+                latest[rows] = logprobs.detach()
+                if not update:
+                    learner[rows] = latest[rows]
             update = optimizer.step()
             critic_update = critic_optimizer.step()
 
-        metrics = rollout_metrics(rollouts, rewards, reward) | update
+        metrics = rollout_metrics(rollouts, rewards, reward) | policy_metrics(rollouts, learner, ref_logprobs) | update
         metrics |= {
-            "kl": float(sequence_sum(kl, mask).mean()),
-            "clip_ratio": float(token_mean(is_clipped(learner, old_logprobs, advantages, **clip).float(), mask)),
+            "clip_ratio": float(token_mean(is_clipped(latest, old_logprobs, advantages, **clip).float(), mask)),
             "objective/rlhf_reward": float(token_rewards.sum(1).mean()),
             "value/explained_variance": float(explained_variance(old_values, returns, mask)),
             "value/grad_norm": critic_update["grad_norm"],
