@@ -8,11 +8,12 @@ BIN := .venv/bin
 quickstart: .venv/installed  ## all six methods on the embedded story model, a few minutes
 	@$(BIN)/trivet quickstart --out runs/quickstart
 
-test: .venv/developed  ## lint, types, tests
+test: .venv/developed  ## lint, types, tests, and the planted defects that the tests must catch
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/pytest -n 2
+	$(BIN)/python tests/mutants.py
 
 install: .venv/installed  ## the environment only
 

@@ -395,7 +395,10 @@ def show(rows: list[tuple[str, str, float, float, float, float]], peer: str) -> 
 def ppo_table() -> list[Any]:
     """The same for PPO, in a process of its own that finds the release of TRL that still had it."""
     here = Path(__file__).parent
-    paths = {"PYTHONPATH": os.pathsep.join([str(PPO_PEER), str(here)]), "OMP_NUM_THREADS": "1"}
+    paths = {
+        "PYTHONPATH": os.pathsep.join([str(PPO_PEER), str(here), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-W", "ignore", str(here / "parity_ppo.py")]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | paths, check=False)
     assert done.returncode == 0, done.stderr

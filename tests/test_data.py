@@ -8,8 +8,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from trivet.batch import Example, to_groups
 from trivet.cli import main
@@ -294,3 +294,39 @@ def test_a_run_on_real_conversations(shared, tmp_path):
     counts = json.loads((tmp_path / "run" / "summary.json").read_text())["data"]
     assert counts["rows read"] == 2299
     assert counts["examples"] == counts["for training"] + counts["held out"]
+
+
+def test_every_stop_counts_the_tokenizers_own_first(tokenizer, tmp_path):
+    GenerationConfig(eos_token_id=[5, 7]).save_pretrained(tmp_path)
+    assert stop_ids(str(tmp_path), tokenizer) == [EOS, 5, 7]
+
+
+def test_a_prompt_does_not_keep_the_eos_that_its_tokenizer_appends(tokenizer):
+    raw = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    raw.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", EOS)])
+    appending = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>")
+    assert appending("hi")["input_ids"][-1] == EOS
+    assert encode_prompt(appending, "hi") == encode_prompt(tokenizer, "hi")
+
+
+def test_what_the_user_said_in_between_is_present_and_not_learned(load):
+    [example], _ = load("supervised", {"messages": [USER, ANSWER, MORE, AGAIN]})
+    groups = to_groups([example], "cpu")
+    assert groups.mask[groups.present].tolist() == example.learned[0]
+    assert (groups.present & ~groups.mask).any()
+
+
+def test_rows_with_a_label_are_single_completions(load, tokenizer):
+    rows = [{"prompt": "a", "completion": " b", "label": label} for label in (True, 0, "1", "False")]
+    examples, _ = load("feedback", *rows)
+    assert [example.row["label"] for example in examples] == [True, False, True, False]
+    assert all(len(example.completions) == 1 for example in examples)
+    [pair], _ = load("feedback", {"prompt": "a", "chosen": " b", "rejected": " c"})
+    assert len(pair.completions) == 2
+
+
+def test_real_unpaired_feedback(shared, tokenizer):
+    path, counts = str(shared / "data/preference/kto_en_demo_unpaired.jsonl.gz"), Counter()
+    rows = load_examples(path, tokenizer, [EOS], "feedback", max_prompt=9999, max_completion=9999, counts=counts)
+    assert counts["rows read"] == 300
+    assert {example.row["label"] for example in rows} == {True, False}

@@ -81,15 +81,52 @@ def test_sliding_windows_hold_while_decoding():
     torch.testing.assert_close(rollouts.logprobs, token_logprobs(model, rollouts.groups), rtol=0, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_a_recurrent_model_samples_through_transformers():
-    torch.manual_seed(0)
+@pytest.fixture
+def recurrent():
+    """A model that can't share a prefix."""
     from transformers import AutoModelForCausalLM
 
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2}
     model = AutoModelForCausalLM.from_config(
-        MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+        MambaConfig(**sizes, bos_token_id=0, eos_token_id=0, pad_token_id=0)
     ).eval()
-    rollouts = engine().generate(model, PROMPTS[:1], 3)
     assert not shares_prefix(model)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_recurrent_model_samples_through_transformers(recurrent, temperature):
+    rollouts = engine(temperature=temperature).generate(recurrent, PROMPTS[:1], 3)
     assert rollouts.groups.completions.shape[0] == 3
-    torch.testing.assert_close(rollouts.logprobs, token_logprobs(model, rollouts.groups), rtol=0, atol=1e-5)
+    learner = token_logprobs(recurrent, rollouts.groups, temperature=temperature)
+    torch.testing.assert_close(rollouts.logprobs, learner, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_recurrent_model_ends_at_any_stop_which_is_part_of_the_completion(recurrent):
+    rollouts = engine(room=20, stops=(3, 11, 25, 40, 41, 42)).generate(recurrent, PROMPTS, 8)
+    for b, ids in enumerate(rollouts.groups.completions):
+        tokens = ids[rollouts.groups.present[b]].tolist()
+        ends = [i for i, token in enumerate(tokens) if token in (3, 11, 25, 40, 41, 42)]
+        assert ends == ([len(tokens) - 1] if rollouts.finished[b] else [])
+    assert rollouts.finished.any()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_recurrent_model_repeats_with_the_seed_and_heeds_no_settings_but_the_engines(recurrent):
+    def sample(seed: int):
+        return engine(room=20, stops=(60,), seed=seed).generate(recurrent, PROMPTS, 4).groups.completions
+
+    first = sample(0)
+    assert torch.equal(first, sample(0))
+    assert not torch.equal(first, sample(1))
+    recurrent.generation_config.repetition_penalty, recurrent.generation_config.min_p = 5.0, 0.5
+    assert torch.equal(first, sample(0))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_recurrent_model_can_be_greedy(recurrent):
+    rollouts = engine(room=5, stops=(60,), temperature=0.0).generate(recurrent, PROMPTS[:1], 2)
+    assert torch.equal(rollouts.groups.completions[0], rollouts.groups.completions[1])

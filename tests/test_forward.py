@@ -56,7 +56,9 @@ def test_models_that_cannot_share_take_the_plain_way(kind, options):
     model = tiny(kind, **{**SMALL, **options}) if kind is Gemma2Config else tiny_plain(kind, options)
     groups = ragged()
     assert not shares_prefix(model)
-    torch.testing.assert_close(token_logprobs(model, groups), by_hand(model, groups), rtol=1e-4, atol=1e-4)
+    for temperature in (1.0, 0.7):
+        found = token_logprobs(model, groups, temperature=temperature)
+        torch.testing.assert_close(found, by_hand(model, groups, temperature), rtol=1e-4, atol=1e-4)
 
 
 def tiny_plain(kind, options):
@@ -128,6 +130,7 @@ def test_scores_and_values_are_those_of_transformers_own_classifier():
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_config(Qwen3Config(**SMALL, num_labels=1, pad_token_id=60)).eval()
     groups = ragged()
+    assert shares_prefix(model)
     ours, per_token = scores(model, groups), values(model, groups)
     for b in range(len(groups.completions)):
         p = b // groups.group_size

@@ -724,6 +724,11 @@ def test_odds_ratio_is_its_definition(chosen, rejected):
     assert found == pytest.approx(math.log1p(1 / ratio), rel=1e-6)
 
 
+def test_odds_ratio_keeps_its_digits_where_a_completion_is_almost_certain():
+    found = odds_ratio_loss(torch.tensor([-1e-5]), torch.tensor([-1.0]))  # in float32
+    assert float(found) == pytest.approx(float(odds_ratio_loss(f64([-1e-5]), f64([-1.0]))), rel=1e-4)
+
+
 def test_odds_ratio_stays_finite_at_both_ends():
     chosen = leaf(torch.tensor([0.0, -1e-9, -1e4], dtype=torch.float32))
     loss = odds_ratio_loss(chosen, torch.tensor([-1.0, -1.0, -1.0]))
@@ -763,6 +768,7 @@ def test_centering_is_least_where_the_scores_are_each_others_negative():
         (5.0, 2.0, -2.6, 0.0),
         (0.5, 2.0, -1.0, -1.0),
         (0.5, -2.0, 1.6, 0.0),
+        (0.2, 2.0, -0.4, -0.4),
     ],
 )
 def test_dual_clip_bounds_the_loss_of_a_bad_token_that_has_become_likely(ratio, advantage, loss, slope):
@@ -823,6 +829,12 @@ def test_weighted_kl_off_policy_averages_to_the_kl_and_has_its_gradient(one_toke
         found = expectation(sampler, weighted_kl(estimator(policy, reference), policy, sampler))
         assert_close(found, kl(policy, reference))
         assert_close(grad(found, logits), grad(kl(logits.log_softmax(-1), reference), logits))
+
+
+def test_weighted_kl_does_not_differentiate_the_sampling_policy():
+    logprobs, old = leaf(numbers(3)), leaf(numbers(3, seed=1))
+    weighted_kl(k3(logprobs, numbers(3, seed=2)), logprobs, old * 1).sum().backward()
+    assert old.grad is None
 
 
 def test_scale_by_batch_divides_by_the_unbiased_deviation_of_all_known_rewards():

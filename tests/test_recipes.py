@@ -1,5 +1,6 @@
 """Every recipe learns on the toy, in seconds, and leaves a run directory that transformers loads as it is."""
 
+import copy
 import json
 import math
 import tomllib
@@ -9,14 +10,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from trivet.batch import collate
+from conftest import ragged, tiny
+from steps import examples, recipe_step, rollouts_of
+from trivet.batch import Example, collate
+from trivet.model.copies import frozen_copy
 from trivet.model.forward import token_logprobs
 from trivet.model.load import load_policy, load_scorer
 from trivet.model.scalar import scores, values, with_scalar_head
+from trivet.optimization import k2, k3, token_mean, weighted_kl
 from trivet.recipes import dpo, grpo, pairwise_grpo, ppo, reward_model, sft
+from trivet.recipes.grpo_variants import centered, kl_term
 from trivet.rewards.overlong import overlong_penalty
 from trivet.run.arguments import read_toml, typed
 from trivet.run.launch import Launch, launch
+from trivet.run.loop import Optimizer, Run
 from trivet.toy import ARITHMETIC, STORIES
 
 CHEAP = {**STORIES, "prompts_per_step": 4, "steps": 2, "eval_fraction": 0.01, "eval_limit": 8}
@@ -137,6 +144,105 @@ def test_a_shared_critic_is_a_head_on_the_policys_own_trunk():
         shared.score.weight.normal_()
         apart.score.weight.copy_(shared.score.weight)
     torch.testing.assert_close(values(shared, groups), values(apart, groups))
+
+
+def test_the_reference_is_a_frozen_copy_of_the_model_as_it_stands_in_memory():
+    policy = tiny()
+    with torch.no_grad():
+        next(policy.parameters()).add_(1)  # not what any file says
+    reference = frozen_copy(policy)
+    before = [p.clone() for p in policy.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(reference.parameters(), before, strict=True))
+    assert not any(p.requires_grad for p in reference.parameters())
+    assert all(p.requires_grad for p in policy.parameters())
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(1)
+    assert all(torch.equal(a, b) for a, b in zip(reference.parameters(), before, strict=True))
+
+
+def small_run(rows: int = 5, **options) -> Run:
+    """A run of which only the order of its data is looked at."""
+    train = [Example(prompt=[i], completions=[], learned=[], row={}) for i in range(rows)]
+    nothing = {
+        "model": None,
+        "decode": None,
+        "stops": [],
+        "heldout": [],
+        "device": "cpu",
+        "generator": torch.Generator(),
+    }
+    return Run(config=grpo.Config(prompts_per_step=2, **options), train=train, steps=10, **nothing)
+
+
+def test_batches_visit_every_row_once_an_epoch_in_an_order_of_the_seeds():
+    def order(**options) -> list[int]:
+        return [example.prompt[0] for _, examples in small_run(**options).batches() for example in examples]
+
+    first = order()
+    assert len(first) == 20
+    for epoch in range(4):  # steps of 2 go on over the end of an epoch of 5
+        assert sorted(first[5 * epoch : 5 * epoch + 5]) == [0, 1, 2, 3, 4]
+    assert first[:5] != first[5:10]
+    assert order() == first
+    assert order(seed=1) != first
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [1.0, 1.0, 1.0, 1.0]),
+        ({"warmup_steps": 3}, [0.25, 0.5, 0.75, 1.0]),
+        ({"lr_decay": True}, [1.0, 0.75, 0.5, 0.25]),
+    ],
+)
+def test_the_optimizers_learning_rate(options, expected):
+    model = torch.nn.Linear(2, 1)
+    optimizer = Optimizer(model, grpo.Config(lr=1.0, **options), 4)
+    seen = []
+    for _ in range(4):
+        model(torch.ones(2)).sum().backward()
+        seen.append(optimizer.step()["lr"])
+    assert seen == pytest.approx(expected)
+
+
+def test_sampling_follows_the_seed():
+    runs = [Launch(grpo.Config(**{**grpo.PRESETS["arithmetic"], "seed": seed})).run for seed in (3, 4)]
+    assert [run.generator.initial_seed() for run in runs] == [3, 4]
+
+
+def test_kl_terms_are_k2_unless_asked_otherwise():
+    logprobs, old, ref = (torch.randn(2, 3, generator=torch.Generator().manual_seed(n)) for n in range(3))
+    terms = {name: kl_term(logprobs, old, ref, grpo.Config(kl_estimator=name)) for name in ("k2", "k3", "weighted-k3")}
+    assert torch.equal(terms["k2"], k2(logprobs, ref))
+    assert torch.equal(terms["k3"], k3(logprobs, ref))
+    assert torch.equal(terms["weighted-k3"], weighted_kl(k3(logprobs, ref), logprobs, old))
+    assert torch.equal(kl_term(logprobs, old, ref, grpo.Config()), terms["k2"])
+
+
+def test_the_batch_baseline_is_the_mean_of_the_step():
+    rewards = torch.tensor([0.0, 0.0, 1.0, 3.0])
+    config = grpo.Config(group_size=2, baseline="batch")
+    assert centered(rewards, config).tolist() == [-1.0, -1.0, 0.0, 2.0]
+    assert centered(rewards, grpo.Config(group_size=2)).tolist() == [0.0, 0.0, -1.0, 1.0]
+    assert centered(rewards, grpo.Config(group_size=2, baseline="leave-one-out")).tolist() == [0.0, 0.0, -2.0, 2.0]
+
+
+def test_groups_of_equal_rewards_are_still_tied_to_the_reference():
+    policy, groups = tiny(), ragged(2, 2)
+    reference = copy.deepcopy(policy)
+    with torch.no_grad():
+        reference.get_input_embeddings().weight.mul_(1.1)
+    given = rollouts_of(groups, token_logprobs(policy, groups))
+    options = {"rollouts": given, "rewards": torch.ones(4), "group_size": 2, "reference": reference}
+    [(_, tied)] = recipe_step(grpo, policy, examples(groups), beta=1.0, **options)
+    ref_logprobs = token_logprobs(reference, groups).detach()
+    policy.zero_grad()
+    token_mean(k2(token_logprobs(policy, groups), ref_logprobs), groups.mask).backward()
+    for name, parameter in policy.named_parameters():
+        torch.testing.assert_close(tied[name], parameter.grad, rtol=1e-4, atol=1e-6)
+    [(_, free)] = recipe_step(grpo, policy, examples(groups), beta=0.0, **options)
+    assert free == {}
 
 
 def test_several_epochs_per_batch_learn_through_the_clipped_ratio():

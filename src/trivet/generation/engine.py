@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from trivet.batch import Example, Groups, Rollouts, collate
 from trivet.errors import InputError
@@ -127,24 +128,23 @@ class Cache:
 
 
 def _transformers_generate(engine: Engine, model: Any, bare: Groups, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The same through transformers' own generate, for models that can't share a prefix; then one pass for log-probabilities."""
-    order = bare.prompt_mask.long().argsort(dim=1, stable=True)  # padding first
-    ids, attention = bare.prompts.gather(1, order), bare.prompt_mask.gather(1, order)
+    """The same through transformers' own generate, for models that can't share a prefix, then one pass for log-probabilities
+    (of the distribution before any cut)."""
+    prompts, prompt_mask = (x.repeat_interleave(group_size, 0) for x in (bare.prompts, bare.prompt_mask))
+    order = prompt_mask.long().argsort(dim=1, stable=True)  # padding first
+    ids, attention = prompts.gather(1, order), prompt_mask.gather(1, order)
     torch.manual_seed(int(torch.randint(2**31, (), generator=engine.generator, device=engine.generator.device)))
-    sampled = model.generate(
-        ids,
-        attention_mask=attention.long(),
-        do_sample=engine.temperature > 0,
-        temperature=engine.temperature or 1.0,
-        top_k=engine.top_k,
-        top_p=engine.top_p,
-        num_return_sequences=group_size,
-        max_new_tokens=engine.max_completion_tokens,
-        eos_token_id=list(engine.stops),
-        pad_token_id=engine.stops[0],
-    )
+    heat, own = engine.temperature, model.generation_config
+    model.generation_config = GenerationConfig(  # the engine's settings and nothing of the model's
+        do_sample=heat > 0, temperature=heat or 1.0, top_k=engine.top_k, top_p=engine.top_p,
+        max_new_tokens=engine.max_completion_tokens, eos_token_id=list(engine.stops), pad_token_id=engine.stops[0],
+    )  # fmt: skip
+    try:
+        sampled = model.generate(ids, attention_mask=attention.long())
+    finally:
+        model.generation_config = own
     completions = sampled[:, ids.shape[1] :]
     ended = torch.isin(completions, completions.new_tensor(engine.stops)).long()
     present = ended.cumsum(1) - ended == 0  # up to the first stop, itself included
     groups = replace(bare, completions=completions, mask=present, present=present, group_size=group_size)
-    return completions, present, token_logprobs(model, groups, temperature=engine.temperature or 1.0)
+    return completions, present, token_logprobs(model, groups, temperature=heat or 1.0)

@@ -165,7 +165,7 @@ def critic_from(reward: WeightedSum, policy: Any) -> Any:
 def minibatches(mask: torch.Tensor, prompts: int, config: Config) -> Iterator[torch.Tensor]:
     """(P,) bool on the device of mask: the prompts of each update, every prompt once an epoch, in a new random order each."""
     for _ in range(config.epochs_per_batch):
-        for chosen in torch.randperm(prompts).chunk(config.minibatches):
+        for chosen in torch.randperm(prompts).tensor_split(config.minibatches):
             yield mask.new_zeros(prompts).index_fill(0, chosen.to(mask.device), True)
 
 

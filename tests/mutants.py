@@ -1,0 +1,589 @@
+"""Planted defects, modelled on real ones of the field, that the tests must catch.
+
+    python tests/mutants.py              # all of them, two at a time
+    python tests/mutants.py gae clip     # those whose name has one of these words
+
+Each is planted in a copy of the package, on which the tests named beside it must fail. A defect whose old text does not stand
+exactly once in its file is stale. Exit code 1 if one survives, is stale or can't be tried.
+"""
+
+import compileall
+import contextlib
+import gc
+import importlib
+import io
+import os
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch
+
+import pytest  # this and what follows once, before forking: only trivet and the tests are imported for each defect
+import torch
+import transformers.models.gpt2.modeling_gpt2
+import transformers.models.llama.modeling_llama
+import transformers.models.mistral.modeling_mistral
+import transformers.models.qwen3.modeling_qwen3  # noqa: F401
+from hypothesis import Phase, settings
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer  # noqa: F401
+
+TESTS = Path(__file__).resolve().parent
+PACKAGE = TESTS.parent / "src" / "trivet"
+TOY_DATA = ("stories", "arithmetic")  # folders of toy/ that are linked, not copied
+AT_ONCE, LIMIT = 2, 120  # processes, seconds each
+PLAIN = [word for plugin in ("cacheprovider", "xdist", "anyio") for word in ("-p", f"no:{plugin}")]
+REFUSED = 70  # exit code of a child in which pytest's own says nothing
+
+
+class Mutant(NamedTuple):
+    """A defect: in `file` of the package, `old` becomes `new`; `tests` are arguments of pytest, which must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+def planted(file: str, tests: str, *defects: tuple[str, str, str]) -> Iterator[Mutant]:
+    """Defects (name, old, new) of one file that the same tests must catch."""
+    return (Mutant(name, file, old, new, tests) for name, old, new in defects)
+
+
+PARITY = "test_parity.py::test_loss_and_gradient_are_those_of_trl"
+PARITY_PPO = "test_parity.py::test_ppo_is_that_of_the_last_release_that_had_it"
+SPLIT = "test_invariance.py::test_split_into_microbatches_down_to_one_prompt_at_a_time"
+PADDING = "test_invariance.py::test_padding_amount_side_and_id"
+
+# fmt: off
+MUTANTS: list[Mutant] = [
+    # Objectives: KL --------------------------------------------------------------------------------------------------
+    *planted("optimization/kl.py", "test_optimization.py -k 'kl or k1 or k2 or k3'",
+        ("k1 with the sign reversed", "return logprobs - ref_logprobs", "return ref_logprobs - logprobs"),
+        ("k1 in place of k2", "return (logprobs - ref_logprobs).square() / 2", "return k1(logprobs, ref_logprobs)"),
+        ("k2 without its half", "(logprobs - ref_logprobs).square() / 2", "(logprobs - ref_logprobs).square()"),
+        ("k3 reversed: exp(d) - 1 - d", "torch.expm1(log_ratio) - log_ratio", "torch.expm1(-log_ratio) + log_ratio"),
+        ("k3 without its linear term", "torch.expm1(log_ratio) - log_ratio", "torch.expm1(log_ratio)"),
+        ("k3 that cancels near the reference", "torch.expm1(log_ratio) - log_ratio", "log_ratio.exp() - 1 - log_ratio"),
+    ),
+    *planted("optimization/kl.py", "test_optimization.py -k 'adapt'",
+        ("adaptive beta of the wrong sign", "(1 + rate * ((kl", "(1 - rate * ((kl"),
+        ("adaptive beta without its limit", ".clamp(-0.2, 0.2))", ")"),
+        ("adaptive beta limited on one side only", ".clamp(-0.2, 0.2)", ".clamp(max=0.2)"),
+        ("adaptive beta by the absolute error", "((kl - target) / target)", "(kl - target)"),
+    ),
+    # Objectives: the policy gradient and its ratio -------------------------------------------------------------------
+    *planted("optimization/policy.py", "test_optimization.py -k 'polic or surrogate or clip or advantages'",
+        ("policy gradient ascends the loss", "return -advantages.detach() *", "return advantages.detach() *"),
+        ("policy gradient: advantages not detached", "-advantages.detach() *", "-advantages *"),
+        ("clip sides swapped", "clamp(1 - clip_low, 1 + clip_high)", "clamp(1 - clip_high, 1 + clip_low)"),
+        ("clip high only", "clamp(1 - clip_low, 1 + clip_high)", "clamp(max=1 + clip_high)"),
+        ("clip: max in place of min", "-torch.minimum(", "-torch.maximum("),
+        ("clip: no min with the plain ratio", "-torch.minimum(ratio * advantages, clipped * advantages)", "-clipped * advantages"),
+        ("clip: ratio upside down", "(logprobs - old_logprobs.detach())", "(old_logprobs.detach() - logprobs)"),
+        ("clip: old log-probabilities not detached", "old_logprobs.detach()).exp()", "old_logprobs).exp()"),
+        ("clip: advantages not detached", "    advantages = advantages.detach()\n", ""),
+        ("is_clipped whatever the sign of the advantage", "(ratio > 1 + clip_high) & (advantages > 0)", "ratio > 1 + clip_high"),
+        ("is_clipped with the sides swapped", "(ratio < 1 - clip_low)", "(ratio < 1 - clip_high)"),
+    ),
+    *planted("optimization/policy.py", "test_optimization.py -k 'dual'",
+        ("dual clip missing", ".exp().clamp(max=clip_dual)", ".exp()"),
+        ("dual clip cuts at 1 / clip_dual too", "clamp(max=clip_dual)", "clamp(1 / clip_dual, clip_dual)"),
+    ),
+    *planted("optimization/ratio.py", "test_optimization.py -k 'gspo or cispo or weighted'",
+        ("gspo: sum in place of mean", "sequence_mean(x, mask)[:, None]", "(sequence_mean(x, mask) * mask.sum(-1))[:, None]"),
+        ("gspo: mean over the padding too", "sequence_mean(x, mask)[:, None]", "x.mean(-1)[:, None]"),
+        ("gspo: clip sides swapped", "clip_low=clip_low, clip_high=clip_high)", "clip_low=clip_high, clip_high=clip_low)"),
+        ("cispo: weight not detached", "return policy_gradient_loss(logprobs, weight * advantages)",
+         "return -(logprobs - old_logprobs).exp().clamp(1 - clip_low, 1 + clip_high) * advantages.detach() * logprobs"),
+        ("cispo: weight not limited", ".exp().clamp(1 - clip_low, 1 + clip_high)", ".exp()"),
+        ("cispo: limits swapped", ".clamp(1 - clip_low, 1 + clip_high)", ".clamp(1 - clip_high, 1 + clip_low)"),
+        ("cispo: no weight at all", "weight * advantages)", "advantages)"),
+        ("weighted KL: ratio not differentiated", "(logprobs - old_logprobs.detach()).exp() * kl", "(logprobs - old_logprobs).detach().exp() * kl"),
+        ("weighted KL: old log-probabilities not detached", "- old_logprobs.detach()).exp() * kl", "- old_logprobs).exp() * kl"),
+        ("weighted KL without the weight", "return (logprobs - old_logprobs.detach()).exp() * kl", "return kl"),
+    ),
+    # Objectives: preferences -----------------------------------------------------------------------------------------
+    *planted("optimization/preference.py", "test_optimization.py -k 'bradley or dpo or implicit or pair or rank or wins'",
+        ("margin of the wrong sign", "rejected - margin)", "rejected + margin)"),
+        ("chosen and rejected swapped in Bradley-Terry", "logsigmoid(chosen - rejected -", "logsigmoid(rejected - chosen -"),
+        ("sigmoid then log, which overflows", "-logsigmoid(chosen - rejected - margin)", "-(chosen - rejected - margin).sigmoid().log()"),
+        ("implicit reward without beta", "return beta * (logprob - ref_logprob)", "return logprob - ref_logprob"),
+        ("implicit reward: beta on the policy's side only", "beta * (logprob - ref_logprob)", "beta * logprob - ref_logprob"),
+        ("dpo: references swapped", "implicit_reward(chosen, ref_chosen, beta=beta), implicit_reward(rejected, ref_rejected, beta=beta)",
+         "implicit_reward(chosen, ref_rejected, beta=beta), implicit_reward(rejected, ref_chosen, beta=beta)"),
+        ("ranked pairs: ties count", "> grouped[:, None, :]", ">= grouped[:, None, :]"),
+        ("ranked pairs: the lower reward wins", "> grouped[:, None, :]", "< grouped[:, None, :]"),
+        ("pairwise loss over all cells, not pairs", "/ pairs.sum((1, 2)).clamp(min=1)", "/ group_size**2"),
+        ("pairwise loss of a group without pairs divides by 0", "pairs.sum((1, 2)).clamp(min=1)", "pairs.sum((1, 2))"),
+    ),
+    *planted("optimization/preference.py", "test_optimization.py -k 'center'",
+        ("centering pulls the scores together", "(chosen + rejected).square()", "(chosen - rejected).square()"),
+        ("centering to the first power", "(chosen + rejected).square()", "(chosen + rejected).abs()"),
+    ),
+    *planted("optimization/preference_variants.py", "test_optimization.py -k 'hinge or conserv or robust or smooth or ipo or simpo'",
+        ("hinge of the wrong sign", "(1 - (chosen - rejected)).relu()", "(1 + (chosen - rejected)).relu()"),
+        ("hinge at 0, not 1", "(1 - (chosen - rejected)).relu()", "(rejected - chosen).relu()"),
+        ("hinge that never rests", "(1 - (chosen - rejected)).relu()", "1 - (chosen - rejected)"),
+        ("label smoothing silently ignored", "        rejected, chosen\n", "        chosen, rejected\n"),
+        ("label smoothing takes eps for 1 - eps", "return (1 - label_smoothing) * bradley", "return (1 + label_smoothing) * bradley"),
+        ("robust without its 1 / (1 - 2 eps)", " / (1 - 2 * label_smoothing)", ""),
+        ("robust that smooths", "right - label_smoothing * flipped", "right + label_smoothing * flipped"),
+        ("ipo: 1 / beta in place of 1 / (2 beta)", "1 / (2 * beta)).square()", "1 / beta).square()"),
+        ("ipo: beta / 2 in place of 1 / (2 beta)", "1 / (2 * beta)).square()", "beta / 2).square()"),
+        ("ipo: reference of the wrong sign", "(chosen - rejected) - (ref_chosen", "(chosen - rejected) + (ref_chosen"),
+        ("simpo: margin of the wrong sign", "margin=gamma)", "margin=-gamma)"),
+        ("simpo: margin times beta", "margin=gamma)", "margin=beta * gamma)"),
+        ("simpo without beta", "bradley_terry_loss(beta * chosen, beta * rejected,", "bradley_terry_loss(chosen, rejected,"),
+    ),
+    *planted("optimization/preference_variants.py", "test_optimization.py -k 'odds or orpo or log1m'",
+        ("odds ratio without the log1mexp", "chosen - _log1mexp(chosen), rejected - _log1mexp(rejected)", "chosen, rejected"),
+        ("odds ratio: p (1 - p)", "chosen - _log1mexp(chosen), rejected - _log1mexp", "chosen + _log1mexp(chosen), rejected + _log1mexp"),
+        ("log1mexp is infinite at 0", "    x = x.clamp(max=-torch.finfo(x.dtype).eps)\n", ""),
+        ("log1mexp on the wrong branch loses its digits", "torch.where(x > -0.693,", "torch.where(x < -0.693,"),
+    ),
+    *planted("optimization/preference_variants.py", "test_optimization.py -k 'kto'",
+        ("kto: reference point of the wrong sign", "ref_logprob + kl.detach()", "ref_logprob - kl.detach()"),
+        ("kto: reference point differentiated", "ref_logprob + kl.detach()", "ref_logprob + kl"),
+        ("kto: desirable and undesirable swapped", "torch.where(desirable, -lead, lead)", "torch.where(desirable, lead, -lead)"),
+        ("kto: log sigmoid in place of 1 - sigmoid", "torch.where(desirable, -lead, lead).sigmoid()", "torch.where(desirable, -lead, lead).exp().log1p()"),
+    ),
+    # Advantages ------------------------------------------------------------------------------------------------------
+    *planted("optimization/advantages.py", "test_optimization.py -k 'advantage or group or leave or reward'",
+        ("group advantages: mean of the batch", "grouped = rewards.view(-1, group_size)  #", "grouped = rewards.view(1, -1)  #"),
+        ("group advantages: groups interleaved", "grouped = rewards.view(-1, group_size)  #", "grouped = rewards.view(group_size, -1).T  #"),
+        ("group advantages: NaN counts as 0", "grouped = rewards.view(-1, group_size)  #", "grouped = rewards.view(-1, group_size).nan_to_num()  #"),
+        ("group advantages: NaN counts in the mean", "count = known.sum(1, keepdim=True)", "count = known.long().sum(1, keepdim=True).clamp(min=group_size)"),
+        ("group advantages: biased deviation", "keepdim=True) / (count - 1).clamp(min=1)", "keepdim=True) / count.clamp(min=1)"),
+        ("group advantages: epsilon of 1e-8", "advantages = advantages / (variance.sqrt() + 1e-4)", "advantages = advantages / (variance.sqrt() + 1e-8)"),
+        ("group advantages: epsilon under the root", "advantages = advantages / (variance.sqrt() + 1e-4)", "advantages = advantages / (variance + 1e-4).sqrt()"),
+        ("group advantages: always normalized", "    if normalize:", "    if True:"),
+        ("constant rewards no longer exactly zero", "anchor = grouped.nan_to_num(-torch.inf).amax(1, keepdim=True)", "anchor = torch.zeros_like(grouped[:, :1])"),
+        ("leave-one-out without G / (G - 1)", " * (count / (count - 1).clamp(min=1))", ""),
+    ),
+    *planted("optimization/advantages.py", "test_optimization.py -k 'leave or known or unknown or scale'",
+        ("leave-one-out counts the unknown rewards", "* (count / (count - 1).clamp(min=1))", "* (group_size / (group_size - 1))"),
+        ("batch scale: biased deviation", "((~rewards.isnan()).sum() - 1).clamp(min=1)", "(~rewards.isnan()).sum().clamp(min=1)"),
+        ("batch scale: unknown rewards count", "((~rewards.isnan()).sum() - 1).clamp(min=1)", "(len(rewards) - 1)"),
+        ("batch scale: deviation of the advantages", "centered = group_advantages(rewards, len(rewards))", "centered = advantages"),
+        ("batch scale: no epsilon", "return advantages / (variance.sqrt() + 1e-4)", "return advantages / variance.sqrt()"),
+    ),
+    # The critic ------------------------------------------------------------------------------------------------------
+    *planted("optimization/value.py", "test_optimization.py -k 'gae or critic'",
+        ("gae: gamma forgotten in delta", "rewards[:, t] + gamma * next_value", "rewards[:, t] + next_value"),
+        ("gae: gamma forgotten in the trace", "delta + gamma * lam * next_advantage", "delta + lam * next_advantage"),
+        ("gae: lambda forgotten", "delta + gamma * lam * next_advantage", "delta + gamma * next_advantage"),
+        ("gae bootstraps past the end", "next_value = next_advantage = torch.zeros_like(values[:, 0])",
+         "next_value, next_advantage = values[:, -1], torch.zeros_like(values[:, 0])"),
+        ("gae: value of a masked token leaks in", "next_value = torch.where(real, values[:, t], next_value)", "next_value = values[:, t]"),
+        ("gae: the trace stops at a masked token", "next_advantage = torch.where(real, advantage, next_advantage)",
+         "next_advantage = torch.where(real, advantage, 0.0)"),
+        ("gae: advantages outside the mask", "advantages[:, t] = torch.where(real, advantage, 0.0)", "advantages[:, t] = advantage"),
+        ("gae: returns are the advantages", "torch.where(mask, advantages + values, 0.0)", "torch.where(mask, advantages, 0.0)"),
+    ),
+    *planted("optimization/value.py", "test_optimization.py -k 'value or variance'",
+        ("value loss: min in place of max", "torch.maximum((values - returns)", "torch.minimum((values - returns)"),
+        ("value loss without its half", "(clipped - returns).square()) / 2", "(clipped - returns).square())"),
+        ("value loss clips the value, not its step", "old_values + (values - old_values).clamp(-clip, clip)", "values.clamp(-clip, clip)"),
+        ("explained variance counts a shift", "torch.where(mask, x - x.sum() / count, 0.0)", "torch.where(mask, x, 0.0)"),
+        ("explained variance upside down", "1 - error / spread", "1 - spread / error"),
+    ),
+    # Reductions ------------------------------------------------------------------------------------------------------
+    *planted("optimization/reduce.py", "test_optimization.py -k 'mean or reduc or real or masked'",
+        ("token_mean ignores the total", "total = mask.sum() if total is None else torch.as_tensor(total, device=x.device)", "total = mask.sum()"),
+        ("token_mean is a mean of sequence means", "sequence_sum(x, mask).sum() / total.clamp(min=1)", "sequence_mean(x, mask).mean()"),
+        ("token_mean of nothing is NaN", "/ total.clamp(min=1)", "/ total"),
+        ("mask ignored in sums", "torch.where(mask, x, 0.0).sum(-1)", "x.sum(-1)"),
+        ("mask multiplied, so padding's NaN spreads", "torch.where(mask, x, 0.0).sum(-1)", "(x * mask).sum(-1)"),
+        ("sequence_mean divides by the padded width", "/ mask.sum(-1).clamp(min=1)", "/ mask.shape[-1]"),
+    ),
+    *planted("optimization/normalize.py", "test_optimization.py -k 'whiten or scale or unit'",
+        ("whiten puts the mean back", "return centered * scale", "return centered * scale + token_mean(x, mask)"),
+        ("whiten: biased variance", "/ (count - 1).clamp(min=1)", "/ count.clamp(min=1)"),
+        ("whiten: padding counts", "centered = torch.where(mask, anchored - token_mean(anchored, mask), 0.0)", "centered = anchored - token_mean(anchored, mask)"),
+        ("whiten: equal numbers no longer exactly zero", "torch.where(mask, x - torch.where(mask, x, -torch.inf).amax(), 0.0)", "torch.where(mask, x, 0.0)"),
+        ("whiten divides by the variance", "(variance + 1e-8).rsqrt()", "1 / (variance + 1e-8)"),
+        ("rewards are shifted as they are scaled", "return torch.where(mask, x, 0.0) *", "return _centered(x, mask)[0] *"),
+    ),
+    # Reward signals --------------------------------------------------------------------------------------------------
+    *planted("rewards/shaping.py", "test_rewards.py -k 'charge or token or likely or last'",
+        ("score on the first token", "torch.where(mask, column, -1).amax(1, keepdim=True)", "mask.long().argmax(1, keepdim=True)"),
+        ("score one after the last token", "column == last,", "column == last + 1,"),
+        ("score where holes in the mask are not seen", "torch.where(mask, column, -1).amax(1, keepdim=True)", "mask.sum(1, keepdim=True) - 1"),
+        ("score on every token", "torch.where(column == last, scores[:, None], 0.0)", "scores[:, None].expand_as(kl)"),
+        ("KL charge of the wrong sign", "paid - beta * kl", "paid + beta * kl"),
+        ("KL charge on the last token only", "paid - beta * kl", "paid - beta * torch.where(column == last, kl, 0.0)"),
+        ("KL charged outside the mask", "return torch.where(mask, paid - beta * kl, 0.0)", "return paid - beta * kl"),
+    ),
+    *planted("rewards/overlong.py", "test_recipes.py -k overlong",
+        ("overlong penalty is a bonus", "return -(lengths", "return (lengths"),
+        ("overlong penalty begins at the limit", "lengths - (longest - buffer)", "lengths - longest"),
+        ("overlong penalty in tokens", ".clamp(min=0) / buffer", ".clamp(min=0)"),
+    ),
+    *planted("rewards/reward.py", "test_rewards.py -k 'weight or opinion'",
+        ("weights of rewards ignored", "stacked * torch.tensor(self.weights, device=stacked.device)[:, None]", "stacked"),
+        ("no opinion is a reward of 0", "torch.where(known, weighted, 0.0).sum(0), torch.nan)", "torch.where(known, weighted, 0.0).sum(0), 0.0)"),
+        ("one reward without an opinion silences all", "torch.where(known, weighted, 0.0).sum(0)", "weighted.sum(0)"),
+    ),
+    *planted("rewards/functions.py", "test_rewards.py -k 'columns or row or ids'",
+        ("columns tiled, not repeated", "[row for row in rollouts.rows for _ in range(size)]", "[row for _ in range(size) for row in rollouts.rows]"),
+        ("completion ids with their padding", "            ids[:n] for ids, n", "            ids for ids, n"),
+    ),
+    # The forward: shift, positions, attention ------------------------------------------------------------------------
+    *planted("model/attention.py", "test_forward.py -k 'one_sequence_at_a_time'",
+        ("next-token shift: predicts itself", "torch.where(own_column == 0, prompt_end, packed - 1)", "torch.where(own_column == 0, prompt_end, packed)"),
+        ("next-token shift: first token from the token before the prompt's last", "(prompt_length.cumsum(0) - 1)", "(prompt_length.cumsum(0) - 2).clamp(min=0)"),
+        ("positions restart for completions", "(start + own_column)[groups.present]])[None]", "own_column[groups.present]])[None]"),
+        ("positions start at the padded width", "(start + own_column)[groups.present]])[None]", "(groups.prompts.shape[1] + own_column)[groups.present]])[None]"),
+        ("no causal mask among a completion's tokens", "own[:, None] >= own)", "own[:, None] >= 0 * own)"),
+        ("a completion does not see itself", "own[:, None] >= own)", "own[:, None] > own)"),
+        ("no causal mask in prompts", "keys, values, mask, scale, causal=causal)", "keys, values, mask, scale, causal=False)"),
+        ("a completion sees its sibling's prompt", "keys.repeat_interleave(self.group_size, 0)", "keys.repeat(self.group_size, 1, 1, 1)"),
+        ("padding of the prompt counts as real", "device=start.device) < start  #", "device=start.device) <= start  #"),
+    ),
+    *planted("model/attention.py", "test_forward.py -k 'sliding'",
+        ("sliding window off by one in prompts", "(behind < window)", "(behind <= window)"),
+        ("sliding window off by one in completions", "(self.distance < window)", "(self.distance <= window)"),
+        ("sliding window counts from the completion's start", "self.distance = (start + own)[:, :, None] - torch.cat([prompt_at, start + own], 1)[",
+         "self.distance = (own + 0 * start)[:, :, None] - torch.cat([prompt_at, own + 0 * start], 1)["),
+    ),
+    *planted("model/attention.py", "test_forward.py -k 'scores'",
+        ("score read one token early", "groups.present.any(1), packed[:, -1],", "groups.present.any(1), packed[:, -1] - 1,"),
+    ),
+    *planted("model/forward.py", "test_forward.py -k 'one_sequence or cannot_share or scores or learned'",
+        ("plain rows: next-token shift twice", "column)[trained] - 1, start", "column)[trained] - 2, start"),
+        ("plain rows: score at the first token", "- 1, start + length - 1", "- 1, start"),
+        ("plain rows: score at the padded end", "- 1, start + length - 1", "- 1, start + width - 1"),
+        ("microbatches come back in their own order", "[torch.cat(rows).argsort()]", ""),
+        ("microbatches come back by the inverse order", "[torch.cat(rows).argsort()]", "[torch.cat(rows)]"),
+        ("tokens not learned get a number", "targets = model.get_output_embeddings(), groups.completions[groups.mask]",
+         "targets = model.get_output_embeddings(), groups.completions[groups.mask] * 0 + groups.completions[0, 0]"),
+    ),
+    *planted("model/forward.py", "test_forward.py -k cannot_share",
+        ("plain rows: no temperature", "torch.promote_types(logits.dtype, torch.float32)) / temperature", "torch.promote_types(logits.dtype, torch.float32))"),
+    ),
+    *planted("model/logprobs.py", "test_forward.py -k 'chunked or one_sequence'",
+        ("temperature not applied in training", "targets, 1.0 / temperature)", "targets, 1.0)"),
+        ("temperature upside down", "targets, 1.0 / temperature)", "targets, temperature)"),
+        ("temperature forgotten in the gradient", "slope.mul_(ctx.sharpness).to(hidden.dtype)", "slope.to(hidden.dtype)"),
+        ("normalizer of the last chunk only", "lse = torch.logaddexp(lse, logits.logsumexp(-1))", "lse = logits.logsumexp(-1)"),
+        ("gradient of the softmax alone", "slope[rows[here], targets[here] - start] += grad[here]", "pass"),
+    ),
+    *planted("model/scalar.py", "test_forward.py -k 'scores'",
+        ("reward model scores the first token", "_scalar(model, hidden[last])", "_scalar(model, hidden[0 * last])"),
+        ("reward model scores the token before EOS", "_scalar(model, hidden[last])", "_scalar(model, hidden[last - 1])"),
+        ("critic values the state after the token", "_scalar(model, hidden[before])", "_scalar(model, hidden[before + 1])"),
+    ),
+    *planted("model/scalar.py", "test_recipes.py -k shared_critic",
+        ("critic trains the policy's trunk", "policy.base_model if share else copy.deepcopy(policy.base_model)", "policy.base_model"),
+        ("shared critic has a trunk of its own", "policy.base_model if share else copy.deepcopy(policy.base_model)", "copy.deepcopy(policy.base_model)"),
+        ("critic starts at random", "    torch.nn.init.zeros_(model.score.weight)\n", ""),
+    ),
+    *planted("model/copies.py", "test_recipes.py -k 'shared_critic or reference or frozen'",
+        ("reference is the policy itself", "return copy.deepcopy(model).requires_grad_(False)", "return model"),
+        ("reference shares the policy's weights", "return copy.deepcopy(model).requires_grad_(False)", "return copy.copy(model)"),
+    ),
+    # Generation ------------------------------------------------------------------------------------------------------
+    *planted("generation/sampling.py", "test_sampling.py",
+        ("temperature not applied in the sampler", "logits.float() / temperature)", "logits.float())"),
+        ("top-k not normalized again", "logprobs.gather(-1, keep)).log_softmax(-1)", "logprobs.gather(-1, keep))"),
+        ("top-p keeps one token too few", "(before >= top_p) & (before > 0)", "(ordered.exp().cumsum(-1) > top_p) & (before > 0)"),
+        ("top-p keeps one token too many", "(before >= top_p) & (before > 0)", "(before > top_p) & (before > 0)"),
+        ("top-p may keep nothing", "(before >= top_p) & (before > 0)", "before >= top_p"),
+        ("top-p cut in the sorted order, not put back", ".gather(-1, order.argsort(-1))", ".gather(-1, order)"),
+        ("the sampler can draw what has no mass", "level, right=True)", "level, right=False)"),
+        ("one random number for all rows", "torch.rand(total.shape, generator", "torch.rand((1, 1), generator"),
+        ("the sampler ignores its generator", "torch.rand(total.shape, generator=generator, device", "torch.rand(total.shape, device"),
+    ),
+    *planted("generation/engine.py", "test_engine.py",
+        ("log-probabilities of the distribution without temperature", "tokens, chosen = draw(options, engine.generator)  #",
+         "tokens = draw(options, engine.generator)[0]; chosen = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]  #"),
+        ("only the first stop id is honored", "stops = torch.tensor(engine.stops, device=device)", "stops = torch.tensor(engine.stops[:1], device=device)"),
+        ("only the first stop id counts as finished", "completions.new_tensor(self.stops))\n        lengths", "completions.new_tensor(self.stops[:1]))\n        lengths"),
+        ("finished rows keep writing", "present[alive, t] = writing", "present[alive, t] = True"),
+        ("finished rows begin again", "writing = writing & ~torch.isin(tokens, stops)", "writing = ~torch.isin(tokens, stops)"),
+        ("EOS is not part of the completion", "present[alive, t] = writing", "present[alive, t] = writing & ~torch.isin(tokens, stops)"),
+        ("a row goes on with its sibling's cache", "store[layer] = store[layer][rows]", "store[layer] = store[layer][: int(rows.sum())]"),
+        ("positions off by one while decoding", "(cache.start + t)[:, None], cache)", "(cache.start + t + 1)[:, None], cache)"),
+        ("padding of the prompt counts as real while decoding", ">= (self.width - self.start)[:, None]", ">= (0 * self.start)[:, None]"),
+        ("sliding window off by one while decoding", ">= self.used - window)", "> self.used - window)"),
+        ("groups tiled while decoding", "logits = head(hidden).repeat_interleave(group_size, 0)", "logits = head(hidden).repeat(group_size, 1)"),
+    ),
+    *planted("generation/engine.py", "test_engine.py -k 'recurrent or transformers'",
+        ("transformers' sampling leaves EOS out", "ended.cumsum(1) - ended == 0", "ended.cumsum(1) == 0"),
+        ("transformers' sampling: log-probabilities without temperature", "groups, temperature=heat or 1.0)", "groups)"),
+        ("transformers' sampling ignores the seed", "torch.manual_seed(int(torch.randint(2**31, (), generator=engine.generator, device=engine.generator.device)))", "torch.manual_seed(0)"),
+    ),
+    # Data ------------------------------------------------------------------------------------------------------------
+    *planted("model/text.py", "test_data.py -k 'not real_files and not real_conv'",
+        ("EOS not appended to data", "return [*ids, stops[0]], [True] * (len(ids) + 1)", "return ids, [True] * len(ids)"),
+        ("EOS appended and not trained", "[True] * (len(ids) + 1)", "[True] * len(ids) + [False]"),
+        ("EOS of a turn not trained", "[own and i < end for i in", "[own and i < end - 1 for i in"),
+        ("the user's turns are trained", "[own and i < end for i in", "[i < end for i in"),
+        ("what follows EOS in the template is trained", "[own and i < end for i in", "[own for i in"),
+        ("completions tokenized without their prompt", "if joint[: len(before_ids)] == list(before_ids):", "if False:"),
+        ("a merge across the border changes the prompt", "if joint[: len(before_ids)] == list(before_ids):", "if True:"),
+        ("prompt tokens are in the completion, and trained", "return joint[len(before_ids) :]", "return joint"),
+        ("only the first stop id is known", "ids = list(dict.fromkeys([*first, *configured]))", "ids = [*first, *configured][:1]"),
+        ("a prompt keeps the EOS that its tokenizer puts there", "return ids[:-1] if special and", "return ids if special and"),
+        ("stop ids: that of the tokenizer is forgotten", "ids = list(dict.fromkeys([*first, *configured]))", "ids = list(configured or first)"),
+    ),
+    *planted("data.py", "test_data.py -k 'not real_files and not real_conv'",
+        ("chosen and rejected swapped in data", '("chosen", "rejected") if pair', '("rejected", "chosen") if pair'),
+        ("supervised learning of the rejected side", '{"supervised": sides[:1],', '{"supervised": sides[-1:],'),
+        ("text without EOS", "ids = [*encode_prompt(tokenizer, completions[0]), stops[0]]", "ids = encode_prompt(tokenizer, completions[0])"),
+        ("text learns from its second token on", "learned=[[True] * (len(ids) - 1)]", "learned=[[False] + [True] * (len(ids) - 2)]"),
+        ("split by row, not by prompt", "json.dumps([seed, example.prompt])", "json.dumps([seed, example.prompt, example.completions])"),
+        ("split ignores the seed", "json.dumps([seed, example.prompt])", "json.dumps([example.prompt])"),
+        ("a long prompt keeps its beginning", "del example.prompt[:-max_prompt]", "del example.prompt[max_prompt:]"),
+        ("a completion too long is cut at its beginning", "del part[max_completion:]", "del part[:-max_completion]"),
+        ("a pair of equal sides is kept", 'return "chosen equals rejected"\n', 'return ""\n'),
+        ("a prompt said again is not taken off the sides", "[side[len(prompt) :] for side in sides] if said_again else sides", "sides"),
+    ),
+    *planted("batch.py", "test_data.py test_invariance.py -k 'learned or trained or pairs_of'",
+        ("collate trains what a user said", "mask[present] = torch.tensor([flag for flags in trained for flag in flags], dtype=torch.bool)", "pass"),
+    ),
+    *planted("batch.py", "test_forward.py -k 'microbatches'",
+        ("microbatches drop the last part", "for p in [*order, None]:", "for p in order:"),
+        ("microbatches ignore `only`", "groups, first = groups.select(chosen), group_rows(chosen, size)", "pass"),
+        ("microbatches number the rows of `only` anew", "groups, first = groups.select(chosen), group_rows(chosen, size)", "groups = groups.select(chosen)"),
+        ("microbatches split groups that must stay whole", "while not whole and size > 1", "while size > 1"),
+        ("microbatches: rows of another part", "yield first[group_rows(index, size)], groups.select(index)", "yield first[group_rows(index.sort()[0], size)], groups.select(index)"),
+        ("regroup tiles the prompts", "x.repeat_interleave(copies, 0)", "x.repeat(copies, 1)"),
+    ),
+    # Runs ------------------------------------------------------------------------------------------------------------
+    *planted("run/loop.py", "test_recipes.py -k 'sft_learns or optimizer or learning_rate'",
+        ("gradients are never cleared", "        self.adamw.zero_grad(set_to_none=True)\n", ""),
+        ("the gradient's norm is not limited", "clip_grad_norm_(self.parameters, self.max_grad_norm)", "clip_grad_norm_(self.parameters, math.inf)"),
+        ("the learning rate starts at 0 without a warm-up", "(done + 1) / (warmup + 1)", "done / (warmup + 1)"),
+        ("linear decay rises", "max(0.0, 1 - done / steps)", "min(1.0, done / steps)"),
+    ),
+    *planted("run/loop.py", "test_recipes.py -k 'batches or microbatch_size'",
+        ("data order differs at every call", "random.Random(self.config.seed)", "random.Random()"),
+    ),
+    *planted("run/loop.py", "test_recipes.py -k 'batches or sft_learns'",
+        ("data order ignores the seed", "random.Random(self.config.seed)", "random.Random(0)"),
+        ("an epoch draws with replacement", "order.sample(self.train, len(self.train))", "order.choices(self.train, k=len(self.train))"),
+        ("what is left of a step is dropped", "del queue[: self.config.prompts_per_step]", "queue.clear()"),
+    ),
+    *planted("run/launch.py", "test_recipes.py test_commands.py -k seed",
+        ("sampling ignores the seed", "torch.Generator(device).manual_seed(config.seed)", "torch.Generator(device).manual_seed(0)"),
+    ),
+    # Recipes: the step's totals --------------------------------------------------------------------------------------
+    *planted("recipes/sft.py", f"{SPLIT} -k 'sft'",
+        ("sft: mean of each microbatch", "part.mask, total=total)", "part.mask)"),
+    ),
+    *planted("recipes/dpo.py", f"{SPLIT} -k 'dpo'",
+        ("dpo: mean of each microbatch", "(loss.sum() / len(examples) +", "(loss.mean() +"),
+        ("dpo: reference of other rows", "ref_logprob[rows], tokens", "ref_logprob[: len(rows)], tokens"),
+        ("dpo: supervised mean of each microbatch", "/ written.sum().clamp(min=1)", "/ written[rows].sum().clamp(min=1)"),
+    ),
+    *planted("recipes/reward_model.py", f"{SPLIT} -k 'reward'",
+        ("reward model: mean of each microbatch", "(loss.sum() / len(examples)).backward()", "loss.mean().backward()"),
+    ),
+    *planted("recipes/pairwise_grpo.py", f"{SPLIT} -k 'pairwise'",
+        ("pairwise grpo: mean of each microbatch", "(loss.sum() / teaches.sum()).backward()", "loss.mean().backward()"),
+        ("pairwise grpo: rewards of other rows", "ref_logprob[rows], rewards[rows], config", "ref_logprob[rows], rewards[: len(rows)], config"),
+    ),
+    *planted("recipes/ppo.py", f"{SPLIT} -k 'ppo'",
+        ("ppo: mean of each microbatch", "token_mean(loss, part.mask, total=total).backward()", "token_mean(loss, part.mask).backward()"),
+        ("ppo: value loss by the mean of each microbatch", "token_mean(value_loss, part.mask, total=total)", "token_mean(value_loss, part.mask)"),
+        ("ppo: old log-probabilities of other rows", "clipped_surrogate_loss(logprobs, old_logprobs[rows],", "clipped_surrogate_loss(logprobs, old_logprobs[: len(rows)],"),
+    ),
+    *planted("recipes/grpo_variants.py", f"{SPLIT} -k 'grpo or deepseek'",
+        ("grpo: mean of each microbatch", "total=all_tokens.sum() if", "total=mask.sum() if"),
+        ("grpo: sequence mean of each microbatch", "sequence_mean(loss, mask).sum() / completions", "sequence_mean(loss, mask).mean()"),
+    ),
+    *planted("recipes/grpo_variants.py", f"{SPLIT} test_recipes.py -k 'dr-grpo and split or k2 or batch_baseline'",
+        ("grpo: k3 in place of k2", "return k2(logprobs, ref_logprobs)", "return k3(logprobs, ref_logprobs)"),
+        ("grpo: batch baseline is that of the group", 'size = len(rewards) if config.baseline == "batch" else', "size = config.group_size if True else"),
+    ),
+    *planted("recipes/grpo.py", f"{SPLIT} -k 'grpo or deepseek'",
+        ("grpo: advantages of other rows", "advantages[rows, None]", "advantages[: len(rows), None]"),
+    ),
+    *planted("recipes/grpo.py", f"{SPLIT} test_recipes.py -k 'dr-grpo and split or equal_rewards'",
+        ("grpo: groups of equal rewards are not tied to the reference", " | (in_loss > 0)", ""),
+    ),
+    *planted("recipes/grpo_variants.py", f"{PADDING} -k 'dr-grpo'",
+        ("grpo: constant mean over the padded width", "else completions * longest)", "else all_tokens.numel())"),
+    ),
+    # Recipes: what goes into the loss --------------------------------------------------------------------------------
+    *planted("recipes/grpo_variants.py", PARITY,
+        ("rloo: KL charge of the wrong sign", "rewards = rewards - config.beta *", "rewards = rewards + config.beta *"),
+        ("leave-one-out baseline ignored", 'if config.baseline == "leave-one-out":', 'if config.baseline == "leave one out":'),
+        ("grpo: the dual clip is not passed on", ", clip_dual=config.clip_dual or torch.inf)", ")"),
+    ),
+    *planted("recipes/dpo_variants.py", PARITY,
+        ("length-normalized dpo: reference not normalized", "logprob / tokens, ref_logprob / tokens", "logprob / tokens, ref_logprob"),
+        ("dpo: label smoothing not passed on", "robust_loss(*rewards, label_smoothing=config.label_smoothing)", "robust_loss(*rewards, label_smoothing=0.0)"),
+        ("dpo: the rejected side is the good one", "(True, False) if len(", "(False, True) if len("),
+        ("kto: weights swapped", "torch.where(good, config.desirable_weight, config.undesirable_weight)", "torch.where(good, config.undesirable_weight, config.desirable_weight)"),
+        ("kto: reference point from each prompt's own completions", "before = [examples[-1], *examples[:-1]]", "before = examples"),
+    ),
+    *planted("recipes/reward_model.py", PARITY,
+        ("reward model: margins of other rows", "margin=margin[rows[::2] // 2])", "margin=margin[: len(chosen)])"),
+    ),
+    *planted("recipes/grpo.py", PARITY,
+        ("grpo learns without the temperature that sampled", "logprobs = token_logprobs(policy, part, temperature=temperature)", "logprobs = token_logprobs(policy, part)"),
+        ("grpo: reference without the temperature that sampled", "(token_logprobs, reference, groups, budget, temperature=temperature)", "(token_logprobs, reference, groups, budget)"),
+    ),
+    *planted("recipes/dynamic_sampling.py", "test_recipes.py::test_each_variant_of_grpo_climbs[dapo]",
+        ("dynamic sampling keeps what teaches nothing", "return [g for g in groups if differ[g[2]]], [g for g in groups if not differ[g[2]]]",
+         "return [g for g in groups if not differ[g[2]]], [g for g in groups if differ[g[2]]]"),
+    ),
+    *planted("recipes/ppo.py", PARITY_PPO,
+        ("ppo: missing-EOS penalty on those that ended", "penalty * ~rollouts.finished", "penalty * rollouts.finished"),
+        ("ppo: returns from whitened advantages", "            advantages = whiten(advantages, mask)\n",
+         "            advantages = whiten(advantages, mask)\n            returns = advantages + old_values\n"),
+    ),
+]
+# fmt: on
+
+
+# The machinery ------------------------------------------------------------------------------------------------------
+
+
+def controls(mutants: list[Mutant]) -> list[Mutant]:
+    """All tests that the mutants name, on the package as it is; what one -k leaves out is left out."""
+    words: dict[str, set[str]] = {}
+    for mutant in mutants:
+        paths, _, chosen = mutant.tests.partition(" -k ")
+        words.setdefault(paths, set()).update(shlex.split(chosen))
+    whole = {mutant.tests for mutant in mutants if " -k " not in mutant.tests}
+    result = []
+    for paths, chosen in words.items():
+        some = shlex.join(["-k", " or ".join(f"({word})" for word in sorted(chosen))])
+        tests = paths if paths in whole else f"{paths} {some}"
+        result.append(Mutant(f"nothing planted: {paths}", "", "", "", tests))
+    return result
+
+
+def occurrences(mutant: Mutant) -> int:
+    return (PACKAGE / mutant.file).read_text(encoding="utf-8").count(mutant.old)
+
+
+def preload() -> None:
+    """What the comparison with TRL would import for each defect again."""
+    with contextlib.suppress(ImportError), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trl = importlib.import_module("trl")
+        for name in ("SFT", "Reward", "DPO", "KTO", "GRPO", "RLOO"):
+            getattr(trl, f"{name}Trainer")
+        for name in ("cpo", "orpo"):
+            importlib.import_module(f"trl.experimental.{name}")
+
+
+class Outcomes:
+    """A pytest plugin that counts the tests that were run, not skipped."""
+
+    def __init__(self) -> None:
+        self.run = 0
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self.run += report.outcome == "failed" or (report.when == "call" and report.outcome == "passed")
+
+
+def child(mutant: Mutant, folder: Path) -> NoReturn:
+    """Plant the defect in a copy of the package and run the tests on it; the exit code is pytest's, or REFUSED."""
+    code = REFUSED
+    try:
+        signal.alarm(LIMIT)
+        copy = folder / "src" / "trivet"
+        shutil.copytree(folder.parent / "trivet", copy)
+        for name in TOY_DATA:
+            (copy / "toy" / name).symlink_to(PACKAGE / "toy" / name)
+        if mutant.old:
+            file = copy / mutant.file
+            file.write_text(file.read_text(encoding="utf-8").replace(mutant.old, mutant.new), encoding="utf-8")
+        log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.chdir(TESTS)
+        sys.path.insert(0, str(copy.parent))
+        os.environ["PYTHONPATH"] = str(copy.parent)  # for processes that a test starts
+        outcomes = Outcomes()
+        options = ["-q", *PLAIN, "--basetemp", str(folder / "tmp")]
+        options += [
+            "-W",
+            "ignore:Module already imported:pytest.PytestAssertRewriteWarning",
+        ]  # on purpose, before forking
+        stop = ["-x", "--tb=line"] if mutant.old else []
+        code = int(pytest.main([*shlex.split(mutant.tests), *stop, *options], plugins=[outcomes]))
+        found = sys.modules["trivet"].__file__ or ""
+        if not found.startswith(str(copy)) or not outcomes.run:
+            print(f"trivet is {found}, {outcomes.run} tests were run")
+            code = REFUSED
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def tried(mutants: list[Mutant]) -> Iterator[tuple[Mutant, str, float, str]]:
+    """(mutant, outcome, seconds, log) of each as it ends, AT_ONCE at a time."""
+    waiting, running = list(enumerate(mutants)), dict[int, tuple[Mutant, Path, float]]()
+    with tempfile.TemporaryDirectory(prefix="trivet-mutants-") as scratch:
+        shutil.copytree(PACKAGE, f"{scratch}/trivet", ignore=shutil.ignore_patterns("__pycache__", *TOY_DATA))
+        compileall.compile_dir(f"{scratch}/trivet", quiet=1)  # once, not for each defect; so are the tests
+        sys.dont_write_bytecode = False
+        while waiting or running:
+            while waiting and len(running) < AT_ONCE:
+                number, mutant = waiting.pop(0)
+                folder = Path(scratch) / str(number)
+                folder.mkdir()
+                began = time.perf_counter()
+                pid = os.fork()
+                if not pid:
+                    child(mutant, folder)
+                running[pid] = mutant, folder, began
+            pid, status = os.wait()
+            mutant, folder, began = running.pop(pid)
+            code = os.waitstatus_to_exitcode(status)
+            log = (folder / "log").read_text(errors="replace") if (folder / "log").exists() else ""
+            outcome = {0: "SURVIVED", 1: "killed"}.get(code, "ERROR")
+            yield mutant, outcome, time.perf_counter() - began, f"exit code {code}\n{log}"
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def main(words: list[str]) -> int:
+    """Try all defects, or those whose name has one of these words; print a line each and a summary."""
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    chosen = [mutant for mutant in MUTANTS if not words or any(word in mutant.name for word in words)]
+    stale = [mutant for mutant in chosen if occurrences(mutant) != 1]
+    for mutant in stale:
+        print(f"STALE    {0:6.1f}  {mutant.name}: {occurrences(mutant)} times in {mutant.file}")
+    fresh = [mutant for mutant in chosen if mutant not in stale]
+    settings.register_profile("no shrinking", phases=[Phase.explicit, Phase.generate])
+    settings.load_profile("no shrinking")
+    if any(mutant.tests == PARITY for mutant in fresh):
+        preload()
+    gc.freeze()  # what is here now stays: no child looks through it
+    killed = failed = 0
+    for mutant, outcome, seconds, log in tried(controls(fresh) + fresh):
+        if not mutant.old:
+            outcome = {"SURVIVED": "passed", "killed": "FAILED"}.get(outcome, outcome)
+            failed += outcome != "passed"
+        killed += outcome == "killed"
+        print(f"{outcome:8} {seconds:6.1f}  {mutant.name}", flush=True)
+        if outcome in ("ERROR", "FAILED"):
+            print("\n".join(log.splitlines()[-12:]))
+    unsound = f"; {failed} kinds of tests fail or can't be run with nothing planted" if failed else ""
+    print(f"{killed} of {len(chosen)} killed in {time.perf_counter() - began:.0f} s{unsound}")
+    return int(killed != len(chosen) or not chosen or bool(failed))
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        sys.exit(main(sys.argv[1:]))
+    sys.exit(130)
