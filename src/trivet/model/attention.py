@@ -42,14 +42,79 @@ AttentionMaskInterface.register(NAME, sdpa_mask)  # for calls without a layout; 
 NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 
 
+Blocks = list[tuple[slice, int, int]]  # rows, and how many of their queries and keys are real at most
+SMALL, BLOCK = 1 << 20, 1 << 17  # scores of one head in one row that plain products take, and in one block of rows
+
+
 def attend_dense(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, *, causal: bool = False
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None, blocks: Blocks | None = None
 ) -> Tensor:
-    """softmax(scale q k') v with grouped-query heads. query (R, heads, L, d), key and value (R, kv heads, M, d)."""
+    """softmax(scale q k') v with grouped-query heads. query (R, heads, L, d), key and value (R, kv heads, M, d), mask
+    (R or 1, 1, L, M) bool. On a CPU by plain products, whose backward is several times faster than the fused kernel's."""
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):
+        query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
+    blocks = blocks or [(slice(0, len(query)), query.shape[2], key.shape[2])]
+    if kind == "cpu" and max(queries * keys for _, queries, keys in blocks) <= SMALL:
+        return _PlainAttention.apply(query, key, value, ~mask, scale or query.shape[-1] ** -0.5, blocks)  # type: ignore[no-any-return]
     gqa = query.shape[1] != key.shape[1]
-    return scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=gqa
-    )
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=gqa)
+
+
+def row_blocks(queries: list[int], keys: list[int]) -> Blocks:
+    """Neighboring rows together as long as their scores fit a cache: padding then is that of the block, not of the batch."""
+    blocks: Blocks = []
+    for row, (wide, long) in enumerate(zip(queries, keys, strict=True)):
+        rows, widest, longest = blocks.pop() if blocks else (slice(0, 0), 0, 0)
+        wider, longer = max(wide, widest), max(long, longest)
+        if rows.stop > rows.start and (row + 1 - rows.start) * wider * longer > BLOCK:
+            blocks.append((rows, widest, longest))
+            rows, wider, longer = slice(row, row), wide, long
+        blocks.append((slice(rows.start, row + 1), wider, longer))
+    return blocks
+
+
+class _PlainAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, scale: float, blocks: Blocks
+    ) -> Tensor:
+        out, kept, groups = torch.zeros_like(query), list[Tensor](), key.shape[1]
+        with torch.autocast(query.device.type, enabled=False):
+            for rows, queries, keys in blocks:
+                q, k, v = (_heads(x[rows, :, :n], groups) for x, n in ((query, queries), (key, keys), (value, keys)))
+                scores = torch.bmm(q * scale, k.transpose(1, 2)).view(-1, query.shape[1], queries, keys)
+                scores.masked_fill_(hidden[rows if len(hidden) > 1 else slice(1), :, :queries, :keys], -torch.inf)
+                chance = scores.softmax(-1).view(len(q), -1, keys)
+                out[rows, :, :queries] = torch.bmm(chance, v).view(-1, query.shape[1], queries, v.shape[-1])
+                kept.append(chance)
+        ctx.save_for_backward(query, key, value, *kept)
+        ctx.scale, ctx.blocks = scale, blocks
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, *kept = ctx.saved_tensors
+        results = [torch.zeros_like(x) for x in (query, key, value)]
+        for (rows, queries, keys), chance in zip(ctx.blocks, kept, strict=True):
+            groups, sizes = key.shape[1], (queries, keys, keys)
+            q, k, v = (_heads(x[rows, :, :n], groups) for x, n in zip((query, key, value), sizes, strict=True))
+            grad = _heads(grads[0][rows, :, :queries], groups)
+            slope = torch.bmm(grad, v.transpose(1, 2))
+            slope = torch._softmax_backward_data(slope, chance, -1, chance.dtype).mul_(ctx.scale)
+            found = (
+                torch.bmm(slope, k),
+                torch.bmm(slope.transpose(1, 2), q),
+                torch.bmm(chance.transpose(1, 2), grad),
+            )
+            for result, x, n in zip(results, found, sizes, strict=True):
+                result[rows, :, :n] = x.view(-1, result.shape[1], n, x.shape[-1])
+        return *results, None, None, None
+
+
+def _heads(x: Tensor, groups: int) -> Tensor:
+    """(r, heads, n, d) -> (r groups, n heads / groups, d): the queries that share keys and values side by side."""
+    return x.reshape(len(x) * groups, -1, x.shape[-1])
 
 
 class Layout:
@@ -74,9 +139,13 @@ class Layout:
         if self.group_size == 1:
             self.first = Cells(torch.cat([prompt_row, completion_row]), self.positions[0], len(prompt_length))
             self.second = None
+            lengths: list[int] = (prompt_length + groups.present.sum(1)).tolist()
         else:
             self.first = Cells(prompt_row, columns[0], len(prompt_length))
             self.second = Cells(completion_row, columns[1], len(start))
+            lengths = prompt_length.tolist()
+            own_lengths: list[int] = groups.present.sum(1).tolist()
+            self.second_blocks = row_blocks(own_lengths, [self.first.width + n for n in own_lengths])
             seen = torch.arange(self.first.width, device=start.device) < start  # (B, S')
             own = torch.arange(self.second.width, device=start.device)
             self.mask = torch.cat(  # (B, 1, T', S' + T'): the whole prompt, and the own prefix
@@ -90,6 +159,9 @@ class Layout:
             self.distance = (start + own)[:, :, None] - torch.cat([prompt_at, start + own], 1)[
                 :, None, :
             ]  # (B, T', S'+T')
+        self.first_blocks = row_blocks(lengths, lengths)
+        column = torch.arange(self.first.width, device=start.device)
+        self.behind = (column[:, None] - column)[None, None]  # (1, 1, S', S')
         # the packed index whose hidden state predicts each completion token: the one token before it
         packed = self.prompt_tokens + groups.present.flatten().cumsum(0).view_as(own_column) - 1  # (B, T)
         prompt_end = (prompt_length.cumsum(0) - 1).repeat_interleave(self.group_size)[:, None]  # (B, 1)
@@ -104,22 +176,17 @@ class Layout:
         query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, d)
         first = slice(None) if self.second is None else slice(self.prompt_tokens)
         keys, values = self.first.spread(key[first]), self.first.spread(value[first])  # (P, kv heads, S', d)
-        mask, causal = None, True
-        if window is not None and window < self.first.width:
-            column = torch.arange(self.first.width, device=query.device)
-            behind = column[:, None] - column
-            mask, causal = (behind >= 0) & (behind < window), False
-        attended = self.first.gather(
-            attend_dense(self.first.spread(query[first]), keys, values, mask, scale, causal=causal)
-        )
+        mask = (self.behind >= 0) & (self.behind < (window or self.first.width))
+        attended = attend_dense(self.first.spread(query[first]), keys, values, mask, scale, self.first_blocks)
+        attended = self.first.gather(attended)
         if self.second is None:
             return attended[None]
         own = slice(self.prompt_tokens, None)
         keys = torch.cat([keys.repeat_interleave(self.group_size, 0), self.second.spread(key[own])], 2)
         values = torch.cat([values.repeat_interleave(self.group_size, 0), self.second.spread(value[own])], 2)
         mask = self.mask if window is None else self.mask & (self.distance < window)[:, None]
-        completed = self.second.gather(attend_dense(self.second.spread(query[own]), keys, values, mask, scale))
-        return torch.cat([attended, completed])[None]
+        completed = attend_dense(self.second.spread(query[own]), keys, values, mask, scale, self.second_blocks)
+        return torch.cat([attended, self.second.gather(completed)])[None]
 
 
 class Cells:
