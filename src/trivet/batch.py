@@ -36,15 +36,9 @@ class Groups:
 
     def select(self, prompts: Tensor) -> "Groups":
         """The groups of these prompts, in this order. prompts: (K,) int64 indices."""
-        rows = group_rows(prompts, self.group_size)
-        return Groups(
-            prompts=self.prompts[prompts],
-            prompt_mask=self.prompt_mask[prompts],
-            completions=self.completions[rows],
-            mask=self.mask[rows],
-            present=self.present[rows],
-            group_size=self.group_size,
-        )
+        rows, size = group_rows(prompts, self.group_size), self.group_size
+        given, written = (self.prompts, self.prompt_mask), (self.completions, self.mask, self.present)
+        return _groups(*(x[prompts] for x in given), *(x[rows] for x in written), group_size=size)
 
     def regroup(self, group_size: int) -> "Groups":
         """The same rows in smaller groups, each with its own copy of the prompt. group_size divides the present one."""
@@ -54,14 +48,8 @@ class Groups:
 
     def to(self, device: torch.device | str) -> "Groups":
         """The same groups on another device."""
-        return Groups(
-            prompts=self.prompts.to(device),
-            prompt_mask=self.prompt_mask.to(device),
-            completions=self.completions.to(device),
-            mask=self.mask.to(device),
-            present=self.present.to(device),
-            group_size=self.group_size,
-        )
+        tensors = (self.prompts, self.prompt_mask, self.completions, self.mask, self.present)
+        return _groups(*(x.to(device) for x in tensors), group_size=self.group_size)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,14 +108,13 @@ def collate(
     mask = present.clone()
     if trained is not None:
         mask[present] = torch.tensor([flag for flags in trained for flag in flags], dtype=torch.bool)
-    return Groups(
-        prompts=prompt_ids,
-        prompt_mask=prompt_mask,
-        completions=completion_ids,
-        mask=mask,
-        present=present,
-        group_size=len(completions) // len(prompts),
-    )
+    size = len(completions) // len(prompts)
+    return _groups(prompt_ids, prompt_mask, completion_ids, mask, present, group_size=size)
+
+
+def _groups(*tensors: Tensor, group_size: int) -> Groups:
+    names = ("prompts", "prompt_mask", "completions", "mask", "present")
+    return Groups(**dict(zip(names, tensors, strict=True)), group_size=group_size)
 
 
 def microbatches(

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import GenerationConfig
 
 from trivet.batch import Example, Groups, Rollouts, collate
@@ -13,6 +14,8 @@ from trivet.errors import InputError
 from trivet.generation.sampling import draw, warp
 from trivet.model.attention import Layout, attend_dense
 from trivet.model.forward import autocast, shares_prefix, token_logprobs, trunk
+
+STRETCH = 64  # columns by which the cache grows
 
 
 @dataclass
@@ -40,14 +43,13 @@ class Engine:
         finished = torch.isin(completions.gather(1, last[:, None])[:, 0], completions.new_tensor(self.stops))
         lengths, tokens = (last + 1 - finished.long()).tolist(), completions.tolist()
         texts = [self.decode(prompts[b // group_size].prompt, tokens[b][:length]) for b, length in enumerate(lengths)]
-        rows = [prompt.row for prompt in prompts]
-        return Rollouts(groups=groups, logprobs=logprobs, finished=finished, texts=texts, rows=rows)
+        return Rollouts(groups=groups, logprobs=logprobs, finished=finished, texts=texts, rows=[p.row for p in prompts])
 
 
 def _decode(engine: Engine, model: Any, bare: Groups, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Completions (B, T), which of their tokens are present (B, T), and the log-probability of each as sampled (B, T)."""
     room, device, layout = engine.max_completion_tokens, bare.prompts.device, Layout(bare)
-    cache = Cache(layout, bare.prompt_mask, group_size, room)
+    cache = Cache(layout, bare.prompt_mask, group_size)
     head = model.get_output_embeddings()
     hidden = trunk(model, layout.ids, layout.positions, cache)[0, layout.last]  # (P, D)
     logits = head(hidden).repeat_interleave(group_size, 0)  # (B, V)
@@ -80,51 +82,50 @@ class Cache:
     """Keys and values of every row being written: [prompt, right-aligned | completion], one pair of tensors a layer.
 
     The first pass goes through the layout of the prompts and stores what it saw, once a prompt; later ones add a column.
+    Tensors grow by stretches and are used whole, the rest hidden: products with a slice would copy it.
     """
 
-    def __init__(self, prefill: Layout, prompt_mask: Tensor, group_size: int, room: int):
+    def __init__(self, prefill: Layout, prompt_mask: Tensor, group_size: int):
         self.prefill = prefill
-        lengths, self.width = prompt_mask.sum(1), prefill.first.width
+        lengths = prompt_mask.sum(1)
+        self.width = self.used = int(lengths.max())
         row = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
         self.column = row * self.width + (self.width - lengths).repeat_interleave(lengths) + prefill.positions[0]
-        self.group_size, self.room, self.prompts = group_size, room, len(lengths)
+        self.group_size, self.prompts = group_size, len(lengths)
         self.start = lengths.repeat_interleave(group_size)  # (R,) position of the first completion token
-        self.visible = torch.arange(self.width + room, device=lengths.device) >= (self.width - self.start)[:, None]
-        self.keys: dict[int, Tensor] = {}
-        self.values: dict[int, Tensor] = {}
-        self.used = self.width
+        self.stores: dict[int, list[Tensor]] = {}  # layer -> keys and values, (R, kv heads, columns, d) each
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
     ) -> Tensor:
         """(R, heads, 1, d) -> (R, 1, heads, d), or of the packed prompts at prefill."""
-        if layer not in self.keys:
-            self.keys[layer], self.values[layer] = self._store(key), self._store(value)
+        if layer not in self.stores:
+            self.stores[layer] = [self._store(key.to(value.dtype)), self._store(value)]
             return self.prefill.attend(layer, query, key, value, scale, window)
-        if layer == next(iter(self.keys)):  # the first layer opens the next column
+        if layer == next(iter(self.stores)):  # the first layer opens the next column
             self.used += 1
-        self.keys[layer][:, :, self.used - 1] = key[:, :, 0]
-        self.values[layer][:, :, self.used - 1] = value[:, :, 0]
-        mask = self.visible[:, None, None, : self.used]
+        store = self.stores[layer]
+        for i, new in enumerate((key, value)):
+            if store[i].shape[2] < self.used:
+                store[i] = pad(store[i], (0, 0, 0, STRETCH))
+            store[i][:, :, self.used - 1] = new[:, :, 0]
+        column = torch.arange(store[0].shape[2], device=query.device)
+        hidden = (column < self.width - self.start[:, None]) | (column >= self.used)  # (R, columns)
         if window is not None and window < self.used:
-            mask = mask & (torch.arange(self.used, device=mask.device) >= self.used - window)
-        keys, values = self.keys[layer][:, :, : self.used], self.values[layer][:, :, : self.used]
-        return attend_dense(query, keys, values, mask, scale).transpose(1, 2)
+            hidden |= column < self.used - window
+        query, keys, values = (x.transpose(1, 2).to(value.dtype) for x in (query, *store))
+        return attend_dense(query, keys, values, hidden[:, None], scale)
 
     def keep(self, rows: Tensor) -> None:
         """Only these rows (R,) bool go on."""
-        self.start, self.visible = self.start[rows], self.visible[rows]
-        for store in (self.keys, self.values):
-            for layer in store:
-                store[layer] = store[layer][rows]
+        self.start = self.start[rows]
+        self.stores = {layer: [x[rows] for x in store] for layer, store in self.stores.items()}
 
     def _store(self, x: Tensor) -> Tensor:
-        """(1, heads, N, d) of the packed prompts -> (B, heads, width + room, d)."""
+        """(1, heads, N, d) of the packed prompts -> (B, heads, width, d)."""
         grid = x.new_zeros(self.prompts * self.width, x.shape[1], x.shape[3])
         grid = grid.index_copy(0, self.column, x[0].transpose(0, 1)).view(self.prompts, self.width, *grid.shape[1:])
-        rows = x.new_zeros(len(self.start), x.shape[1], self.width + self.room, x.shape[3])
-        rows[:, :, : self.width] = grid.transpose(1, 2).repeat_interleave(self.group_size, 0)
-        return rows
+        return grid.transpose(1, 2).repeat_interleave(self.group_size, 0)
 
 
 def _transformers_generate(engine: Engine, model: Any, bare: Groups, group_size: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,13 +1,17 @@
 """From logits to a token: pure functions on (R, V) logits."""
 
+import math
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def warp(logits: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Log-probabilities (R, V) of the distribution that is sampled: logits / temperature, cut to the top_k most likely
     tokens (0: all) and to the smallest set that holds top_p of the mass. temperature 0 leaves only the most likely one."""
-    logprobs = (logits.float() if temperature == 0 else logits.float() / temperature).log_softmax(-1)
+    logits = logits.float()
+    logprobs = (logits if temperature in (0, 1) else logits / temperature).log_softmax(-1)
     if temperature == 0:
         top_k = 1
     if top_k:
@@ -25,12 +29,25 @@ def warp(logits: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1
 
 
 def draw(logprobs: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One token per row by the inverse of the distribution function, with its log-probability. (R, V) -> (R,), (R,)."""
-    mass = logprobs.exp().cumsum(-1)  # (R, V)
-    total = mass[:, -1:]
-    level = torch.rand(total.shape, generator=generator, device=total.device) * total
-    level = torch.minimum(level, total * (1 - 2**-23))  # rounding up to the total would pick a token of no mass
-    tokens = torch.searchsorted(mass, level, right=True).clamp(max=mass.shape[-1] - 1)  # (R, 1)
-    possible = logprobs.gather(-1, tokens) > -torch.inf  # sums made in parallel are not quite monotone on a GPU
-    tokens = torch.where(possible, tokens, logprobs.argmax(-1, keepdim=True))
+    """One token per row by the inverse of the distribution function, with its log-probability. (R, V) -> (R,), (R,).
+
+    The function is searched in two steps, sums of stretches of the vocabulary first, so that few numbers are accumulated.
+    """
+    width = math.isqrt(logprobs.shape[-1])
+    chance = pad(logprobs.exp(), (0, -logprobs.shape[-1] % width)).unflatten(-1, (-1, width))  # (R, n, w)
+    level = torch.rand((len(chance), 1), generator=generator, device=logprobs.device)
+    stretch, level = _search(chance.sum(-1), level)  # (R, 1) each
+    inside = chance[torch.arange(len(chance), device=level.device)[:, None], stretch][:, 0]  # (R, w)
+    place, _ = _search(inside, level)
+    possible = inside.gather(-1, place) > 0  # sums made in parallel are not quite monotone on a GPU
+    tokens = stretch * width + torch.where(possible, place, inside.argmax(-1, keepdim=True))
     return tokens[:, 0], logprobs.gather(-1, tokens)[:, 0]
+
+
+def _search(mass: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the level, a share of the whole, falls, and what share of that place lies below it. (R, n), (R, 1) -> (R, 1)."""
+    reached = mass.cumsum(-1)
+    level = level.clamp(max=1 - 2**-23) * reached[:, -1:]  # rounding up to the whole would pick a place of no mass
+    place = torch.searchsorted(reached, level, right=True).clamp(max=mass.shape[-1] - 1)
+    own = mass.gather(-1, place)
+    return place, ((level - reached.gather(-1, place) + own) / own).clamp(0, 1).nan_to_num(0.0)

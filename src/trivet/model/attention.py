@@ -1,8 +1,9 @@
 """Attention over groups: each prompt goes through the trunk once and its completions attend to it.
 
 All real tokens of a microbatch travel as one packed row (1, N), prompts first, then completions, no padding anywhere but
-inside attention. There two scaled-dot-product calls do the work: prompts, causal; completions over their prompt and their
-own prefix. The layout goes through the Hugging Face model as the keyword `layout`; without it the model is as it was.
+inside attention. There every prompt, and every completion with its prompt before it, is a row of keys whose last tokens ask;
+rows of similar length are padded together. The layout goes through the Hugging Face model as the keyword `layout`; without it
+the model is as it was.
 """
 
 from typing import Any
@@ -30,9 +31,8 @@ def group_attention(
     layout = kwargs.pop("layout", None)
     if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    for name in ("softcap", "s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise UnshareableError(name)
+    if any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
+        raise UnshareableError
     scale, window = kwargs.get("scaling"), kwargs.get("sliding_window")
     return layout.attend(module.layer_idx, query, key, value, scale, window), None
 
@@ -42,79 +42,29 @@ AttentionMaskInterface.register(NAME, sdpa_mask)  # for calls without a layout; 
 NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 
 
-Blocks = list[tuple[slice, int, int]]  # rows, and how many of their queries and keys are real at most
-SMALL, BLOCK = 1 << 20, 1 << 17  # scores of one head in one row that plain products take, and in one block of rows
+SMALL = (
+    1 << 20
+)  # scores of one head in one row: so far, plain products beat the fused kernel on a CPU, and fit in memory
+BLOCK = {"cpu": 1 << 17}  # scores of one head in one block: what a cache holds; elsewhere 1 << 26
 
 
-def attend_dense(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None, blocks: Blocks | None = None
-) -> Tensor:
-    """softmax(scale q k') v with grouped-query heads. query (R, heads, L, d), key and value (R, kv heads, M, d), mask
-    (R or 1, 1, L, M) bool. On a CPU by plain products, whose backward is several times faster than the fused kernel's."""
-    kind = query.device.type
-    if torch.is_autocast_enabled(kind):
-        query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
-    blocks = blocks or [(slice(0, len(query)), query.shape[2], key.shape[2])]
-    if kind == "cpu" and max(queries * keys for _, queries, keys in blocks) <= SMALL:
-        return _PlainAttention.apply(query, key, value, ~mask, scale or query.shape[-1] ** -0.5, blocks)  # type: ignore[no-any-return]
-    gqa = query.shape[1] != key.shape[1]
-    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=gqa)
-
-
-def row_blocks(queries: list[int], keys: list[int]) -> Blocks:
-    """Neighboring rows together as long as their scores fit a cache: padding then is that of the block, not of the batch."""
-    blocks: Blocks = []
-    for row, (wide, long) in enumerate(zip(queries, keys, strict=True)):
-        rows, widest, longest = blocks.pop() if blocks else (slice(0, 0), 0, 0)
-        wider, longer = max(wide, widest), max(long, longest)
-        if rows.stop > rows.start and (row + 1 - rows.start) * wider * longer > BLOCK:
-            blocks.append((rows, widest, longest))
-            rows, wider, longer = slice(row, row), wide, long
-        blocks.append((slice(rows.start, row + 1), wider, longer))
-    return blocks
-
-
-class _PlainAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, scale: float, blocks: Blocks
-    ) -> Tensor:
-        out, kept, groups = torch.zeros_like(query), list[Tensor](), key.shape[1]
-        with torch.autocast(query.device.type, enabled=False):
-            for rows, queries, keys in blocks:
-                q, k, v = (_heads(x[rows, :, :n], groups) for x, n in ((query, queries), (key, keys), (value, keys)))
-                scores = torch.bmm(q * scale, k.transpose(1, 2)).view(-1, query.shape[1], queries, keys)
-                scores.masked_fill_(hidden[rows if len(hidden) > 1 else slice(1), :, :queries, :keys], -torch.inf)
-                chance = scores.softmax(-1).view(len(q), -1, keys)
-                out[rows, :, :queries] = torch.bmm(chance, v).view(-1, query.shape[1], queries, v.shape[-1])
-                kept.append(chance)
-        ctx.save_for_backward(query, key, value, *kept)
-        ctx.scale, ctx.blocks = scale, blocks
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, *kept = ctx.saved_tensors
-        results = [torch.zeros_like(x) for x in (query, key, value)]
-        for (rows, queries, keys), chance in zip(ctx.blocks, kept, strict=True):
-            groups, sizes = key.shape[1], (queries, keys, keys)
-            q, k, v = (_heads(x[rows, :, :n], groups) for x, n in zip((query, key, value), sizes, strict=True))
-            grad = _heads(grads[0][rows, :, :queries], groups)
-            slope = torch.bmm(grad, v.transpose(1, 2))
-            slope = torch._softmax_backward_data(slope, chance, -1, chance.dtype).mul_(ctx.scale)
-            found = (
-                torch.bmm(slope, k),
-                torch.bmm(slope.transpose(1, 2), q),
-                torch.bmm(chance.transpose(1, 2), grad),
-            )
-            for result, x, n in zip(results, found, sizes, strict=True):
-                result[rows, :, :n] = x.view(-1, result.shape[1], n, x.shape[-1])
-        return *results, None, None, None
-
-
-def _heads(x: Tensor, groups: int) -> Tensor:
-    """(r, heads, n, d) -> (r groups, n heads / groups, d): the queries that share keys and values side by side."""
-    return x.reshape(len(x) * groups, -1, x.shape[-1])
+def attend_dense(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, scale: float | None) -> Tensor:
+    """softmax(scale q k') v with grouped-query heads. query (R, L, heads, d), key and value (R, M, kv heads, d), hidden
+    (R, L, M) bool: keys that a query may not see. Returns (R, L, heads, d)."""
+    (rows, count, heads, width), groups = query.shape, key.shape[2]
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (R, heads, L or M, d)
+    if query.device.type != "cpu" or hidden[0].numel() > SMALL:
+        mask = ~hidden[:, None]
+        out = scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=heads != groups)
+        return out.transpose(1, 2)
+    with torch.autocast(
+        "cpu", enabled=False
+    ):  # on a CPU the backward of these products is several times the fused one's
+        q = (query * (scale or width**-0.5)).reshape(rows * groups, -1, width)  # queries that share keys side by side
+        k, v = (x.reshape(rows * groups, -1, width) for x in (key, value))
+        scores = torch.bmm(q, k.transpose(1, 2)).view(rows, heads, count, -1)
+        chance = scores.masked_fill(hidden[:, None], -torch.inf).softmax(-1)
+        return torch.bmm(chance.view(len(q), -1, k.shape[1]), v).view(rows, heads, count, width).transpose(1, 2)
 
 
 class Layout:
@@ -125,82 +75,63 @@ class Layout:
     """
 
     def __init__(self, groups: Groups):
-        prompt_length = groups.prompt_mask.sum(1)  # (P,)
-        if int(prompt_length.min()) == 0:
-            raise ValueError("a prompt without tokens predicts nothing; give each at least one, BOS for instance")
-        start = prompt_length.repeat_interleave(groups.group_size)[:, None]  # (B, 1)
-        prompt_column, own_column = groups.prompt_mask.cumsum(1) - 1, groups.present.cumsum(1) - 1  # (P, S), (B, T)
-        prompt_row, completion_row = groups.prompt_mask.nonzero()[:, 0], groups.present.nonzero()[:, 0]
-        columns = prompt_column[groups.prompt_mask], own_column[groups.present]
-        self.group_size = groups.group_size
+        size, prompt, own = groups.group_size, groups.prompt_mask.sum(1), groups.present.sum(1)  # (P,), (B,) lengths
+        prompt_start, own_start = prompt.cumsum(0) - prompt, prompt.sum() + own.cumsum(0) - own
+        before, before_start = prompt.repeat_interleave(size), prompt_start.repeat_interleave(size)  # (B,)
+        column, own_column = groups.prompt_mask.cumsum(1) - 1, groups.present.cumsum(1) - 1  # (P, S), (B, T)
+        own_position = (before[:, None] + own_column)[groups.present]
         self.ids = torch.cat([groups.prompts[groups.prompt_mask], groups.completions[groups.present]])[None]
-        self.positions = torch.cat([columns[0], (start + own_column)[groups.present]])[None]
-        self.prompt_tokens = len(prompt_row)
-        if self.group_size == 1:
-            self.first = Cells(torch.cat([prompt_row, completion_row]), self.positions[0], len(prompt_length))
-            self.second = None
-            lengths: list[int] = (prompt_length + groups.present.sum(1)).tolist()
-        else:
-            self.first = Cells(prompt_row, columns[0], len(prompt_length))
-            self.second = Cells(completion_row, columns[1], len(start))
-            lengths = prompt_length.tolist()
-            own_lengths: list[int] = groups.present.sum(1).tolist()
-            self.second_blocks = row_blocks(own_lengths, [self.first.width + n for n in own_lengths])
-            seen = torch.arange(self.first.width, device=start.device) < start  # (B, S')
-            own = torch.arange(self.second.width, device=start.device)
-            self.mask = torch.cat(  # (B, 1, T', S' + T'): the whole prompt, and the own prefix
-                [
-                    seen[:, None, None, :].expand(-1, -1, len(own), -1),
-                    (own[:, None] >= own).expand(len(start), 1, -1, -1),
-                ],
-                dim=-1,
-            )
-            prompt_at = torch.arange(self.first.width, device=start.device).expand(len(start), -1)
-            self.distance = (start + own)[:, :, None] - torch.cat([prompt_at, start + own], 1)[
-                :, None, :
-            ]  # (B, T', S'+T')
-        self.first_blocks = row_blocks(lengths, lengths)
-        column = torch.arange(self.first.width, device=start.device)
-        self.behind = (column[:, None] - column)[None, None]  # (1, 1, S', S')
+        self.positions = torch.cat([column[groups.prompt_mask], own_position])[None]
+        # rows of keys: where the prompt and the rest of it begin, how long the prompt is, how many keys and queries
+        rows = torch.stack([before_start, own_start, before, before + own, before + own if size == 1 else own], 1)
+        if size > 1:
+            rows = torch.cat([torch.stack([prompt_start, prompt_start, prompt, prompt, prompt], 1), rows])
+        rows = rows[rows[:, 3].argsort(descending=True, stable=True)]
+        counts: list[list[int]] = rows[:, 2:].tolist()  # one read of the device
+        if min(count[0] for count in counts) == 0:
+            raise ValueError("a prompt without tokens predicts nothing; give each at least one, BOS for instance")
+        scores = max(count[1] for count in counts) * max(count[2] for count in counts)  # of one head, in one row
+        self.blocks = [Block(part) for part in rows.split(max(1, BLOCK.get(rows.device.type, 1 << 26) // scores))]
+        self.order = torch.cat([block.queries[block.real] for block in self.blocks]).argsort()
         # the packed index whose hidden state predicts each completion token: the one token before it
-        packed = self.prompt_tokens + groups.present.flatten().cumsum(0).view_as(own_column) - 1  # (B, T)
-        prompt_end = (prompt_length.cumsum(0) - 1).repeat_interleave(self.group_size)[:, None]  # (B, 1)
-        self.predictor = torch.where(own_column == 0, prompt_end, packed - 1)  # (B, T)
-        self.last = torch.where(groups.present.any(1), packed[:, -1], prompt_end[:, 0])  # (B,) end of the sequence
+        prompt_end = (before_start + before - 1)[:, None]  # (B, 1)
+        self.predictor = torch.where(own_column == 0, prompt_end, own_start[:, None] + own_column - 1)  # (B, T)
+        self.last = torch.where(own > 0, own_start + own - 1, prompt_end[:, 0])  # (B,) end of the sequence
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
     ) -> Tensor:
         """Attention of the packed row: (1, heads, N, d) -> (1, N, heads, d)."""
-        del layer
-        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, d)
-        first = slice(None) if self.second is None else slice(self.prompt_tokens)
-        keys, values = self.first.spread(key[first]), self.first.spread(value[first])  # (P, kv heads, S', d)
-        mask = (self.behind >= 0) & (self.behind < (window or self.first.width))
-        attended = attend_dense(self.first.spread(query[first]), keys, values, mask, scale, self.first_blocks)
-        attended = self.first.gather(attended)
-        if self.second is None:
-            return attended[None]
-        own = slice(self.prompt_tokens, None)
-        keys = torch.cat([keys.repeat_interleave(self.group_size, 0), self.second.spread(key[own])], 2)
-        values = torch.cat([values.repeat_interleave(self.group_size, 0), self.second.spread(value[own])], 2)
-        mask = self.mask if window is None else self.mask & (self.distance < window)[:, None]
-        completed = attend_dense(self.second.spread(query[own]), keys, values, mask, scale, self.second_blocks)
-        return torch.cat([attended, self.second.gather(completed)])[None]
+        asked, seen = [block.queries for block in self.blocks], [block.keys for block in self.blocks]
+        spread = (_spread(x[0], indices) for x, indices in ((query, asked), (key, seen), (value, seen)))
+        blocks = zip(self.blocks, *spread, strict=True)
+        parts = [attend_dense(q, k, v, block.hidden(window), scale)[block.real] for block, q, k, v in blocks]
+        return torch.cat(parts).index_select(0, self.order)[None]
 
 
-class Cells:
-    """A right-padded (rows, width) grid and the cell of each packed token in it."""
+class Block:
+    """R rows, padded to M keys, of which the last, at most L, are its queries: indices of the packed row."""
 
-    def __init__(self, row: Tensor, column: Tensor, rows: int):
-        self.rows, self.width = rows, int(column.max()) + 1
-        self.index = row * self.width + column  # (n,)
+    def __init__(self, rows: Tensor):
+        prompt_start, own_start, prompt, keys, queries = rows[:, :, None].unbind(1)  # (R, 1) each
+        column = torch.arange(int(keys.max()), device=rows.device)[None]  # (1, M)
+        self.real = column[:, : int(queries.max())] < queries  # (R, L)
+        self.place = column[:, : self.real.shape[1]] + keys - queries  # (R, L) of each query among its row's keys
+        self.keys = torch.where(column < prompt, prompt_start + column, own_start + column - prompt)
+        self.keys = self.keys.where(column < keys, 0)  # (R, M)
+        self.queries = self.keys.gather(1, self.place.clamp(max=column.shape[1] - 1)).where(self.real, 0)  # (R, L)
 
-    def spread(self, x: Tensor) -> Tensor:
-        """(n, heads, d) -> (rows, heads, width, d), zeros where there is no token."""
-        grid = x.new_zeros(self.rows * self.width, *x.shape[1:]).index_copy(0, self.index, x)
-        return grid.view(self.rows, self.width, *x.shape[1:]).transpose(1, 2)
+    def hidden(self, window: int | None) -> Tensor:
+        """Keys after the query, and those that the sliding window has left behind. (R, L, M) bool"""
+        behind = self.place[:, :, None] - torch.arange(self.keys.shape[1], device=self.keys.device)
+        return behind < 0 if window is None else (behind < 0) | (behind >= window)
 
-    def gather(self, grid: Tensor) -> Tensor:
-        """(rows, heads, width, d) -> (n, heads, d): the inverse of spread."""
-        return grid.transpose(1, 2).flatten(0, 1).index_select(0, self.index)
+
+def _spread(x: Tensor, indices: list[Tensor]) -> list[Tensor]:
+    """(heads, N, d) to (R, L, heads, d) of each block, in the type of the products; one selection, so one sum backward."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    wide = torch.promote_types(x.dtype, torch.float32)  # a prompt's keys gather the gradients of all its completions
+    chosen = x.transpose(0, 1).to(wide).index_select(0, torch.cat([index.flatten() for index in indices])).to(dtype)
+    parts = chosen.split([index.numel() for index in indices])
+    return [part.view(*index.shape, *x.shape[::2]) for part, index in zip(parts, indices, strict=True)]

@@ -79,9 +79,8 @@ def _try_sharing(model: Any) -> bool:
 
 def trunk(model: Any, ids: Tensor, positions: Tensor, layout: Any) -> Tensor:
     """Last hidden states (R, L, D) of ids and positions (R, L); layout.attend does the attention."""
-    mask = NO_MASK.to(ids.device)
-    out = model.base_model(ids, attention_mask=mask, position_ids=positions, use_cache=False, layout=layout)
-    return out.last_hidden_state
+    options = {"attention_mask": NO_MASK.to(ids.device), "use_cache": False, "layout": layout}
+    return model.base_model(ids, position_ids=positions, **options).last_hidden_state
 
 
 def states(model: Any, groups: Groups, *, shared: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,11 +91,8 @@ def states(model: Any, groups: Groups, *, shared: bool) -> tuple[Tensor, Tensor,
         hidden = trunk(model, layout.ids, layout.positions, layout)[0]
         return hidden, layout.predictor[groups.mask], layout.last
     ids, attention, before, last = _plain_rows(groups)
-    return (
-        model.base_model(ids, attention_mask=attention, use_cache=False).last_hidden_state.flatten(0, 1),
-        before,
-        last,
-    )
+    out = model.base_model(ids, attention_mask=attention, use_cache=False)
+    return out.last_hidden_state.flatten(0, 1), before, last
 
 
 def _shared_token_logprobs(model: Any, groups: Groups, temperature: float) -> Tensor:
@@ -117,17 +113,14 @@ def _plain_token_logprobs(model: Any, groups: Groups, temperature: float) -> Ten
 def _plain_rows(groups: Groups) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One right-padded row per completion: ids and attention mask (B, L); counted through all rows, the cell before each
     trained token (M,) and that of each row's last token (B,)."""
-    ids = torch.cat([groups.prompts.repeat_interleave(groups.group_size, 0), groups.completions], 1)
-    real = torch.cat([groups.prompt_mask.repeat_interleave(groups.group_size, 0), groups.present], 1)
-    column = real.cumsum(1) - 1
-    length = real.sum(1)  # (B,)
-    width = int(length.max())
-    packed = ids.new_zeros(len(ids), width)
-    packed[real.nonzero()[:, 0], column[real]] = ids[real]
-    attention = torch.arange(width, device=ids.device) < length[:, None]
-    trained = torch.cat([torch.zeros_like(real[:, : groups.prompts.shape[1]]), groups.mask], 1)
-    start = torch.arange(len(ids), device=ids.device) * width
-    return packed, attention.long(), (start[:, None] + column)[trained] - 1, start + length - 1
+    size, own_column = groups.group_size, groups.present.cumsum(1) - 1  # (B, T)
+    real = torch.cat([groups.prompt_mask.repeat_interleave(size, 0), groups.present], 1)  # (B, L)
+    order = (~real).long().argsort(dim=1, stable=True)  # real tokens first
+    ids = torch.cat([groups.prompts.repeat_interleave(size, 0), groups.completions], 1).gather(1, order)
+    start = torch.arange(len(ids), device=ids.device) * ids.shape[1]
+    prompt = groups.prompt_mask.sum(1).repeat_interleave(size)
+    before = (start + prompt)[:, None] + own_column - 1  # (B, T)
+    return ids, real.gather(1, order).long(), before[groups.mask], start + real.sum(1) - 1
 
 
 def place(x: Tensor, mask: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 CHUNK = {"cpu": 1 << 20}  # float32 logits worked on at once: what a cache holds; elsewhere 1 << 26
-KEPT = 1 << 28  # bytes of logits, as the product made them, that wait for the backward pass; the others are made again
+KEPT = 1 << 27  # bytes of logits, as the product made them, that wait for the backward pass; the others are made again
 
 
 def selected_logprobs(
@@ -30,15 +30,13 @@ class _SelectedLogprobs(torch.autograd.Function):
     ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         lse = torch.full(targets.shape, -torch.inf, dtype=wide, device=hidden.device)  # (M,)
-        picked = torch.zeros_like(lse)  # (M,)
-        kept, room = list[Tensor](), KEPT if any(ctx.needs_input_grad) else 0
+        picked, kept, room = torch.zeros_like(lse), list[Tensor](), KEPT * any(ctx.needs_input_grad)
         with torch.autocast(hidden.device.type, enabled=False):
             cast = _cast(weight, hidden.dtype)
             for start, stop in _chunks(hidden, len(weight)):
                 product = hidden @ cast[start:stop].T  # (M, C)
-                room -= product.numel() * product.itemsize
-                if room >= 0:
-                    kept.append(product)
+                room -= product.nbytes
+                kept += [product] if room >= 0 else []
                 logits = _logits(product, bias, start, stop, sharpness, wide)
                 lse = torch.logaddexp(lse, logits.logsumexp(-1))
                 here = (targets >= start) & (targets < stop)
@@ -51,55 +49,40 @@ class _SelectedLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, lse, *kept = ctx.saved_tensors
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         scale = (-ctx.sharpness * grads[0])[:, None]  # (M, 1)
-        scaled = (hidden * scale).to(hidden.dtype)  # (M, D)
-        grad_hidden = torch.zeros_like(hidden, dtype=lse.dtype) if need_hidden else None
-        grad_weight = torch.empty_like(weight) if need_weight else None
-        grad_bias = torch.empty_like(bias) if need_bias else None
-        rows = torch.arange(len(hidden), device=hidden.device)
+        scaled, rows = (hidden * scale).to(hidden.dtype), torch.arange(len(hidden), device=hidden.device)  # (M, D)
+        grad_hidden = torch.zeros_like(hidden, dtype=lse.dtype)
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        grad_bias = None if bias is None else torch.empty_like(bias)
         with torch.autocast(hidden.device.type, enabled=False):
             cast = _cast(weight, hidden.dtype)
             for i, (start, stop) in enumerate(_chunks(hidden, len(weight))):
                 product = kept[i] if i < len(kept) else hidden @ cast[start:stop].T
-                logits = _logits(product, bias, start, stop, ctx.sharpness, lse.dtype)
-                slope = logits.sub_(lse[:, None]).exp_() if logits is not product else (logits - lse[:, None]).exp_()
+                slope = (_logits(product, bias, start, stop, ctx.sharpness, lse.dtype) - lse[:, None]).exp_()
                 here = (targets >= start) & (targets < stop)
                 slope[rows[here], targets[here] - start] -= 1  # (M, C): softmax - one-hot
-                slope = slope.to(hidden.dtype)
-                if grad_hidden is not None:
-                    grad_hidden += slope @ cast[start:stop]
-                if grad_weight is not None:
-                    grad_weight[start:stop] = slope.T @ scaled
                 if grad_bias is not None:
                     grad_bias[start:stop] = (slope * scale).sum(0)
-        return (
-            None if grad_hidden is None else (grad_hidden * scale).to(hidden.dtype),
-            grad_weight,
-            grad_bias,
-            None,
-            None,
-        )
+                slope = slope.to(hidden.dtype)
+                grad_hidden += slope @ cast[start:stop]
+                if grad_weight is not None:
+                    grad_weight[start:stop] = slope.T @ scaled
+        return (grad_hidden * scale).to(hidden.dtype), grad_weight, grad_bias, None, None
 
 
 def _logits(product: Tensor, bias: Tensor | None, start: int, stop: int, sharpness: float, wide: torch.dtype) -> Tensor:
-    logits = product.to(wide)
-    if bias is not None:
-        logits = logits + bias[start:stop]
+    logits = product.to(wide) if bias is None else product + bias[start:stop].to(wide)
     return logits if sharpness == 1 else logits * sharpness
 
 
 def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight in the type of the products, made once for as long as it does not change."""
-    if weight.dtype == dtype:
-        return weight
     key = (weight._version, weight.data_ptr(), dtype)
-    if getattr(weight, "_cast_key", None) != key:
+    if weight.dtype != dtype and getattr(weight, "_cast_key", None) != key:
         weight._cast, weight._cast_key = weight.detach().to(dtype), key  # type: ignore[attr-defined]
-    return weight._cast  # type: ignore[attr-defined]
+    return weight if weight.dtype == dtype else weight._cast  # type: ignore[attr-defined]
 
 
 def _chunks(hidden: Tensor, vocabulary: int) -> list[tuple[int, int]]:
-    room = CHUNK.get(hidden.device.type, 1 << 26) // max(1, len(hidden))
-    size = max(1, min(vocabulary, max(256, room)))
+    size = max(256, CHUNK.get(hidden.device.type, 1 << 26) // max(1, len(hidden)))
     return [(start, min(vocabulary, start + size)) for start in range(0, vocabulary, size)]

@@ -1,14 +1,7 @@
 """Estimators of KL(pi || pi_ref) from tokens sampled by pi (Schulman 2020, "Approximating KL divergence").
 
-With d = log pi - log pi_ref at the sampled token:
-
-         value                 in expectation      gradient when used as a loss term, on-policy
-    k1   d                     KL                  zero in expectation: it teaches nothing
-    k2   d^2 / 2               close to KL         the gradient of KL(pi || pi_ref)  <- use this one in a loss
-    k3   exp(-d) - 1 + d       KL, never negative  the gradient of KL(pi_ref || pi), the other direction
-
-Of a text, summed over its tokens, k2 gives the gradient of the KL at each visited state with the visits held fixed; what an
-early token does to later states is in k1 charged in the reward, where nothing is differentiated. All shapes are (B, T).
+With d = log pi - log pi_ref at the sampled token. Which of them teaches the gradient of the KL, in the loss and in the reward:
+docs/kl.md (k2 in a loss, k1 in the reward). All shapes are (B, T).
 """
 
 import torch

@@ -11,6 +11,8 @@ from trivet.batch import Rollouts, collate
 from trivet.generation.engine import Engine
 from trivet.run.loop import Metrics, Run
 
+Group = tuple[Rollouts, Tensor, int]  # rollouts, their rewards (B,), and the number of one prompt in them
+
 
 def refill(
     rollouts: Rollouts, rewards: Tensor, run: Run, step: int, engine: Engine, rounds: int, metrics: Metrics
@@ -19,10 +21,8 @@ def refill(
     more samplings find them. The prompts drawn depend on seed, step and round alone. Adds to metrics what it cost."""
     size, draw = rollouts.groups.group_size, random.Random(f"{run.config.seed} {step}")
     useful, useless = _apart(rollouts, rewards)
-    for _ in range(rounds):
-        if not useless:
-            break
-        others = engine.generate(run.model, draw.choices(run.train, k=len(useless)), size)
+    while useless and rounds:
+        others, rounds = engine.generate(run.model, draw.choices(run.train, k=len(useless)), size), rounds - 1
         metrics["tokens/generated"] += float(others.groups.present.sum())
         found = _apart(others, run.reward(others))[0][: len(useless)]
         useful, useless = useful + found, useless[len(found) :]
@@ -30,15 +30,13 @@ def refill(
     return _together(useful + useless)
 
 
-Group = tuple[Rollouts, Tensor, int]  # rollouts, their rewards (B,), and the number of one prompt in them
-
-
 def _apart(rollouts: Rollouts, rewards: Tensor) -> tuple[list[Group], list[Group]]:
     """Groups in which two known rewards differ, and the others."""
-    grouped = rewards.view(len(rollouts.rows), -1)
-    differ = (grouped.nan_to_num(-torch.inf).amax(1) > grouped.nan_to_num(torch.inf).amin(1)).tolist()
-    groups = [(rollouts, rewards, p) for p in range(len(differ))]
-    return [g for g in groups if differ[g[2]]], [g for g in groups if not differ[g[2]]]
+    grouped, sides = rewards.view(len(rollouts.rows), -1), (list[Group](), list[Group]())
+    differ = grouped.nan_to_num(-torch.inf).amax(1) > grouped.nan_to_num(torch.inf).amin(1)
+    for p, informative in enumerate(differ.tolist()):
+        sides[not informative].append((rollouts, rewards, p))
+    return sides
 
 
 def _together(groups: Sequence[Group]) -> tuple[Rollouts, Tensor]:
@@ -47,10 +45,9 @@ def _together(groups: Sequence[Group]) -> tuple[Rollouts, Tensor]:
     of_row = [(rollouts, rewards, p * size + i) for rollouts, rewards, p in groups for i in range(size)]
     prompts = [r.groups.prompts[p][r.groups.prompt_mask[p]].tolist() for r, _, p in groups]
     completions = [r.groups.completions[b][r.groups.present[b]].tolist() for r, _, b in of_row]
-    logprobs = [r.logprobs[b][r.groups.present[b]] for r, _, b in of_row]
     rollouts = Rollouts(
         groups=collate(prompts, completions).to(device),
-        logprobs=pad_sequence(logprobs, batch_first=True),
+        logprobs=pad_sequence([r.logprobs[b][r.groups.present[b]] for r, _, b in of_row], batch_first=True),
         finished=torch.stack([r.finished[b] for r, _, b in of_row]),
         texts=[r.texts[b] for r, _, b in of_row],
         rows=[r.rows[p] for r, _, p in groups],

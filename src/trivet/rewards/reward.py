@@ -27,10 +27,9 @@ class WeightedSum:
     def __call__(self, rollouts: Rollouts) -> Tensor:
         self.parts = {name: reward(rollouts) for name, reward in self.rewards.items()}
         stacked = torch.stack(list(self.parts.values()))  # (K, B)
-        weighted = stacked * torch.tensor(self.weights, device=stacked.device)[:, None]
-        known = ~stacked.isnan()
-        counts = known & (torch.tensor(self.weights, device=stacked.device) != 0)[:, None]
-        return torch.where(counts.any(0), torch.where(known, weighted, 0.0).sum(0), torch.nan)  # (B,)
+        weights, known = torch.tensor(self.weights, device=stacked.device)[:, None], ~stacked.isnan()
+        counts = known & (weights != 0)
+        return torch.where(counts.any(0), torch.where(known, weights * stacked, 0.0).sum(0), torch.nan)  # (B,)
 
     def metrics(self) -> dict[str, float]:
         """rewards/<name>/mean of the last call, and the numbers that reward functions logged themselves."""
