@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: quickstart test install clean
+.PHONY: quickstart test bench install clean
 
 quickstart: .venv/installed  ## all six methods on the embedded story model, a few minutes
 	@$(BIN)/trivet quickstart --out runs/quickstart
@@ -14,6 +14,9 @@ test: .venv/developed  ## lint, types, tests, and the planted defects that the t
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/pytest -n 2
 	$(BIN)/python tests/mutants.py
+
+bench: .venv/developed  ## Trivet against TRL on this machine, small and medium models, under ten minutes; docs in benchmarks/
+	$(BIN)/python benchmarks/compare.py --quick
 
 install: .venv/installed  ## the environment only
 

@@ -106,7 +106,7 @@ def lines(rows: list) -> bytes:
         ("grpo", "--save-every -1", "--save-every"),
         ("grpo", "--eval-fraction 1", "--eval-fraction"),
         ("grpo", "--eval-fraction -0.1", "--eval-fraction"),
-        ("grpo", "--microbatch-tokens 0", "--microbatch-tokens"),
+        ("grpo", "--microbatch-tokens -1", "--microbatch-tokens"),
         ("grpo", "--max-completion-tokens 99", "16 tokens"),
         ("grpo", "--device nonsense", "--device nonsense"),
         ("grpo", "--reward-weights 1 2", "2 numbers for 1 rewards"),

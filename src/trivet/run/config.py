@@ -22,7 +22,7 @@ def to_toml(config: Any) -> str:
 
 INF = math.inf
 LIMITS = {
-    **dict.fromkeys(("prompts_per_step", "max_prompt_tokens", "max_completion_tokens", "microbatch_tokens"), (1, INF)),
+    **dict.fromkeys(("prompts_per_step", "max_prompt_tokens", "max_completion_tokens"), (1, INF)),
     **dict.fromkeys(("group_size", "epochs_per_batch", "minibatches"), (1, INF)),
     **dict.fromkeys(("epochs", "temperature", "max_grad_norm"), (1e-6, INF)),
     **{

@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ class Launch:
         self.start_from = model_folder(config.model)
         self.out = Path(config.out or f"runs/{self.method}-{time.strftime('%Y%m%d-%H%M%S')}")
         device = usable_device(config.device)
+        budget = config.microbatch_tokens or (2048 if device == "cpu" else 16384)
+        self.config = config = replace(config, microbatch_tokens=budget)
         if self.recipe.TRAINS == "policy":  # a reward model may go on from a reward model
             require_causal(self.start_from, self.method)
         _, self.context, self.vocabulary = model_facts(self.start_from)
@@ -135,7 +138,7 @@ def launch(config: Options, watch: Watch | None = None) -> Path:
     began, heldout, tokens = time.perf_counter(), dict[str, float](), Counter[str]()
     if watch:
         watch(launched, 0, {})
-    for step, metrics in enumerate(launched.recipe.train(config, run), 1):
+    for step, metrics in enumerate(launched.recipe.train(run.config, run), 1):
         metrics = {"step": step, "seconds": round(time.perf_counter() - began, 3)} | metrics
         tokens.update({key: int(value) for key, value in metrics.items() if key.startswith("tokens/")})
         heldout |= {key: value for key, value in metrics.items() if key.startswith("eval/")}

@@ -1,0 +1,123 @@
+"""Decoding alone: 8 GSM8K questions, 8 completions of each, 128 tokens in all of them.
+
+    python benchmarks/decode.py S            every peer in a process of its own
+    python benchmarks/decode.py S trivet     one of them, in this process; prints one JSON line
+
+The first call of each is a warm-up. `transformers` keeps float32 weights under bf16 autocast, as a trainer does; `transformers-bf16`
+has its weights cast once, the fastest that its generate does here.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import workloads
+
+Sampler = Callable[[], int]  # samples all rows; returns how many tokens it made
+
+
+def main() -> None:
+    """Time one peer, or all of them one after another."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("size", choices=tuple(workloads.SHAPES))
+    parser.add_argument("peer", nargs="?", choices=tuple(PEERS))
+    parser.add_argument("--runs", type=int, default=3)
+    chosen = parser.parse_args()
+    if chosen.peer:
+        print(json.dumps(measure(chosen.peer, chosen.size, chosen.runs)))
+        return
+    for peer in PEERS:
+        command = [sys.executable, __file__, chosen.size, peer, "--runs", str(chosen.runs)]
+        threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"), "OMP_WAIT_POLICY": "passive"}
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | threads, check=True)
+        print(done.stdout.splitlines()[-1], flush=True)
+
+
+def measure(peer: str, size: str, runs: int) -> dict[str, Any]:
+    """Seconds of each call after the first, tokens per second, peak memory."""
+    from run_one import peak_megabytes
+
+    sample = PEERS[peer](size)
+    seconds, tokens = list[float](), 0
+    for _ in range(runs + 1):
+        began = time.perf_counter()
+        tokens = sample()
+        seconds.append(time.perf_counter() - began)
+    median = statistics.median(seconds[1:])
+    return {
+        "peer": peer,
+        "size": size,
+        "seconds": [round(value, 3) for value in seconds[1:]],
+        "median_seconds": round(median, 3),
+        "tokens": tokens,
+        "tokens_per_second": round(tokens / median, 1),
+        "peak_mb": round(peak_megabytes(), 1),
+    }
+
+
+def trivet(size: str) -> Sampler:
+    """The in-process engine, log-probabilities and texts included."""
+    from functools import partial
+
+    from trivet_side import as_example
+
+    from trivet.generation.engine import Engine
+    from trivet.model.load import load_policy
+    from trivet.model.text import decode_completion, load_tokenizer
+
+    folder = str(workloads.model_folder(size))
+    tokenizer, policy = load_tokenizer(folder), load_policy(folder, precision="bfloat16")
+    workloads.set_lengths(policy, "full")
+    prompts = [as_example(row) for row in workloads.load_rows("grpo", tokenizer, workloads.EXAMPLES)]
+    decode, generator = partial(decode_completion, tokenizer), torch.Generator().manual_seed(0)
+    engine = Engine(decode, [workloads.EOS], workloads.ROOM, 1.0, generator)
+    return lambda: int(engine.generate(policy, prompts, workloads.COMPLETIONS).groups.present.sum())
+
+
+def transformers(size: str, dtype: torch.dtype = torch.float32) -> Sampler:
+    """transformers' own generate on left-padded rows, one for each completion."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = workloads.model_folder(size)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    workloads.set_lengths(model, "full")
+    model.to(dtype)
+    prompts = [row.prompt for row in workloads.load_rows("grpo", tokenizer, workloads.EXAMPLES)]
+    batch = tokenizer(prompts, padding=True, return_tensors="pt")
+
+    def sample() -> int:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            rows = model.generate(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                do_sample=True,
+                top_k=0,
+                num_return_sequences=workloads.COMPLETIONS,
+                max_new_tokens=workloads.ROOM,
+            )
+        return rows[:, batch["input_ids"].shape[1] :].numel()
+
+    return sample
+
+
+def transformers_bf16(size: str) -> Sampler:
+    """The same with weights in bfloat16."""
+    return transformers(size, torch.bfloat16)
+
+
+# A vLLM peer goes here: a function size -> Sampler, run by the Python of vLLM's own environment (its CPU build pins torch, so it
+# can't share ours). LLM(folder, dtype="bfloat16", enforce_eager=True, max_model_len=1024, max_num_seqs=64), prompts as token
+# ids, SamplingParams(n=8, temperature=1.0, max_tokens=128, ignore_eos=True, logprobs=0) in place of the bias on EOS.
+PEERS = {"trivet": trivet, "transformers": transformers, "transformers-bf16": transformers_bf16}
+
+
+if __name__ == "__main__":
+    main()
