@@ -77,7 +77,7 @@ PAIR_VARIANTS = {
 def test_each_variant_of_dpo_learns_to_rank(name):
     metrics = curve(dpo, **PAIR_VARIANTS[name])
     assert metrics[-1]["eval/loss"] < 0.9 * metrics[0]["loss"]
-    assert metrics[-1]["eval/rewards/accuracies"] >= 0.95
+    assert metrics[-1]["eval/rewards/accuracies"] >= 0.9
 
 
 def test_kto_learns_from_single_labels(tmp_path):

@@ -81,8 +81,8 @@ def _decode(engine: Engine, model: Any, bare: Groups, group_size: int) -> tuple[
 class Cache:
     """Keys and values of every row being written: [prompt, right-aligned | completion], one pair of tensors a layer.
 
-    The first pass goes through the layout of the prompts and stores what it saw, once a prompt; later ones add a column.
-    Tensors grow by stretches and are used whole, the rest hidden: products with a slice would copy it.
+    The first pass goes through the layout of the prompts and stores what it saw; later ones add a column. The tensors grow by
+    stretches and are used whole, the rest hidden: products with a slice would copy it.
     """
 
     def __init__(self, prefill: Layout, prompt_mask: Tensor, group_size: int):

@@ -1,7 +1,5 @@
 """From logits to a token: pure functions on (R, V) logits."""
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -30,10 +28,8 @@ def warp(logits: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1
 
 def draw(logprobs: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """One token per row by the inverse of the distribution function, with its log-probability. (R, V) -> (R,), (R,).
-
-    The function is searched in two steps, sums of stretches of the vocabulary first, so that few numbers are accumulated.
-    """
-    width = math.isqrt(logprobs.shape[-1])
+    Sums of stretches of the vocabulary are searched first, then one stretch: so few numbers are accumulated."""
+    width = int(logprobs.shape[-1] ** 0.5)
     chance = pad(logprobs.exp(), (0, -logprobs.shape[-1] % width)).unflatten(-1, (-1, width))  # (R, n, w)
     level = torch.rand((len(chance), 1), generator=generator, device=logprobs.device)
     stretch, level = _search(chance.sum(-1), level)  # (R, 1) each

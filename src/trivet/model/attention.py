@@ -39,12 +39,12 @@ def group_attention(
 
 AttentionInterface.register(NAME, group_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)  # for calls without a layout; with one, a 4D mask is passed as it is
-NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)
 
 
 SMALL = (
     1 << 20
 )  # scores of one head in one row: so far, plain products beat the fused kernel on a CPU, and fit in memory
+ROUND = 32  # longer rows are rounded up to multiples: the CPU's products are compiled for each shape, so few are fast
 BLOCK = {"cpu": 1 << 17}  # scores of one head in one block: what a cache holds; elsewhere 1 << 26
 
 
@@ -85,13 +85,16 @@ class Layout:
         # rows of keys: where the prompt and the rest of it begin, how long the prompt is, how many keys and queries
         rows = torch.stack([before_start, own_start, before, before + own, before + own if size == 1 else own], 1)
         if size > 1:
-            rows = torch.cat([torch.stack([prompt_start, prompt_start, prompt, prompt, prompt], 1), rows])
-        rows = rows[rows[:, 3].argsort(descending=True, stable=True)]
+            rows = torch.cat([torch.stack([prompt_start, prompt_start, prompt, prompt, prompt], 1), rows[own > 0]])
         counts: list[list[int]] = rows[:, 2:].tolist()  # one read of the device
         if min(count[0] for count in counts) == 0:
             raise ValueError("a prompt without tokens predicts nothing; give each at least one, BOS for instance")
-        scores = max(count[1] for count in counts) * max(count[2] for count in counts)  # of one head, in one row
-        self.blocks = [Block(part) for part in rows.split(max(1, BLOCK.get(rows.device.type, 1 << 26) // scores))]
+        shapes = [tuple(n if n < ROUND else -(-n // ROUND) * ROUND for n in count[:0:-1]) for count in counts]
+        self.blocks: list[Block] = []
+        for asked, most in dict.fromkeys(shapes):
+            same = rows[torch.tensor([shape == (asked, most) for shape in shapes], device=rows.device)]
+            parts = same.split(max(1, BLOCK.get(rows.device.type, 1 << 26) // (asked * most)))
+            self.blocks += [Block(part, asked, most) for part in parts]
         self.order = torch.cat([block.queries[block.real] for block in self.blocks]).argsort()
         # the packed index whose hidden state predicts each completion token: the one token before it
         prompt_end = (before_start + before - 1)[:, None]  # (B, 1)
@@ -112,10 +115,10 @@ class Layout:
 class Block:
     """R rows, padded to M keys, of which the last, at most L, are its queries: indices of the packed row."""
 
-    def __init__(self, rows: Tensor):
+    def __init__(self, rows: Tensor, asked: int, most: int):
         prompt_start, own_start, prompt, keys, queries = rows[:, :, None].unbind(1)  # (R, 1) each
-        column = torch.arange(int(keys.max()), device=rows.device)[None]  # (1, M)
-        self.real = column[:, : int(queries.max())] < queries  # (R, L)
+        column = torch.arange(most, device=rows.device)[None]  # (1, M)
+        self.real = column[:, :asked] < queries  # (R, L)
         self.place = column[:, : self.real.shape[1]] + keys - queries  # (R, L) of each query among its row's keys
         self.keys = torch.where(column < prompt, prompt_start + column, own_start + column - prompt)
         self.keys = self.keys.where(column < keys, 0)  # (R, M)

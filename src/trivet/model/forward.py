@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trivet.batch import Groups, collate, microbatches
-from trivet.model.attention import NAME, NO_MASK, Layout, UnshareableError
+from trivet.model.attention import NAME, Layout, UnshareableError
 from trivet.model.logprobs import selected_logprobs
 
 
@@ -79,8 +79,9 @@ def _try_sharing(model: Any) -> bool:
 
 def trunk(model: Any, ids: Tensor, positions: Tensor, layout: Any) -> Tensor:
     """Last hidden states (R, L, D) of ids and positions (R, L); layout.attend does the attention."""
-    options = {"attention_mask": NO_MASK.to(ids.device), "use_cache": False, "layout": layout}
-    return model.base_model(ids, position_ids=positions, **options).last_hidden_state
+    nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)  # is masked but by the layout
+    out = model.base_model(ids, attention_mask=nothing, position_ids=positions, use_cache=False, layout=layout)
+    return out.last_hidden_state
 
 
 def states(model: Any, groups: Groups, *, shared: bool) -> tuple[Tensor, Tensor, Tensor]:

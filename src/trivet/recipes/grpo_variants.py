@@ -44,9 +44,8 @@ def shaped(rewards: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, mask: Te
     """The reward of each completion after what --kl-in reward and --overlong-buffer take off. (B,)"""
     if config.kl_in == "reward":
         rewards = rewards - config.beta * sequence_sum(k1(old_logprobs, ref_logprobs), mask)
-    if config.overlong_buffer:
-        longest, buffer = config.max_completion_tokens, config.overlong_buffer
-        rewards = rewards + overlong_penalty(mask.sum(1), longest=longest, buffer=buffer)
+    if buffer := config.overlong_buffer:
+        rewards = rewards + overlong_penalty(mask.sum(1), longest=config.max_completion_tokens, buffer=buffer)
     return rewards
 
 
