@@ -68,7 +68,7 @@ def measure(cell: Cell, variant: str) -> Result:
     side = variant.split(",")[0]
     command = [sys.executable, str(HERE / "run_one.py"), side, method, size, "--steps", steps]
     command += ["--lengths", lengths] if lengths else []
-    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"), "OMP_WAIT_POLICY": "passive"}
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
     environment = os.environ | threads | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment |= ALLOCATOR if variant == "trl, allocator" else {}
     if side == "trl" and method == "ppo":

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 from trivet.batch import Example, Groups, Rollouts, collate
 from trivet.errors import InputError
 from trivet.generation.sampling import draw, warp
-from trivet.model.attention import Layout, attend_dense
+from trivet.model.attention import Layout, attend_dense, hide
 from trivet.model.forward import autocast, shares_prefix, token_logprobs, trunk
 
 STRETCH = 64  # columns by which the cache grows
@@ -49,8 +49,7 @@ class Engine:
 def _decode(engine: Engine, model: Any, bare: Groups, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Completions (B, T), which of their tokens are present (B, T), and the log-probability of each as sampled (B, T)."""
     room, device, layout = engine.max_completion_tokens, bare.prompts.device, Layout(bare)
-    cache = Cache(layout, bare.prompt_mask, group_size)
-    head = model.get_output_embeddings()
+    cache, head = Cache(layout, bare.prompt_mask, group_size), model.get_output_embeddings()
     hidden = trunk(model, layout.ids, layout.positions, cache)[0, layout.last]  # (P, D)
     logits = head(hidden).repeat_interleave(group_size, 0)  # (B, V)
     alive = torch.arange(len(logits), device=device)  # row numbers still being written; the cache holds these
@@ -59,9 +58,12 @@ def _decode(engine: Engine, model: Any, bare: Groups, group_size: int) -> tuple[
     logprobs = torch.zeros(len(logits), room, device=device)
     present = torch.zeros_like(completions, dtype=torch.bool)
     stops = torch.tensor(engine.stops, device=device)
+    plain = (engine.temperature, engine.top_k, engine.top_p) == (1, 0, 1)
     for t in range(room):
-        options = warp(logits, temperature=engine.temperature, top_k=engine.top_k, top_p=engine.top_p)
-        tokens, chosen = draw(options, engine.generator)  # (R,), (R,)
+        given = (
+            logits if plain else warp(logits, temperature=engine.temperature, top_k=engine.top_k, top_p=engine.top_p)
+        )
+        tokens, chosen = draw(given, engine.generator)  # (R,), (R,)
         completions[alive, t], logprobs[alive, t] = torch.where(writing, tokens, 0), torch.where(writing, chosen, 0.0)
         present[alive, t] = writing
         writing = writing & ~torch.isin(tokens, stops)
@@ -95,26 +97,26 @@ class Cache:
         self.start = lengths.repeat_interleave(group_size)  # (R,) position of the first completion token
         self.stores: dict[int, list[Tensor]] = {}  # layer -> keys and values, (R, kv heads, columns, d) each
 
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None) -> Tensor:
         """(R, heads, 1, d) -> (R, 1, heads, d), or of the packed prompts at prefill."""
         if layer not in self.stores:
-            self.stores[layer] = [self._store(key.to(value.dtype)), self._store(value)]
-            return self.prefill.attend(layer, query, key, value, scale, window)
+            self.stores[layer] = [self._store(k.to(v.dtype)), self._store(v)]
+            return self.prefill.attend(layer, q, k, v, scale, window)
         if layer == next(iter(self.stores)):  # the first layer opens the next column
             self.used += 1
+            self.biases: dict[int | None, Tensor] = {}  # by window
         store = self.stores[layer]
-        for i, new in enumerate((key, value)):
+        for i, new in enumerate((k, v)):
             if store[i].shape[2] < self.used:
                 store[i] = pad(store[i], (0, 0, 0, STRETCH))
             store[i][:, :, self.used - 1] = new[:, :, 0]
-        column = torch.arange(store[0].shape[2], device=query.device)
-        hidden = (column < self.width - self.start[:, None]) | (column >= self.used)  # (R, columns)
-        if window is not None and window < self.used:
-            hidden |= column < self.used - window
-        query, keys, values = (x.transpose(1, 2).to(value.dtype) for x in (query, *store))
-        return attend_dense(query, keys, values, hidden[:, None], scale)
+        if window not in self.biases:
+            column = torch.arange(store[0].shape[2], device=q.device)
+            hidden = (column < self.width - self.start[:, None]) | (column >= self.used)  # (R, columns)
+            hidden |= column < self.used - (window or self.used)
+            self.biases[window] = hide(hidden, v.dtype)
+        q, keys, values = (x.transpose(1, 2).to(v.dtype) for x in (q, *store))
+        return attend_dense(q, keys, values, self.biases[window][:, None], scale)
 
     def keep(self, rows: Tensor) -> None:
         """Only these rows (R,) bool go on."""

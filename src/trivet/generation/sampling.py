@@ -18,26 +18,26 @@ def warp(logits: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1
     if top_p < 1:
         ordered, order = logprobs.sort(descending=True)
         before = ordered.exp().cumsum(-1) - ordered.exp()  # mass of the more likely tokens
-        logprobs = (
-            ordered.masked_fill((before >= top_p) & (before > 0), -torch.inf)
-            .gather(-1, order.argsort(-1))
-            .log_softmax(-1)
-        )
+        ordered = ordered.masked_fill((before >= top_p) & (before > 0), -torch.inf)
+        logprobs = ordered.gather(-1, order.argsort(-1)).log_softmax(-1)
     return logprobs
 
 
-def draw(logprobs: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One token per row by the inverse of the distribution function, with its log-probability. (R, V) -> (R,), (R,).
+def draw(logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """One token per row by the inverse of softmax's distribution function, and its log-probability. (R, V) -> (R,), (R,).
     Sums of stretches of the vocabulary are searched first, then one stretch: so few numbers are accumulated."""
-    width = int(logprobs.shape[-1] ** 0.5)
-    chance = pad(logprobs.exp(), (0, -logprobs.shape[-1] % width)).unflatten(-1, (-1, width))  # (R, n, w)
-    level = torch.rand((len(chance), 1), generator=generator, device=logprobs.device)
-    stretch, level = _search(chance.sum(-1), level)  # (R, 1) each
+    logits, width = logits.float(), int(logits.shape[-1] ** 0.5)
+    top = logits.amax(-1, keepdim=True)
+    chance = (logits - top).exp_()  # relative to the most likely token's
+    chance = pad(chance, (0, -chance.shape[-1] % width)).unflatten(-1, (-1, width))  # (R, n, w)
+    level = torch.rand((len(chance), 1), generator=generator, device=logits.device)
+    mass = chance.sum(-1)  # (R, n)
+    stretch, level = _search(mass, level)  # (R, 1) each
     inside = chance[torch.arange(len(chance), device=level.device)[:, None], stretch][:, 0]  # (R, w)
     place, _ = _search(inside, level)
     possible = inside.gather(-1, place) > 0  # sums made in parallel are not quite monotone on a GPU
     tokens = stretch * width + torch.where(possible, place, inside.argmax(-1, keepdim=True))
-    return tokens[:, 0], logprobs.gather(-1, tokens)[:, 0]
+    return tokens[:, 0], (logits.gather(-1, tokens) - top - mass.sum(-1, keepdim=True).log())[:, 0]
 
 
 def _search(mass: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:

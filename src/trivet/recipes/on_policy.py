@@ -51,8 +51,7 @@ def evaluate(run: Run, policy: Any, reference: Any, reward: WeightedSum, engine:
     rewards = reward(rollouts)  # (B,)
     metrics = rollout_metrics(rollouts, rewards, reward)
     if reference is not None:
-        ref_logprobs = in_microbatches(
-            token_logprobs, reference, rollouts.groups, run.config.microbatch_tokens, temperature=engine.temperature
-        )
-        metrics["kl"] = completion_kl(rollouts.logprobs, ref_logprobs, rollouts.groups.mask)
+        groups, budget = rollouts.groups, run.config.microbatch_tokens
+        ref_logprobs = in_microbatches(token_logprobs, reference, groups, budget, temperature=engine.temperature)
+        metrics["kl"] = completion_kl(rollouts.logprobs, ref_logprobs, groups.mask)
     return {f"eval/{key}": value for key, value in metrics.items() if not key.startswith(("tokens/", "frac_"))}

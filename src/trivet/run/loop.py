@@ -61,9 +61,8 @@ class Optimizer:
 
     def __init__(self, model: Any, config: Options, steps: int, lr: float | None = None):
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.adamw = torch.optim.AdamW(
-            self.parameters, lr=config.lr if lr is None else lr, weight_decay=0.0, fused=True
-        )
+        lr = config.lr if lr is None else lr
+        self.adamw = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=0.0, fused=True)
         self.max_grad_norm, warmup = config.max_grad_norm, config.warmup_steps
 
         def scale(done: int) -> float:
@@ -79,9 +78,7 @@ class Optimizer:
             raise InputError("the gradient is not finite: lower --lr, or check the weights of --model and the rewards")
         lr = float(self.schedule.get_last_lr()[0])
         self.adamw.step()
-        torch.autograd.graph.increment_version(
-            self.parameters
-        )  # the fused step forgets to, and casts are kept by version
+        torch.autograd.graph.increment_version(self.parameters)  # the fused step forgets; casts are kept by version
         self.schedule.step()
         self.adamw.zero_grad(set_to_none=True)
         return {"grad_norm": norm, "lr": lr}
