@@ -3,6 +3,7 @@
     python benchmarks/compare.py --quick          T and S, one round, under 10 minutes on two idle cores
     python benchmarks/compare.py                  T, S and M, three rounds: hours
 
+Runs add up in --out: what an earlier call measured there is kept, so the whole can be made in pieces, and a stop loses one run.
 README.md says what is compared, and how.
 """
 
@@ -35,10 +36,11 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", help="T S M")
     parser.add_argument("--methods", nargs="+", help="of sft reward-model dpo grpo ppo; all of them otherwise")
     parser.add_argument("--rounds", type=int, default=0, help="processes of each side; 1 if quick, else 3")
+    parser.add_argument("--variants", nargs="+", help=f"of {', '.join(map(repr, VARIANTS))}; as --quick says otherwise")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     chosen = parser.parse_args()
     sizes = chosen.sizes or (["T", "S"] if chosen.quick else ["T", "S", "M"])
-    variants = ("trivet", "trl, allocator") if chosen.quick else VARIANTS
+    variants = chosen.variants or (("trivet", "trl, allocator") if chosen.quick else VARIANTS)
     cells = [
         (method, lengths, size) for method, lengths in WORKLOADS for size in sizes if (method, size) != ("ppo", "M")
     ]
@@ -47,7 +49,8 @@ def main() -> None:
         print(f"PPO left out; for its peer: pip install --no-deps --target {PPO_PEER} trl==1.12.0")
         cells = [cell for cell in cells if cell[0] != "ppo"]
     chosen.out.mkdir(parents=True, exist_ok=True)
-    results = list[Result]()
+    kept = chosen.out / "bench.json"
+    results: list[Result] = json.loads(kept.read_text())["runs"] if kept.exists() else []
     for cell in cells:
         for _ in range(chosen.rounds or (1 if chosen.quick else 3)):
             for variant in variants:
@@ -55,7 +58,8 @@ def main() -> None:
                 write(results, chosen.out)
     peak = measured_peak()
     print(f"this machine's bf16 matrix products: {peak / 1e12:.2f} TFLOP/s")
-    summary = [summed_up(cell, results, peak) for cell in cells]
+    everything = [(method, lengths, size) for method, lengths in WORKLOADS for size in workloads.SHAPES]
+    summary = [row for cell in everything if (row := summed_up(cell, results, peak))]
     write(results, chosen.out, summary)
     show(summary)
     plot(summary, chosen.out / "bench.png")
@@ -98,14 +102,17 @@ def measured_peak() -> float:
 
 
 def summed_up(cell: Cell, results: list[Result], peak: float) -> Result:
-    """Medians over the rounds of a cell, ratios, and the fraction of the floor on a machine of that peak."""
+    """Medians over the rounds of a cell, ratios, and the fraction of the floor on a machine of that peak; {} without both sides."""
     method, lengths, size = cell
     row: Result = {"method": method, "lengths": lengths, "size": size}
     own = [r for r in results if (r["method"], r["lengths"], r["size"]) == cell]
+    if len({r["side"] for r in own}) < 2:
+        return {}
     for variant in VARIANTS:
         rounds = [r for r in own if r["variant"] == variant]
         if rounds:
             row[variant] = {
+                "rounds": len(rounds),
                 "seconds": statistics.median(r["median_seconds_with_reference"] for r in rounds),
                 "megabytes": statistics.median(r["peak_mb"] for r in rounds),
                 "tokens_per_second": statistics.median(r["tokens_per_second"] for r in rounds),
@@ -115,9 +122,9 @@ def summed_up(cell: Cell, results: list[Result], peak: float) -> Result:
                 row["parts"] = rounds[0]["parts"]
                 flops = statistics.median(r["floor_seconds"] for r in rounds) * workloads.FLOPS_PER_SECOND
                 row["floor_seconds"] = flops / peak
-    ours, peers = row["trivet"], [row[variant] for variant in VARIANTS[1:] if variant in row]
-    row["speed_ratio"] = min(peer["seconds"] for peer in peers) / ours["seconds"]
-    row["memory_ratio"] = ours["megabytes"] / min(peer["megabytes"] for peer in peers)
+    ours, peers = row["trivet"], [variant for variant in VARIANTS[1:] if variant in row]
+    row["times_faster"] = {peer: row[peer]["seconds"] / ours["seconds"] for peer in peers}
+    row["memory_ratio"] = {peer: ours["megabytes"] / row[peer]["megabytes"] for peer in peers}
     row["floor_fraction"] = row["floor_seconds"] / ours["seconds"]
     return row
 
@@ -134,13 +141,20 @@ def show(summary: list[Result]) -> None:
 
     console = Console(width=130)
     table = Table(
-        "", "TRL, s / MB", "TRL + allocator, s / MB", "Trivet, s / MB", "times faster", "memory", "of the floor"
+        "",
+        "TRL, s / MB",
+        "TRL + allocator, s / MB",
+        "Trivet, s / MB",
+        "times faster",
+        "memory",
+        "of the floor",
+        "rounds",
     )
     for row in summary:
         pairs = [row.get(variant) for variant in ("trl", "trl, allocator", "trivet")]
         numbers = [f"{p['seconds']:.2f} / {p['megabytes']:.0f}" if p else "-" for p in pairs]
-        ratios = [f"{row['speed_ratio']:.1f}", f"{row['memory_ratio']:.2f}", f"{row['floor_fraction']:.1%}"]
-        table.add_row(name_of(row), *numbers, *ratios)
+        ratios = [" · ".join(f"{ratio:.2f}" for ratio in row[key].values()) for key in ("times_faster", "memory_ratio")]
+        table.add_row(name_of(row), *numbers, *ratios, f"{row['floor_fraction']:.0%}", str(row["trivet"]["rounds"]))
     console.print(table)
     names = list(dict.fromkeys(name for row in summary for name in row["parts"] if name != "rest"))
     table = Table("Trivet, seconds of a step", *names, "rest")
@@ -157,16 +171,23 @@ def plot(summary: list[Result], path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, panels = plt.subplots(1, 2, figsize=(11, 1 + 0.3 * len(summary)), sharey=True)
-    names = [name_of(row) for row in summary]
-    titles = {"speed_ratio": "TRL's seconds / Trivet's", "memory_ratio": "Trivet's peak memory / TRL's"}
+    figure, panels = plt.subplots(1, 2, figsize=(11, 1.2 + 0.42 * len(summary)), sharey=True)
+    titles = {"times_faster": "TRL's seconds / Trivet's", "memory_ratio": "Trivet's peak memory / TRL's"}
+    labels = {"trl": "TRL as it is", "trl, allocator": "TRL with the allocator setting that helps it"}
     for panel, (key, title) in zip(panels, titles.items(), strict=True):
-        bars = panel.barh(names, [row[key] for row in summary], color="tab:blue")
-        panel.bar_label(bars, fmt="%.2f", padding=3)
+        for i, (peer, label) in enumerate(labels.items()):
+            known = [(y + 0.38 * i - 0.19, row[key][peer]) for y, row in enumerate(summary) if peer in row[key]]
+            if known:
+                bars = panel.barh(
+                    *zip(*known, strict=True), height=0.36, color=("tab:blue", "tab:cyan")[i], label=label
+                )
+                panel.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
         panel.axvline(1, color="black", linewidth=0.8)
         panel.set_title(title)
         panel.margins(x=0.15)
+    panels[0].set_yticks(range(len(summary)), [name_of(row) for row in summary])
     panels[0].invert_yaxis()
+    panels[1].legend(loc="lower right", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

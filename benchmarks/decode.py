@@ -35,7 +35,7 @@ def main() -> None:
         return
     for peer in PEERS:
         command = [sys.executable, __file__, chosen.size, peer, "--runs", str(chosen.runs)]
-        threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"), "OMP_WAIT_POLICY": "passive"}
+        threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | threads, check=True)
         print(done.stdout.splitlines()[-1], flush=True)
 

@@ -1,10 +1,12 @@
 """Trivet's side: the recipe's own loop on a Run made by hand, so that both sides see the same ids in the same order."""
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from importlib import import_module
+from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
@@ -60,7 +62,7 @@ def steps(
     batches = [(k + 1, examples[8 * k : 8 * k + 8]) for k in range(count)]
     run.batches = lambda: iter(batches)  # type: ignore[method-assign]  in this order
     spent: dict[str, float] = {}
-    with timed_parts(recipe, spent):
+    with timed_parts(recipe, spent), TemporaryDirectory() as fresh, patch.dict(os.environ, XDG_CACHE_HOME=fresh):
         began = time.perf_counter()
         for k, _ in enumerate(recipe.train(config, run)):
             step = {"seconds": time.perf_counter() - began, "lengths": reward.lengths, "parts": dict(spent)}

@@ -27,6 +27,12 @@ SMALL = {
 }
 
 
+@pytest.fixture(autouse=True)
+def no_earlier_runs(tmp_path, monkeypatch) -> None:
+    """A cache folder of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def shared() -> Path:
     """The folder of real data beside the checkout."""

@@ -1,6 +1,8 @@
 """One step of a recipe's own loop on given rollouts, rewards, reference and critic: its loss and its gradient."""
 
 import copy
+import os
+import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -97,6 +99,8 @@ def recipe_step(
         return {"grad_norm": 0.0}
 
     with ExitStack() as stack:
+        fresh = stack.enter_context(tempfile.TemporaryDirectory())  # no reference pass of an earlier run
+        stack.enter_context(patch.dict(os.environ, XDG_CACHE_HOME=fresh))
         stack.enter_context(patch.object(Tensor, "backward", record))
         stack.enter_context(patch.object(Optimizer, "step", step))
         stack.enter_context(patch.object(Engine, "generate", lambda *given: rollouts))

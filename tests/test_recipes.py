@@ -55,7 +55,7 @@ def test_dpo_starts_at_log_2_and_learns_to_rank():
 
 @pytest.mark.parametrize("recipe", [grpo, ppo, pairwise_grpo], ids=lambda recipe: recipe.__name__.rpartition(".")[2])
 def test_learns_arithmetic_from_scratch_by_reward_alone(recipe):
-    metrics = curve(recipe, seed=1 if recipe is pairwise_grpo else 0)  # pairwise varies: seed 0 ends at 0.76, 1 at 0.93
+    metrics = curve(recipe, seed=0)
     assert metrics[0]["reward"] < 0.3
     assert abs(metrics[0]["kl"]) < 1e-5
     assert 0 <= metrics[0]["sampling/logprob_difference/max"] < 1e-5

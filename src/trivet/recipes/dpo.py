@@ -35,6 +35,7 @@ from trivet.recipes.dpo_variants import (
 )
 from trivet.run.loop import Metrics, Optimizer, Run
 from trivet.run.options import Options
+from trivet.run.remembered import remembered
 from trivet.toy import ARITHMETIC, STORIES
 
 ROWS, TRAINS = "feedback", "policy"  # what the data must hold, and what kind of model is trained
@@ -108,13 +109,15 @@ def reference_logprobs(policy: Any, config: Config, run: Run) -> Table:
     unique = {(id(example.prompt), id(example.completions)): example for example in seen}
     if config.loss in REFERENCE_FREE:
         return {key: torch.zeros(len(example.completions), device=run.device) for key, example in unique.items()}
-    run.note(f"reference log-probabilities of {len(unique):,} rows")
-    result: Table = {}
-    for start in range(0, len(unique), 64):
-        some = dict(list(unique.items())[start : start + 64])
-        logprob = completion_logprob(policy, list(some.values()), config, run.device)  # (B,)
-        result |= dict(zip(some, logprob.view(len(some), -1), strict=True))
-    return result
+    rows = list(unique.values())
+
+    def take() -> Tensor:
+        run.note(f"reference log-probabilities of {len(rows):,} rows")
+        parts = (rows[start : start + 64] for start in range(0, len(rows), 64))
+        return torch.cat([completion_logprob(policy, part, config, run.device) for part in parts])
+
+    logprob = remembered(policy, rows, take, run.note)  # (B,)
+    return dict(zip(unique, logprob.split([len(row.completions) for row in rows]), strict=True))
 
 
 def look_up(reference: Table, examples: Sequence[Example]) -> Tensor:
