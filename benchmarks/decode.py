@@ -4,7 +4,9 @@
     python benchmarks/decode.py S trivet     one of them, in this process; prints one JSON line
 
 The first call of each is a warm-up. `transformers` keeps float32 weights under bf16 autocast, as a trainer does; `transformers-bf16`
-has its weights cast once, the fastest that its generate does here.
+has its weights cast once, the fastest that its generate does here. `vllm` runs in an environment of its own, since its CPU build pins
+torch: --vllm-python names that environment's Python. Its threads are bound to all cores (by default it leaves one to its server, and
+takes half as long again), products and weights are bf16 as in ours.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import torch
@@ -29,15 +32,28 @@ def main() -> None:
     parser.add_argument("size", choices=tuple(workloads.SHAPES))
     parser.add_argument("peer", nargs="?", choices=tuple(PEERS))
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=1, help="processes of each peer, in turn")
+    parser.add_argument(
+        "--vllm-python", default="", help="Python of an environment with vLLM; without it vLLM is left out"
+    )
     chosen = parser.parse_args()
     if chosen.peer:
         print(json.dumps(measure(chosen.peer, chosen.size, chosen.runs)))
         return
-    for peer in PEERS:
-        command = [sys.executable, __file__, chosen.size, peer, "--runs", str(chosen.runs)]
-        threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | threads, check=True)
-        print(done.stdout.splitlines()[-1], flush=True)
+    threads = str(os.environ.get("OMP_NUM_THREADS", os.cpu_count()))
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
+    of_vllm = {
+        "VLLM_CPU_OMP_THREADS_BIND": f"0-{int(threads) - 1}",
+        "VLLM_CPU_KVCACHE_SPACE": "2",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+    }
+    for _, peer in product(range(chosen.rounds), PEERS):
+        python = chosen.vllm_python if peer == "vllm" else sys.executable
+        if python:
+            command = [python, __file__, chosen.size, peer, "--runs", str(chosen.runs)]
+            own = environment | (of_vllm if peer == "vllm" else {})
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=own, check=True)
+            print(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")), flush=True)
 
 
 def measure(peer: str, size: str, runs: int) -> dict[str, Any]:
@@ -113,10 +129,26 @@ def transformers_bf16(size: str) -> Sampler:
     return transformers(size, torch.bfloat16)
 
 
-# A vLLM peer goes here: a function size -> Sampler, run by the Python of vLLM's own environment (its CPU build pins torch, so it
-# can't share ours). LLM(folder, dtype="bfloat16", enforce_eager=True, max_model_len=1024, max_num_seqs=64), prompts as token
-# ids, SamplingParams(n=8, temperature=1.0, max_tokens=128, ignore_eos=True, logprobs=0) in place of the bias on EOS.
-PEERS = {"trivet": trivet, "transformers": transformers, "transformers-bf16": transformers_bf16}
+def vllm(size: str) -> Sampler:
+    """vLLM on the same token ids, with the sampled log-probabilities; ignore_eos stands for the bias on EOS."""
+    from transformers import AutoTokenizer
+    from vllm import LLM, SamplingParams
+
+    folder = workloads.model_folder(size)
+    rows = workloads.load_rows("grpo", AutoTokenizer.from_pretrained(folder), workloads.EXAMPLES)
+    engine = LLM(str(folder), dtype="bfloat16", enforce_eager=True, max_model_len=1024, max_num_seqs=64)
+    room = workloads.ROOM
+    how = SamplingParams(n=workloads.COMPLETIONS, temperature=1.0, max_tokens=room, ignore_eos=True, logprobs=0)
+    prompts = [{"prompt_token_ids": row.prompt_ids} for row in rows]
+
+    def sample() -> int:
+        answers = engine.generate(prompts, how, use_tqdm=False)
+        return sum(len(output.token_ids) for answer in answers for output in answer.outputs)
+
+    return sample
+
+
+PEERS = {"trivet": trivet, "transformers": transformers, "transformers-bf16": transformers_bf16, "vllm": vllm}
 
 
 if __name__ == "__main__":

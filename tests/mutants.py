@@ -396,6 +396,7 @@ MUTANTS: list[Mutant] = [
         ("microbatches ignore `only`", "groups, first = groups.select(chosen), group_rows(chosen, size)", "pass"),
         ("microbatches number the rows of `only` anew", "groups, first = groups.select(chosen), group_rows(chosen, size)", "groups = groups.select(chosen)"),
         ("microbatches split groups that must stay whole", "while not whole and size > 1", "while size > 1"),
+        ("microbatches take a long prompt apart from its completions", "(2 * groups.prompt_mask.sum(1)).clamp(min=budget)", "budget"),
         ("microbatches: rows of another part", "yield first[group_rows(index, size)], groups.select(index)", "yield first[group_rows(index.sort()[0], size)], groups.select(index)"),
         ("regroup tiles the prompts", "x.repeat_interleave(copies, 0)", "x.repeat(copies, 1)"),
     ),

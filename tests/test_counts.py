@@ -4,6 +4,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from conftest import ragged, tiny
 from steps import examples, recipe_step, rollouts_of
@@ -11,7 +13,7 @@ from trivet.batch import Example
 from trivet.generation import engine as generation
 from trivet.generation.engine import Engine
 from trivet.model import forward
-from trivet.model.forward import token_logprobs
+from trivet.model.forward import shares_prefix, token_logprobs
 from trivet.recipes import dpo, grpo, pairwise_grpo, ppo, sft
 
 POLICY = tiny()
@@ -117,3 +119,76 @@ def test_decoding_prefills_a_prompt_once_and_lets_few_ended_rows_ride_along():
     assert len(steps) == int(lengths.max())
     needed = int((lengths - 1).sum())  # the last token of a row goes through nothing
     assert needed <= sum(steps[1:]) <= needed / 0.75
+
+
+class Watch(TorchDispatchMode):
+    """Reads of the device (each would make a GPU wait), and fresh tensors of more than `large` bytes."""
+
+    def __init__(self, large: int = 1 << 60):
+        super().__init__()
+        self.reads, self.allocations, self.large = 0, list[tuple[int, ...]](), large
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        result = op(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in given:
+                size = x.untyped_storage().nbytes()
+                self.allocations += [tuple(x.shape)] if size > self.large else []
+        chosen = args[1] if op in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default) else ()
+        by_mask = any(x is not None and x.dtype == torch.bool for x in chosen)
+        self.reads += by_mask or op in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return result
+
+    def __enter__(self):
+        tolist = torch.Tensor.tolist
+
+        def counted(tensor):
+            self.reads += 1
+            return tolist(tensor)
+
+        self.patched = patch.object(torch.Tensor, "tolist", counted)  # the one read that is no operation
+        self.patched.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.patched.stop()
+        return super().__exit__(*error)
+
+
+def test_reads_of_the_device_do_not_grow_with_the_tokens_of_a_microbatch():
+    shares_prefix(POLICY)
+    reads = []
+    for prompts, size, longest in ((2, 2, 5), (9, 8, 40)):
+        groups = ragged(prompts, size, longest)
+        with Watch() as watch:
+            token_logprobs(POLICY, groups).sum().backward()
+        reads.append(watch.reads)
+    assert reads[0] == reads[1] <= 10
+
+
+def test_one_read_of_the_device_for_each_token_that_is_decoded():
+    shares_prefix(POLICY)
+    prompts = [Example(prompt=[5, 6, 7], completions=[], learned=[], row={})] * 2
+    reads = []
+    for room in (4, 9):
+        sampler = Engine(lambda prompt, ids: "", (10**6,), room, 1.0, torch.Generator().manual_seed(0))
+        with Watch() as watch:
+            sampler.generate(POLICY, prompts, 3)
+        reads.append(watch.reads)
+    assert reads[1] - reads[0] == 5
+
+
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+def test_the_only_large_allocations_are_the_gradients_of_a_tied_embedding(precision):
+    model = tiny(vocab_size=8192, hidden_size=256, tie_word_embeddings=True)
+    model.compute_dtype = precision
+    shares_prefix(model)
+    groups, weight = ragged(40, 2, 11), model.get_output_embeddings().weight
+    assert int(groups.mask.sum()) * 8192 * 4 > 10e6  # what all logits at once would take
+    with Watch(large=weight.nbytes - 1) as watch, torch.no_grad():
+        token_logprobs(model, groups)
+    assert watch.allocations == []
+    with Watch(large=weight.nbytes - 1) as watch:
+        token_logprobs(model, groups).sum().backward()
+    assert watch.allocations == [tuple(weight.shape)] * 3  # as head, as embedding, and their sum

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, Gemma2Config, MambaConfig, MistralConfig, Qwen3Config
 
 from conftest import SMALL, ragged, tiny
-from trivet.batch import Groups, microbatches
+from trivet.batch import Groups, collate, microbatches
 from trivet.model.forward import in_microbatches, shares_prefix, token_logprobs
 from trivet.model.logprobs import selected_logprobs
 from trivet.model.scalar import scores, values
@@ -109,6 +109,12 @@ def test_loss_and_gradient_do_not_depend_on_the_split_into_microbatches(model, b
     assert (seen == 1).all()
     split = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     torch.testing.assert_close(split, together, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("prompt", "sizes"), [(10, [4, 4]), (39, [4, 4]), (70, [8])])
+def test_microbatches_share_a_prompt_among_at_least_as_many_tokens(prompt, sizes):
+    groups = collate([[1] * prompt], [[2] * 8] * 8)
+    assert [part.group_size for _, part in microbatches(groups, 45)] == sizes
 
 
 def test_microbatches_of_only_some_groups_visit_their_rows(model):

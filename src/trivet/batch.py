@@ -122,8 +122,8 @@ def microbatches(
 ) -> Iterator[tuple[Tensor, Groups]]:
     """Split a step into parts of at most `budget` trunk tokens, longest groups first, so that memory is bounded.
 
-    whole: keep every group in one part even if it alone is over the budget, as losses that compare completions need;
-    otherwise groups too large are split by rows. only: (P,) bool, groups to visit (the others can't change the gradient).
+    whole: keep every group in one part even if it alone is over the budget, as losses that compare completions need; otherwise
+    groups too large are split by rows, as long as a prompt is not the larger half of its part. only: (P,) bool, groups to visit (the others can't change the gradient).
     Yields (rows, part): rows are the (b,) row numbers of part in `groups`, so `advantages[rows]` goes with part.
     """
     size, first = groups.group_size, torch.arange(len(groups.completions), device=groups.completions.device)
@@ -132,7 +132,7 @@ def microbatches(
         groups, first = groups.select(chosen), group_rows(chosen, size)
     if not len(groups.prompts):
         return
-    while not whole and size > 1 and int(groups.lengths.max()) > budget:
+    while not whole and size > 1 and (groups.lengths > (2 * groups.prompt_mask.sum(1)).clamp(min=budget)).any():
         size = next(smaller for smaller in range(size - 1, 0, -1) if size % smaller == 0)
         groups = groups.regroup(size)
     lengths: list[int] = groups.lengths.tolist()  # type: ignore[no-untyped-call]  one read of the device for the step

@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for input that can't be used (said in one sentence), 130 for Ctrl-C."""
     args = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads are slow where another process wants a core
+    if "OMP_WAIT_POLICY" not in os.environ:  # threads that spin for long are slow where another process wants a core
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     if not args or args[0] in ("-h", "--help", "help"):
         print(HELP)
         return 0
