@@ -2,6 +2,7 @@
 
     python benchmarks/compare.py --quick          T and S, one round, under 10 minutes on two idle cores
     python benchmarks/compare.py                  T, S and M, three rounds: hours
+    python benchmarks/compare.py --sizes Q        on a GPU: Qwen3-0.6B's shape
 
 Runs add up in --out: what an earlier call measured there is kept, so the whole can be made in pieces, and a stop loses one run.
 README.md says what is compared, and how.
@@ -62,6 +63,7 @@ def main() -> None:
     summary = [row for cell in everything if (row := summed_up(cell, results, peak))]
     write(results, chosen.out, summary)
     show(summary)
+    (chosen.out / "bench.md").write_text(markdown(summary, peak), encoding="utf-8")
     plot(summary, chosen.out / "bench.png")
 
 
@@ -92,11 +94,12 @@ def measured_peak() -> float:
     """The bf16 matrix products of this machine, FLOP/s: the best of a few large ones."""
     import torch
 
-    a, b = (torch.randn(shape).bfloat16() for shape in ((2048, 1024), (1024, 4096)))
+    a, b = (torch.randn(shape, device=workloads.DEVICE).bfloat16() for shape in ((2048, 1024), (1024, 4096)))
     seconds = []
     for _ in range(20):
         began = time.perf_counter()
         a @ b
+        workloads.wait()
         seconds.append(time.perf_counter() - began)
     return 2 * a.numel() * b.shape[1] / min(seconds)
 
@@ -122,6 +125,11 @@ def summed_up(cell: Cell, results: list[Result], peak: float) -> Result:
                 row["parts"] = rounds[0]["parts"]
                 flops = statistics.median(r["floor_seconds"] for r in rounds) * workloads.FLOPS_PER_SECOND
                 row["floor_seconds"] = flops / peak
+    row["versions"] = {
+        (f"{name} (PPO)" if name == "trl" and method == "ppo" else name): version
+        for r in own
+        for name, version in r["versions"].items()
+    }
     ours, peers = row["trivet"], [variant for variant in VARIANTS[1:] if variant in row]
     row["times_faster"] = {peer: row[peer]["seconds"] / ours["seconds"] for peer in peers}
     row["memory_ratio"] = {peer: ours["megabytes"] / row[peer]["megabytes"] for peer in peers}
@@ -132,6 +140,21 @@ def summed_up(cell: Cell, results: list[Result], peak: float) -> Result:
 def name_of(row: Result) -> str:
     """As the table and the plot call it."""
     return f"{row['method']} {row['lengths']}".strip() + f" {row['size']}"
+
+
+def markdown(summary: list[Result], peak: float) -> str:
+    """The first table for a page, with where and when it was measured."""
+    lines = ["| | TRL, s · MB | TRL + allocator | Trivet | times faster | memory | of the floor |", "|" + "---|" * 7]
+    for row in summary:
+        pairs = [row.get(variant) for variant in ("trl", "trl, allocator", "trivet")]
+        cells = [f"{p['seconds']:.2f} · {p['megabytes']:.0f}" if p else "" for p in pairs]
+        cells += [" · ".join(f"{x:.1f}" for x in row["times_faster"].values())]
+        cells += [" · ".join(f"{x:.2f}" for x in row["memory_ratio"].values()), f"{row['floor_fraction']:.0%}"]
+        lines.append(f"| {name_of(row)} | {' | '.join(cells)} |")
+    versions = {name: version for row in summary for name, version in row["versions"].items()}
+    said = ", ".join(f"{name} {version}" for name, version in versions.items())
+    where = f"{platform.machine()}, {os.cpu_count()} cores, bf16 products {peak / 1e12:.2f} TFLOP/s"
+    return "\n".join([*lines, "", f"({time.strftime('%Y-%m-%d')}; {where}; {said}.)", ""])
 
 
 def show(summary: list[Result]) -> None:

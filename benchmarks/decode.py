@@ -89,11 +89,11 @@ def trivet(size: str) -> Sampler:
     from trivet.model.text import decode_completion, load_tokenizer
 
     folder = str(workloads.model_folder(size))
-    tokenizer, policy = load_tokenizer(folder), load_policy(folder, precision="bfloat16")
+    tokenizer, policy = load_tokenizer(folder), load_policy(folder, device=workloads.DEVICE, precision="bfloat16")
     workloads.set_lengths(policy, "full")
-    prompts = [as_example(row) for row in workloads.load_rows("grpo", tokenizer, workloads.EXAMPLES)]
-    decode, generator = partial(decode_completion, tokenizer), torch.Generator().manual_seed(0)
-    engine = Engine(decode, [workloads.EOS], workloads.ROOM, 1.0, generator)
+    prompts = [as_example(row) for row in workloads.load_rows("grpo", tokenizer, workloads.EXAMPLES, size)]
+    decode, generator = partial(decode_completion, tokenizer), torch.Generator(workloads.DEVICE).manual_seed(0)
+    engine = Engine(decode, [workloads.EOS], workloads.ROOM[size], 1.0, generator)
     return lambda: int(engine.generate(policy, prompts, workloads.COMPLETIONS).groups.present.sum())
 
 
@@ -105,19 +105,19 @@ def transformers(size: str, dtype: torch.dtype = torch.float32) -> Sampler:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
     workloads.set_lengths(model, "full")
-    model.to(dtype)
-    prompts = [row.prompt for row in workloads.load_rows("grpo", tokenizer, workloads.EXAMPLES)]
-    batch = tokenizer(prompts, padding=True, return_tensors="pt")
+    model.to(workloads.DEVICE, dtype)
+    prompts = [row.prompt for row in workloads.load_rows("grpo", tokenizer, workloads.EXAMPLES, size)]
+    batch = tokenizer(prompts, padding=True, return_tensors="pt").to(workloads.DEVICE)
 
     def sample() -> int:
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), torch.autocast(workloads.DEVICE, torch.bfloat16):
             rows = model.generate(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
                 do_sample=True,
                 top_k=0,
                 num_return_sequences=workloads.COMPLETIONS,
-                max_new_tokens=workloads.ROOM,
+                max_new_tokens=workloads.ROOM[size],
             )
         return rows[:, batch["input_ids"].shape[1] :].numel()
 
@@ -135,9 +135,9 @@ def vllm(size: str) -> Sampler:
     from vllm import LLM, SamplingParams
 
     folder = workloads.model_folder(size)
-    rows = workloads.load_rows("grpo", AutoTokenizer.from_pretrained(folder), workloads.EXAMPLES)
+    rows = workloads.load_rows("grpo", AutoTokenizer.from_pretrained(folder), workloads.EXAMPLES, size)
     engine = LLM(str(folder), dtype="bfloat16", enforce_eager=True, max_model_len=1024, max_num_seqs=64)
-    room = workloads.ROOM
+    room = workloads.ROOM[size]
     how = SamplingParams(n=workloads.COMPLETIONS, temperature=1.0, max_tokens=room, ignore_eos=True, logprobs=0)
     prompts = [{"prompt_token_ids": row.prompt_ids} for row in rows]
 

@@ -97,7 +97,9 @@ def median_parts(timed: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def peak_megabytes() -> float:
-    """The most resident memory this process has had, in MB."""
+    """The most resident memory this process has had, or of a GPU the most that its tensors had, in MB."""
+    if workloads.DEVICE == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1000
 

@@ -30,21 +30,23 @@ def steps(
     recipe = import_module(f"trivet.recipes.{method.replace('-', '_')}")
     folder, sampling = str(workloads.model_folder(size)), method in ("grpo", "ppo")
     options: dict[str, Any] = {"prompts_per_step": workloads.EXAMPLES, "precision": precision, "lr": 1e-5}
-    options["microbatch_tokens"] = microbatch or 2048  # the default on a CPU
+    options["microbatch_tokens"] = microbatch or (2048 if workloads.DEVICE == "cpu" else 16384)  # the defaults
     if sampling:
         options |= {
             "group_size": workloads.COMPLETIONS,
-            "max_completion_tokens": workloads.ROOM,
+            "max_completion_tokens": workloads.ROOM[size],
             "beta": workloads.BETA,
         }
     if method == "ppo":
         options |= {"epochs_per_batch": 1, "minibatches": 1}
     config = recipe.Config(**options)
-    model = (load_scorer if method == "reward-model" else load_policy)(folder, precision=precision)
+    model = (load_scorer if method == "reward-model" else load_policy)(
+        folder, device=workloads.DEVICE, precision=precision
+    )
     if sampling:
         workloads.set_lengths(model, lengths)
     tokenizer = load_tokenizer(folder)
-    data = workloads.load_rows(method, tokenizer, count * workloads.EXAMPLES)
+    data = workloads.load_rows(method, tokenizer, count * workloads.EXAMPLES, size)
     examples = [as_example(row) for row in data]
     reward = LetterReward(workloads.letter_table(tokenizer, model.config.vocab_size))
     run = Run(
@@ -56,8 +58,8 @@ def steps(
         heldout=[],
         reward=WeightedSum({"letters": reward}, [1.0]) if sampling else None,
         steps=count,
-        device="cpu",
-        generator=torch.Generator().manual_seed(0),
+        device=workloads.DEVICE,
+        generator=torch.Generator(workloads.DEVICE).manual_seed(0),
     )
     batches = [(k + 1, examples[8 * k : 8 * k + 8]) for k in range(count)]
     run.batches = lambda: iter(batches)  # type: ignore[method-assign]  in this order
@@ -65,6 +67,7 @@ def steps(
     with timed_parts(recipe, spent), TemporaryDirectory() as fresh, patch.dict(os.environ, XDG_CACHE_HOME=fresh):
         began = time.perf_counter()
         for k, _ in enumerate(recipe.train(config, run)):
+            workloads.wait()
             step = {"seconds": time.perf_counter() - began, "lengths": reward.lengths, "parts": dict(spent)}
             yield step, data[8 * k : 8 * k + 8]
             spent.clear()

@@ -43,6 +43,7 @@ class StepClock(TrainerCallback):
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """One optimizer step is done."""
+        workloads.wait()
         now = time.perf_counter()
         self.seconds.append(now - self.began)
         self.began = now
@@ -54,12 +55,14 @@ def steps(
     """Take `count` steps; returns what each took, with all rows. precompute: DPO's reference before training."""
     folder = workloads.model_folder(size)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    data = workloads.load_rows(method, tokenizer, count * workloads.EXAMPLES)
+    data = workloads.load_rows(method, tokenizer, count * workloads.EXAMPLES, size)
     clock, sampled = StepClock(), list[list[int]]()
     make = {"sft": sft, "reward-model": reward_model, "dpo": dpo, "grpo": grpo, "ppo": ppo}[method]
     arguments = common(precision, microbatch or MICROBATCH[method], count, method)
     if method == "dpo" and precompute:
         arguments["precompute_ref_log_probs"] = True
+    if method in ("grpo", "ppo"):
+        arguments["room"] = workloads.ROOM[size]
     began = time.perf_counter()
     trainer = make(folder, tokenizer, data, arguments, lengths, sampled)
     making = time.perf_counter() - began
@@ -79,7 +82,7 @@ def common(precision: str, microbatch: int, count: int, method: str) -> dict[str
     of_a_step = workloads.EXAMPLES * (workloads.COMPLETIONS if method in ("grpo", "ppo") else 1)
     options = {
         "output_dir": tempfile.gettempdir() + "/trivet-benchmarks/trl",
-        "use_cpu": True,
+        "use_cpu": workloads.DEVICE == "cpu",
         "bf16": precision == "bfloat16",
         "per_device_train_batch_size": microbatch,
         "gradient_accumulation_steps": of_a_step // microbatch,
@@ -169,6 +172,7 @@ def grpo(folder: Any, tokenizer: Any, data: Any, arguments: Any, lengths: str, s
     policy = policy_from(folder)
     workloads.set_lengths(policy, lengths)
     table = workloads.letter_table(tokenizer, policy.config.vocab_size)
+    room = arguments.pop("room")
 
     def letters(completion_ids: list[list[int]], **_: Any) -> list[float]:
         sampled.append([len(ids) for ids in completion_ids])
@@ -181,7 +185,7 @@ def grpo(folder: Any, tokenizer: Any, data: Any, arguments: Any, lengths: str, s
             **arguments,
             beta=workloads.BETA,
             num_generations=workloads.COMPLETIONS,
-            max_completion_length=workloads.ROOM,
+            max_completion_length=room,
             temperature=1.0,
             scale_rewards="none",
             shuffle_dataset=False,
@@ -207,16 +211,16 @@ def ppo(folder: Any, tokenizer: Any, data: Any, arguments: Any, lengths: str, sa
     reference = copy.deepcopy(policy)
     if arguments["bf16"]:
         for part in (policy, reference, critic.model):
-            part.forward = torch.autocast("cpu", torch.bfloat16)(part.forward)
+            part.forward = torch.autocast(workloads.DEVICE, torch.bfloat16)(part.forward)
     rows = [{"input_ids": row.prompt_ids} for row in data for _ in range(workloads.COMPLETIONS)]
-    steps = arguments.pop("max_steps")
+    steps, room = arguments.pop("max_steps"), arguments.pop("room")
     batch = arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]
     args = PPOConfig(
         **arguments,
         num_ppo_epochs=1,
         num_mini_batches=1,
         total_episodes=steps * batch,
-        response_length=workloads.ROOM,
+        response_length=room,
         local_rollout_forward_batch_size=batch,
         stop_token="eos",
         temperature=1.0,

@@ -25,9 +25,14 @@ SHAPES = {  # hidden, layers, heads, key-value heads, feed-forward, vocabulary
     "T": (128, 4, 4, 2, 384, 2048),
     "S": (384, 8, 6, 2, 1024, 32768),
     "M": (576, 30, 9, 3, 1536, 49152),
+    "Q": (1024, 28, 16, 8, 3072, 151936),  # Qwen3-0.6B's, for a GPU
 }
+HEAD_WIDTH = {"Q": 128}  # hidden / heads in the others
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 METHODS = ("sft", "reward-model", "dpo", "grpo", "ppo")
-EXAMPLES, COMPLETIONS, ROOM, BETA = 8, 8, 128, 0.04  # of one step: rows or prompts, completions of each, their limit
+EXAMPLES, COMPLETIONS, BETA = 8, 8, 0.04  # of one step: rows or prompts, completions of each
+ROOM = {"T": 128, "S": 128, "M": 128, "Q": 1024}  # the longest completion that is sampled
+QUESTIONS = {"T": (64, 128), "S": (64, 128), "M": (64, 128), "Q": (448, 512)}  # tokens of a prompt to sample from
 PAD, EOS = 0, 1
 MEAN_LENGTH = {"full": None, "len40": 40}  # of completions; None: nothing ends before the limit
 FLOPS_PER_SECOND = 3.5e12  # bf16 matrix products of two cores with AMX, the yardstick of the floor
@@ -100,7 +105,8 @@ def _make_model(size: str) -> Any:
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        max_position_embeddings=1024,
+        head_dim=HEAD_WIDTH.get(size, hidden // heads),
+        max_position_embeddings=1024 if size != "Q" else 4096,
         tie_word_embeddings=True,
         attn_implementation="sdpa",
         bos_token_id=None,
@@ -120,7 +126,7 @@ def set_lengths(model: Any, lengths: str) -> None:
     """
     head, mean = model.lm_head, MEAN_LENGTH[lengths]
     biased = nn.Linear(head.in_features, head.out_features, bias=True, device="meta")
-    biased.weight, biased.bias = head.weight, nn.Parameter(torch.zeros(head.out_features))
+    biased.weight, biased.bias = head.weight, nn.Parameter(torch.zeros(head.out_features, device=head.weight.device))
     spread = (
         head.weight.detach().square().sum(1).mean().item()
     )  # variance of a logit: normed states have unit components
@@ -144,13 +150,17 @@ class Row:
     completion_ids: tuple[list[int], ...] = ()  # EOS included
 
 
-def load_rows(method: str, tokenizer: Any, count: int) -> list[Row]:
+def load_rows(method: str, tokenizer: Any, count: int, size: str) -> list[Row]:
     """The first `count` rows that fit the method's limits, in an order shuffled once; step k takes the k-th eight."""
     data = rows("gsm8k" if method in ("grpo", "ppo") else "hh")
     random.Random(0).shuffle(data)
     kept: list[Row] = []
+    if size == "Q" and method in ("grpo", "ppo"):  # several questions in one prompt
+        data = [{"prompt": "\n\n".join(row["prompt"] for row in data[i : i + 5])} for i in range(0, len(data), 5)]
     for row in data:
-        made = _question(row, tokenizer) if method in ("grpo", "ppo") else _pair(row, tokenizer, method)
+        made = (
+            _question(row, tokenizer, *QUESTIONS[size]) if method in ("grpo", "ppo") else _pair(row, tokenizer, method)
+        )
         if made is not None:
             kept.append(made)
         if len(kept) == count:
@@ -158,9 +168,9 @@ def load_rows(method: str, tokenizer: Any, count: int) -> list[Row]:
     sys.exit(f"Only {len(kept)} rows fit the limits of {method}, and {count} are needed: take fewer steps.")
 
 
-def _question(row: dict[str, Any], tokenizer: Any) -> Row | None:
+def _question(row: dict[str, Any], tokenizer: Any, shortest: int, longest: int) -> Row | None:
     ids = tokenizer(row["prompt"])["input_ids"]
-    return Row(row["prompt"], ids) if 64 <= len(ids) <= 128 else None
+    return Row(row["prompt"], ids) if shortest <= len(ids) <= longest else None
 
 
 def _pair(row: dict[str, Any], tokenizer: Any, method: str) -> Row | None:
@@ -179,10 +189,16 @@ def _pair(row: dict[str, Any], tokenizer: Any, method: str) -> Row | None:
 
 @cache
 def letter_table(tokenizer: Any, vocabulary: int) -> Tensor:
-    """(V,) 1/128 for every token that holds the letter e. The reward of a text is the sum over its tokens."""
+    """(V,) on the device, 1/128 for every token that holds the letter e. The reward of a text is the sum over its tokens."""
     pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    table = torch.tensor([float("e" in piece and piece != "<eos>") / ROOM for piece in pieces])
-    return nn.functional.pad(table, (0, vocabulary - len(table)))
+    table = torch.tensor([float("e" in piece and piece != "<eos>") / 128 for piece in pieces])
+    return nn.functional.pad(table, (0, vocabulary - len(table))).to(DEVICE)
+
+
+def wait() -> None:
+    """Until the device is done, so that a clock tells the time of its work."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
 
 # Counting -------------------------------------------------------------------------------------------------------------
@@ -216,7 +232,7 @@ def floor_seconds(method: str, size: str, tokens: Tokens) -> float:
     Passes in units of one forward: training 3, sampling 1, reference 1, the critic's old values 1 and training 3.
     """
     hidden, layers, heads, kv_heads, feed_forward, vocabulary = SHAPES[size]
-    width = hidden // heads
+    width = HEAD_WIDTH.get(size, hidden // heads)
     layer = hidden * width * (2 * heads + 2 * kv_heads) + 3 * hidden * feed_forward
     trunk, head = {"sft": (3, 3), "reward-model": (3, 0), "dpo": (4, 4), "grpo": (5, 5), "ppo": (9, 5)}[method]
     flops = 2 * (trunk * layers * layer * tokens.unique + head * hidden * vocabulary * tokens.completions)
