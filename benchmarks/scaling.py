@@ -110,7 +110,7 @@ def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
             panel = panels[row][column]
             for way, style in (("copied", "o--"), ("shared", "o-")):
                 panel.plot(places, [point[f"{way} {key}"] for point in points], style, label=f"prompts {way}")
-            if key == "seconds" and axis != "size":
+            if key == "seconds" and axis not in ("size", "vocabulary"):
                 first = points[0]
                 unit = first["shared seconds"] / first["shared tokens"]
                 ideal = [unit * point["shared tokens"] for point in points]
