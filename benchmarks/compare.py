@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 import workloads
 
 HERE = Path(__file__).resolve().parent
@@ -26,6 +27,7 @@ PPO_PEER = Path(sys.prefix) / "trl-1.12.0"  # beside the environment, not in it
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 VARIANTS = ("trivet", "trl", "trl, allocator")
 WORKLOADS = [("sft", ""), ("reward-model", ""), ("dpo", ""), ("grpo", "full"), ("grpo", "len40"), ("ppo", "full")]
+COLUMNS = ("", "TRL, s · MB", "TRL + allocator", "Trivet", "times faster", "memory", "of the floor")
 Cell = tuple[str, str, str]  # method, lengths, size
 Result = dict[str, Any]
 
@@ -92,8 +94,6 @@ def measure(cell: Cell, variant: str) -> Result:
 
 def measured_peak() -> float:
     """The bf16 matrix products of this machine, FLOP/s: the best of a few large ones."""
-    import torch
-
     a, b = (torch.randn(shape, device=workloads.DEVICE).bfloat16() for shape in ((2048, 1024), (1024, 4096)))
     seconds = []
     for _ in range(20):
@@ -142,15 +142,20 @@ def name_of(row: Result) -> str:
     return f"{row['method']} {row['lengths']}".strip() + f" {row['size']}"
 
 
+def cells_of(row: Result) -> list[str]:
+    """Seconds and megabytes of each side, the ratios, the fraction of the floor."""
+    sides = [row.get(variant) for variant in ("trl", "trl, allocator", "trivet")]
+    ratios = [" · ".join(f"{ratio:.2f}" for ratio in row[key].values()) for key in ("times_faster", "memory_ratio")]
+    return [f"{p['seconds']:.2f} · {p['megabytes']:.0f}" if p else "" for p in sides] + [
+        *ratios,
+        f"{row['floor_fraction']:.0%}",
+    ]
+
+
 def markdown(summary: list[Result], peak: float) -> str:
     """The first table for a page, with where and when it was measured."""
-    lines = ["| | TRL, s · MB | TRL + allocator | Trivet | times faster | memory | of the floor |", "|" + "---|" * 7]
-    for row in summary:
-        pairs = [row.get(variant) for variant in ("trl", "trl, allocator", "trivet")]
-        cells = [f"{p['seconds']:.2f} · {p['megabytes']:.0f}" if p else "" for p in pairs]
-        cells += [" · ".join(f"{x:.1f}" for x in row["times_faster"].values())]
-        cells += [" · ".join(f"{x:.2f}" for x in row["memory_ratio"].values()), f"{row['floor_fraction']:.0%}"]
-        lines.append(f"| {name_of(row)} | {' | '.join(cells)} |")
+    lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
+    lines += [f"| {name_of(row)} | {' | '.join(cells_of(row))} |" for row in summary]
     versions = {name: version for row in summary for name, version in row["versions"].items()}
     said = ", ".join(f"{name} {version}" for name, version in versions.items())
     where = f"{platform.machine()}, {os.cpu_count()} cores, bf16 products {peak / 1e12:.2f} TFLOP/s"
@@ -163,21 +168,9 @@ def show(summary: list[Result]) -> None:
     from rich.table import Table
 
     console = Console(width=130)
-    table = Table(
-        "",
-        "TRL, s / MB",
-        "TRL + allocator, s / MB",
-        "Trivet, s / MB",
-        "times faster",
-        "memory",
-        "of the floor",
-        "rounds",
-    )
+    table = Table(*COLUMNS, "rounds")
     for row in summary:
-        pairs = [row.get(variant) for variant in ("trl", "trl, allocator", "trivet")]
-        numbers = [f"{p['seconds']:.2f} / {p['megabytes']:.0f}" if p else "-" for p in pairs]
-        ratios = [" · ".join(f"{ratio:.2f}" for ratio in row[key].values()) for key in ("times_faster", "memory_ratio")]
-        table.add_row(name_of(row), *numbers, *ratios, f"{row['floor_fraction']:.0%}", str(row["trivet"]["rounds"]))
+        table.add_row(name_of(row), *cells_of(row), str(row["trivet"]["rounds"]))
     console.print(table)
     names = list(dict.fromkeys(name for row in summary for name in row["parts"] if name != "rest"))
     table = Table("Trivet, seconds of a step", *names, "rest")

@@ -29,6 +29,7 @@ AXES: dict[str, list[Any]] = {
 }
 SHARED_PROMPT = BASE | {"prompt": 2048, "group": 16}  # where sharing has to show
 NAMES = {"group": "completions of a prompt", "prompt": "tokens of a prompt", "completion": "tokens of a completion"}
+NAMES |= {"vocabulary": "vocabulary", "size": "shape"}
 
 
 def main() -> None:
@@ -120,7 +121,7 @@ def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
             else:
                 panel.set_xscale("log", base=2)
             panel.set_yscale("log")
-        panels[1][column].set_xlabel(NAMES.get(axis, "vocabulary" if axis == "vocabulary" else "shape"))
+        panels[1][column].set_xlabel(NAMES[axis])
     panels[0][0].set_ylabel("forward + backward, seconds")
     panels[1][0].set_ylabel("peak memory of the process, MB")
     panels[0][0].legend(fontsize=7)

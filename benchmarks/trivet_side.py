@@ -18,6 +18,7 @@ from trivet.batch import Example, Rollouts
 from trivet.model.load import load_policy, load_scorer
 from trivet.model.text import decode_completion, load_tokenizer
 from trivet.rewards.reward import WeightedSum
+from trivet.run.launch import microbatch_that_fits
 from trivet.run.loop import Optimizer, Run
 
 Step = dict[str, Any]  # seconds, lengths of the sampled completions where there are any, and seconds of each part
@@ -30,7 +31,7 @@ def steps(
     recipe = import_module(f"trivet.recipes.{method.replace('-', '_')}")
     folder, sampling = str(workloads.model_folder(size)), method in ("grpo", "ppo")
     options: dict[str, Any] = {"prompts_per_step": workloads.EXAMPLES, "precision": precision, "lr": 1e-5}
-    options["microbatch_tokens"] = microbatch or (2048 if workloads.DEVICE == "cpu" else 16384)  # the defaults
+    options["microbatch_tokens"] = microbatch or microbatch_that_fits(workloads.DEVICE)
     if sampling:
         options |= {
             "group_size": workloads.COMPLETIONS,

@@ -61,8 +61,6 @@ def steps(
     arguments = common(precision, microbatch or MICROBATCH[method], count, method)
     if method == "dpo" and precompute:
         arguments["precompute_ref_log_probs"] = True
-    if method in ("grpo", "ppo"):
-        arguments["room"] = workloads.ROOM[size]
     began = time.perf_counter()
     trainer = make(folder, tokenizer, data, arguments, lengths, sampled)
     making = time.perf_counter() - began
@@ -172,7 +170,6 @@ def grpo(folder: Any, tokenizer: Any, data: Any, arguments: Any, lengths: str, s
     policy = policy_from(folder)
     workloads.set_lengths(policy, lengths)
     table = workloads.letter_table(tokenizer, policy.config.vocab_size)
-    room = arguments.pop("room")
 
     def letters(completion_ids: list[list[int]], **_: Any) -> list[float]:
         sampled.append([len(ids) for ids in completion_ids])
@@ -185,7 +182,7 @@ def grpo(folder: Any, tokenizer: Any, data: Any, arguments: Any, lengths: str, s
             **arguments,
             beta=workloads.BETA,
             num_generations=workloads.COMPLETIONS,
-            max_completion_length=room,
+            max_completion_length=workloads.ROOM[folder.name],
             temperature=1.0,
             scale_rewards="none",
             shuffle_dataset=False,
@@ -213,14 +210,14 @@ def ppo(folder: Any, tokenizer: Any, data: Any, arguments: Any, lengths: str, sa
         for part in (policy, reference, critic.model):
             part.forward = torch.autocast(workloads.DEVICE, torch.bfloat16)(part.forward)
     rows = [{"input_ids": row.prompt_ids} for row in data for _ in range(workloads.COMPLETIONS)]
-    steps, room = arguments.pop("max_steps"), arguments.pop("room")
+    steps = arguments.pop("max_steps")
     batch = arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]
     args = PPOConfig(
         **arguments,
         num_ppo_epochs=1,
         num_mini_batches=1,
         total_episodes=steps * batch,
-        response_length=room,
+        response_length=workloads.ROOM[folder.name],
         local_rollout_forward_batch_size=batch,
         stop_token="eos",
         temperature=1.0,

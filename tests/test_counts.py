@@ -62,7 +62,7 @@ def test_supervised_and_preference_steps_see_every_token_once(budget):
         recipe_step(dpo, POLICY, examples(pairs), microbatch_tokens=budget)
     once = int(
         pairs.lengths.sum()
-    )  # a prompt once for both of its completions; the reference pass before the first step
+    )  # a prompt once for both completions; the reference pass comes before the first step
     assert counts.trunk == {True: once, False: once}
     assert counts.head == {True: int(pairs.mask.sum()), False: int(pairs.mask.sum())}
 

@@ -122,8 +122,8 @@ def microbatches(
 ) -> Iterator[tuple[Tensor, Groups]]:
     """Split a step into parts of at most `budget` trunk tokens, longest groups first, so that memory is bounded.
 
-    whole: keep every group in one part even if it alone is over the budget, as losses that compare completions need; otherwise
-    groups too large are split by rows, as long as a prompt is not the larger half of its part. only: (P,) bool, groups to visit (the others can't change the gradient).
+    whole: keep a group over the budget in one part, as losses that compare completions need; otherwise it is split by rows, as
+    long as a prompt is not the larger half of its part. only: (P,) bool, groups to visit (others can't change the gradient).
     Yields (rows, part): rows are the (b,) row numbers of part in `groups`, so `advantages[rows]` goes with part.
     """
     size, first = groups.group_size, torch.arange(len(groups.completions), device=groups.completions.device)

@@ -58,11 +58,10 @@ def _decode(engine: Engine, model: Any, bare: Groups, group_size: int) -> tuple[
     logprobs = torch.zeros(len(logits), room, device=device)
     present = torch.zeros_like(completions, dtype=torch.bool)
     stops = torch.tensor(engine.stops, device=device)
-    plain = (engine.temperature, engine.top_k, engine.top_p) == (1, 0, 1)
+    cut: dict[str, Any] = {"temperature": engine.temperature, "top_k": engine.top_k, "top_p": engine.top_p}
+    plain = cut == {"temperature": 1, "top_k": 0, "top_p": 1}
     for t in range(room):
-        given = (
-            logits if plain else warp(logits, temperature=engine.temperature, top_k=engine.top_k, top_p=engine.top_p)
-        )
+        given = logits if plain else warp(logits, **cut)
         tokens, chosen = draw(given, engine.generator)  # (R,), (R,)
         completions[alive, t], logprobs[alive, t] = torch.where(writing, tokens, 0), torch.where(writing, chosen, 0.0)
         present[alive, t] = writing
@@ -96,6 +95,7 @@ class Cache:
         self.group_size, self.prompts = group_size, len(lengths)
         self.start = lengths.repeat_interleave(group_size)  # (R,) position of the first completion token
         self.stores: dict[int, list[Tensor]] = {}  # layer -> keys and values, (R, kv heads, columns, d) each
+        self.biases: dict[int | None, Tensor] = {}  # of the newest column, by window
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None) -> Tensor:
         """(R, heads, 1, d) -> (R, 1, heads, d), or of the packed prompts at prefill."""
@@ -104,7 +104,7 @@ class Cache:
             return self.prefill.attend(layer, q, k, v, scale, window)
         if layer == next(iter(self.stores)):  # the first layer opens the next column
             self.used += 1
-            self.biases: dict[int | None, Tensor] = {}  # by window
+            self.biases.clear()
         store = self.stores[layer]
         for i, new in enumerate((k, v)):
             if store[i].shape[2] < self.used:

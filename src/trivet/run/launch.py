@@ -47,7 +47,7 @@ class Launch:
         self.start_from = model_folder(config.model)
         self.out = Path(config.out or f"runs/{self.method}-{time.strftime('%Y%m%d-%H%M%S')}")
         device = usable_device(config.device)
-        budget = config.microbatch_tokens or (2048 if device == "cpu" else 16384)
+        budget = config.microbatch_tokens or microbatch_that_fits(device)
         self.config = config = replace(config, microbatch_tokens=budget)
         if self.recipe.TRAINS == "policy":  # a reward model may go on from a reward model
             require_causal(self.start_from, self.method)
@@ -173,6 +173,11 @@ def launch(config: Options, watch: Watch | None = None) -> Path:
     }
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     return out
+
+
+def microbatch_that_fits(device: str) -> int:
+    """Tokens of a microbatch where --microbatch-tokens is not given."""
+    return 2048 if device == "cpu" else 16384
 
 
 def peak_memory(device: str) -> int:
