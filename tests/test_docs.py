@@ -21,7 +21,7 @@ def test_the_readme_shows_the_grpo_loop_verbatim():
     source = (ROOT / "src/trivet/recipes/grpo.py").read_text().splitlines()
     loop = [line[4:] for line in source[source.index("    for step, prompts in run.batches():") :]]
     assert lines == [line for line in loop if line.strip()][: len(lines)]
-    assert lines[-1].strip() == "yield metrics"
+    assert lines[-1].strip() == "yield reduced(metrics)"
 
 
 @pytest.mark.parametrize("method", RECIPES)

@@ -19,6 +19,7 @@ from trivet.rewards.functions import FunctionReward, load_rewards
 from trivet.rewards.reward import WeightedSum
 from trivet.rewards.rules import brevity, exact_match, last_number, text_of
 from trivet.rewards.shaping import kl_charged_rewards
+from trivet.run.loop import reduced
 
 torch.set_num_threads(1)
 NAN = math.nan
@@ -92,7 +93,7 @@ def test_weighted_sum_keeps_its_parts_and_their_means():
     reward = WeightedSum({"a": fixed(1, 2, 3), "b": fixed(10, 20, NAN)}, [1.0, -0.5])
     assert reward(rollouts()).tolist() == [-4.0, -8.0, 3.0]
     assert reward.parts["a"].tolist() == [1.0, 2.0, 3.0]
-    assert reward.metrics() == {"rewards/a/mean": 2.0, "rewards/b/mean": 15.0, "rewards/unscored": 1.0}
+    assert reduced(reward.metrics()) == {"rewards/a/mean": 2.0, "rewards/b/mean": 15.0, "rewards/unscored": 1.0}
 
 
 def test_where_no_reward_has_an_opinion_the_sum_has_none():
@@ -103,13 +104,13 @@ def test_where_no_reward_has_an_opinion_the_sum_has_none():
 def test_a_weight_of_zero_only_logs():
     reward = WeightedSum({"used": fixed(1, NAN), "watched": fixed(50, 70)}, [1.0, 0.0])
     assert_close(reward(rollouts()), torch.tensor([1.0, NAN]), equal_nan=True)
-    assert reward.metrics()["rewards/watched/mean"] == 60.0
+    assert reduced(reward.metrics())["rewards/watched/mean"] == 60.0
 
 
 def test_everything_scored_says_nothing_of_unscored():
     reward = WeightedSum({"a": fixed(1, 2)}, [1.0])
     reward(rollouts())
-    assert reward.metrics() == {"rewards/a/mean": 1.5}
+    assert reduced(reward.metrics()) == {"rewards/a/mean": 1.5}
 
 
 # Functions: what they are given -------------------------------------------------------------------------------------
@@ -172,9 +173,9 @@ def test_logged_numbers_are_those_of_the_last_call():
 
     reward = WeightedSum({"f": FunctionReward(f, "mine.py:f")}, [1.0])
     reward(rollouts())
-    assert reward.metrics() == {"rewards/f/mean": 0.0, "first": 1.0, "both": 2.0}
+    assert reduced(reward.metrics()) == {"rewards/f/mean": 0.0, "first": 1.0, "both": 2.0}
     reward(rollouts())
-    assert reward.metrics() == {"rewards/f/mean": 0.0, "both": 3.0}
+    assert reduced(reward.metrics()) == {"rewards/f/mean": 0.0, "both": 3.0}
 
 
 def test_a_logged_tensor_becomes_a_number():

@@ -67,10 +67,10 @@ def run_command(command: str, args: list[str]) -> int:
         config = parse(recipe.Config, args, f"trivet {command}", recipe.PRESETS)
         terminal = Terminal()
         try:
-            out = launch(config, terminal)
+            out = launch(config, None if config.quiet else terminal)
         finally:
             terminal.close()  # else a progress line swallows what is said after it
-        print(f"{out}  ·  model in {out / 'model'}  ·  numbers in {out / 'metrics.jsonl'}")
+        print(out if config.quiet else f"  model in {out / 'model'}, all of it on one page: trivet report {out}")
     elif command in others:
         module = importlib.import_module(f"trivet.{others[command]}")
         getattr(module, command)(args)

@@ -8,7 +8,6 @@ pairs or the reward model trained on them; the gold reward, a program, is the ju
 
 import dataclasses
 import importlib
-import json
 import multiprocessing
 import shutil
 import sys
@@ -19,6 +18,7 @@ from typing import Any
 
 from trivet.errors import InputError
 from trivet.report.compare import read_summary, tables, wide_console
+from trivet.run.files import write_json
 
 GOLD = "trivet.toy.stories:gold"
 STAGES = {
@@ -95,6 +95,9 @@ def stage_options(method: str, config: Config) -> dict[str, Any]:
         options["model"] = str(out / "sft")
     if method in ("ppo", "grpo", "pairwise-grpo"):
         options |= {"reward": (str(out / "reward-model"), GOLD), "reward_weights": (1.0, 0.0)}
+    options["save_every"] = {"dpo": 45, "sft": 0, "reward-model": 0}.get(
+        method, 10
+    )  # judged afterwards, for the frontier
     return options | {"eval_limit": max(8, round(600 * config.scale))}
 
 
@@ -138,7 +141,8 @@ def _train(method: str, options: dict[str, Any], scale: float) -> None:
 
 
 def evaluate_all(out: Path, config: Config, prompts: int, each: int = 4) -> str:
-    """Judge every method by gold on the same held-out openings, `each` samples per opening; into its summary.json.
+    """Judge every method by gold on the same held-out openings, `each` samples per opening, and its checkpoints on a quarter of
+    them; into its summary.json and judged.json.
 
     Returns the samples of the first opening, side by side; samples.md gets four openings.
     """
@@ -156,33 +160,52 @@ def evaluate_all(out: Path, config: Config, prompts: int, each: int = 4) -> str:
     options: dict[str, Any] = STORIES | stage_options("reward-model", config) | {"out": ""}
     launched = Launch(reward_model.Config(**options))
     run, device = launched.run, config.device
-    results: dict[str, Any] = {}
-    texts: dict[str, Any] = {}
     heldout = run.heldout[:prompts]
     reference = load_policy(launched.start_from, device=device)
     judges = load_rewards([GOLD, str(out / "reward-model")], [1.0, 1.0], launched.tokenizer, like=reference)
-    for method in COMPARED:
-        policy = load_policy(str(out / method / "model"), device=device)
+
+    def judged(folder: Path, examples: Any) -> tuple[dict[str, float], dict[str, Any], Any]:
+        """Numbers of a model, its rewards (P, each) by name, and its texts."""
+        policy = load_policy(str(folder), device=device)
         engine = Engine(run.decode, run.stops, 64, 1.0, torch.Generator(device).manual_seed(config.seed))
-        rollouts = engine.generate(policy, heldout, each)
+        rollouts = engine.generate(policy, examples, each)
         judges(rollouts)
         gold, learned = (part.view(-1, each) for part in judges.parts.values())  # (P, each)
         mask = rollouts.groups.mask
         logprobs = in_microbatches(token_logprobs, policy, rollouts.groups, 8192)  # (B, T)
         kl = sequence_sum(logprobs - in_microbatches(token_logprobs, reference, rollouts.groups, 8192), mask)  # (B,)
-        base = results["sft"]["gold"] if results else gold
-        wins = (gold[:, :, None] > base[:, None, :]).float() + (gold[:, :, None] == base[:, None, :]).float() / 2
-        results[method] = {"gold": gold, "learned": learned}
-        texts[method] = rollouts.texts
-        record = {
+        numbers = {
             "gold": float(gold.mean()),
-            "gold_se": float(gold.mean(1).std() / len(heldout) ** 0.5),
-            "learned_reward": float(learned.mean()),
+            "gold_se": float(gold.mean(1).std() / len(examples) ** 0.5),
+            "learned": float(learned.mean()),
             "kl": float(kl.mean()),
-            "win_rate": float(wins.mean()),
             "length": float(mask.sum(1).float().mean()),
         }
-        _record(out / method, record)
+        return numbers, {"gold": gold, "learned": learned}, rollouts.texts
+
+    results: dict[str, Any] = {}
+    texts: dict[str, Any] = {}
+    start: list[dict[str, float]] = []
+    for method in COMPARED:
+        trail = start.copy()
+        for step, folder in _checkpoints(out / method):
+            trail.append({"step": step} | judged(folder, heldout[: max(8, len(heldout) // 4)])[0])
+        numbers, results[method], texts[method] = judged(out / method / "model", heldout)
+        trail.append({"step": read_summary(out / method)["steps"]} | numbers)
+        start = start or [numbers | {"step": 0}]  # the other methods start where SFT ended
+        gold, base = results[method]["gold"], results["sft"]["gold"]
+        wins = (gold[:, :, None] > base[:, None, :]).float() + (gold[:, :, None] == base[:, None, :]).float() / 2
+        numbers["learned_reward"] = numbers.pop("learned")
+        _record(out / method, numbers | {"win_rate": float(wins.mean())})
+        samples = [
+            {
+                "prompt": heldout[p].row["prompt"],
+                "completion": texts[method][p * each],
+                **{name: float(part[p, 0]) for name, part in results[method].items()},
+            }
+            for p in range(min(8, len(heldout)))
+        ]
+        write_json(out / method / "judged.json", {"checkpoints": trail, "samples": samples})
     gap = torch.tensor([example.row["gold_chosen"] - example.row["gold_rejected"] for example in run.heldout])
     _record(out / "reward-model", {"noise_ceiling": float(gap.abs().sigmoid().mean())})
     blocks = [_side_by_side(heldout[p].row["prompt"], p * each, texts, results) for p in range(4)]
@@ -192,10 +215,15 @@ def evaluate_all(out: Path, config: Config, prompts: int, each: int = 4) -> str:
     return blocks[0]
 
 
+def _checkpoints(run: Path) -> list[tuple[int, Path]]:
+    """The models that a run saved on its way, by step."""
+    return sorted((int(path.name.removeprefix("step-")), path) for path in (run / "checkpoints").glob("step-*"))
+
+
 def _record(run: Path, numbers: dict[str, float]) -> None:
     summary = read_summary(run)
     summary["eval"] |= {f"eval/{key}": value for key, value in numbers.items()}
-    (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_json(run / "summary.json", summary)
 
 
 def _side_by_side(prompt: str, row: int, texts: dict[str, Any], results: dict[str, Any]) -> str:

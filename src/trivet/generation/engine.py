@@ -29,6 +29,7 @@ class Engine:
     generator: torch.Generator
     top_k: int = 0  # 0: all. A cut makes the log-probabilities those of the cut distribution; the learner's are not cut
     top_p: float = 1.0
+    cache_bytes: int = 0  # the most that a cache has held
 
     def generate(self, policy: Any, prompts: Sequence[Example], group_size: int) -> Rollouts:
         """group_size completions of every prompt, sampled from the policy as it is now."""
@@ -75,7 +76,7 @@ def _decode(engine: Engine, model: Any, bare: Groups, group_size: int) -> tuple[
             writing = writing[writing]
         hidden = trunk(model, tokens[:, None], (cache.start + t)[:, None], cache)[:, 0]  # (R, D)
         logits = head(hidden)
-    longest = int(present.sum(1).max())
+    engine.cache_bytes, longest = max(engine.cache_bytes, cache.most), int(present.sum(1).max())
     return completions[:, :longest].clone(), present[:, :longest].clone(), logprobs[:, :longest].clone()
 
 
@@ -95,6 +96,7 @@ class Cache:
         self.group_size, self.prompts = group_size, len(lengths)
         self.start = lengths.repeat_interleave(group_size)  # (R,) position of the first completion token
         self.stores: dict[int, list[Tensor]] = {}  # layer -> keys and values, (R, kv heads, columns, d) each
+        self.most = 0  # bytes that they have had
         self.biases: dict[int | None, Tensor] = {}  # of the newest column, by window
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None) -> Tensor:
@@ -109,6 +111,7 @@ class Cache:
         for i, new in enumerate((k, v)):
             if store[i].shape[2] < self.used:
                 store[i] = pad(store[i], (0, 0, 0, STRETCH))
+                self.most = max(self.most, sum(x.nbytes for pair in self.stores.values() for x in pair))
             store[i][:, :, self.used - 1] = new[:, :, 0]
         if window not in self.biases:
             column = torch.arange(store[0].shape[2], device=q.device)

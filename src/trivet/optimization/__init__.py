@@ -1,7 +1,8 @@
 """Leg 3 · how does the policy change? Pure functions on tensors: imports torch and nothing of ours."""
 
 from trivet.optimization.advantages import group_advantages, leave_one_out_advantages, scale_by_batch
-from trivet.optimization.kl import adapted_beta, k1, k2, k3
+from trivet.optimization.control import adapted_beta
+from trivet.optimization.kl import k1, k2, k3
 from trivet.optimization.normalize import scale_to_unit_variance, whiten
 from trivet.optimization.policy import clipped_surrogate_loss, is_clipped, policy_gradient_loss
 from trivet.optimization.preference import (

@@ -33,7 +33,7 @@ from trivet.recipes.dpo_variants import (
     group_loss,
     implied_rewards,
 )
-from trivet.run.loop import Metrics, Optimizer, Run
+from trivet.run.loop import Metrics, Optimizer, Run, Tally, mean, reduced
 from trivet.run.options import Options
 from trivet.run.remembered import remembered
 from trivet.toy import ARITHMETIC, STORIES
@@ -76,7 +76,11 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
             f"{config.data} has {mixed}: --loss kto learns from either kind by itself, the others from pairs"
         )
     reference = reference_logprobs(policy, config, run)
+    shown, ref_logprobs = (run.heldout or run.train)[:4], torch.empty(0)
+    if run.keeps(1):
+        ref_logprobs = completion_logprobs(policy, shown, config, run.device)  # (b, T)
     optimizer = Optimizer(policy, config, run.steps)
+    run.parts = {"optimizer": optimizer}
 
     for step, examples in run.batches():
         groups, good = to_groups(examples, run.device), desirable(examples, run.device)  # (B,)
@@ -92,10 +96,12 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
             (loss.sum() / len(examples) + config.sft_weight * supervised).backward()
             result[rows] = logprob.detach()
         metrics = feedback_metrics(config, result, ref_logprob, groups, good, kl) | optimizer.step()
-        metrics["tokens/trained"] = float(groups.lengths.sum())
+        metrics["tokens/trained"] = groups.lengths.sum()
+        if run.keeps(step):
+            show(run, config, step, shown, ref_logprobs, kl)
         if run.evaluates(step):
             metrics |= evaluate(policy, run.heldout, reference, config, run.device)
-        yield metrics
+        yield reduced(metrics)
 
 
 Table = dict[tuple[int, int], Tensor]  # (prompt, completions), by identity -> log pi_ref of each completion
@@ -127,8 +133,26 @@ def look_up(reference: Table, examples: Sequence[Example]) -> Tensor:
 
 def completion_logprob(policy: Any, examples: Sequence[Example], config: Config, device: str) -> Tensor:
     """log pi(y|x) of all completions of the examples, without gradients. (B,)"""
-    groups = to_groups(examples, device)
-    return sequence_sum(in_microbatches(token_logprobs, policy, groups, config.microbatch_tokens), groups.mask)
+    return completion_logprobs(policy, examples, config, device).sum(1)
+
+
+def completion_logprobs(policy: Any, examples: Sequence[Example], config: Config, device: str) -> Tensor:
+    """The same by token. (B, T)"""
+    return in_microbatches(token_logprobs, policy, to_groups(examples, device), config.microbatch_tokens)
+
+
+def show(run: Run, config: Config, step: int, examples: Sequence[Example], ref_logprobs: Tensor, kl: Tensor) -> None:
+    """Keep the tokens of these examples, the same at every kept step, with the gradient that the loss has there."""
+    groups, good = to_groups(examples, run.device), desirable(examples, run.device)
+    logprobs = completion_logprobs(run.model, examples, config, run.device).requires_grad_()  # (b, T)
+    ref_logprob, logprob, tokens = ref_logprobs.sum(1), logprobs.sum(1), groups.mask.sum(1)  # (b,) each
+    loss = group_loss(config, logprob, ref_logprob, tokens, good, kl, groups.group_size)
+    (gradient,) = torch.autograd.grad(loss.mean(), logprobs)  # (b, T)
+    kept = {"logprob": logprobs.detach(), "gradient": -gradient, "chosen": good}
+    if config.loss not in REFERENCE_FREE:
+        kept |= {"ref_logprob": ref_logprobs, "implicit_reward": config.beta * (logprobs.detach() - ref_logprobs)}
+    kept["reward"] = implied_rewards(config, logprob.detach(), ref_logprob, tokens)
+    run.keep(step, groups, rows=[example.row for example in examples], heldout=bool(run.heldout), **kept)
 
 
 def exchanged_kl(policy: Any, examples: Sequence[Example], reference: Table, config: Config, device: str) -> Tensor:
@@ -141,27 +165,27 @@ def exchanged_kl(policy: Any, examples: Sequence[Example], reference: Table, con
 
 def feedback_metrics(
     config: Config, logprob: Tensor, ref_logprob: Tensor, groups: Groups, good: Tensor, kl: Tensor
-) -> Metrics:
+) -> dict[str, Any]:
     """Loss and implicit rewards of the good and the bad side, in the field's names."""
     tokens, size = groups.mask.sum(1), groups.group_size
     rewards = implied_rewards(config, logprob, ref_logprob, tokens)  # (B,)
-    metrics = {"loss": float(group_loss(config, logprob, ref_logprob, tokens, good, kl, size).mean())}
+    loss, metrics = group_loss(config, logprob, ref_logprob, tokens, good, kl, size), dict[str, Any]()  # (p,)
     for side, rows in (("chosen", good), ("rejected", ~good)):
         if rows.any():
-            metrics |= {f"rewards/{side}": float(rewards[rows].mean()), f"logps/{side}": float(logprob[rows].mean())}
+            metrics |= {f"rewards/{side}": mean(rewards, rows), f"logps/{side}": mean(logprob, rows)}
     if config.loss == "kto":
-        metrics["kl"] = float(kl)
+        metrics["kl"] = kl
     if size == 2:
         chosen, rejected = rewards.view(-1, 2).unbind(1)
-        metrics["rewards/margins"] = float((chosen - rejected).mean())
-        metrics["rewards/accuracies"] = float((chosen > rejected).float().mean())
+        metrics["rewards/margins"] = mean(chosen - rejected)
+        metrics["rewards/accuracies"] = mean(chosen > rejected)
     if config.sft_weight:
-        metrics["nll_loss"] = float(-logprob[good].sum() / tokens[good].sum())
-        metrics["loss"] += config.sft_weight * metrics["nll_loss"]
-    return metrics
+        metrics["nll_loss"] = total, count = -logprob[good].sum(), tokens[good].sum()
+        loss = loss + config.sft_weight * total / count
+    return {"loss": mean(loss)} | metrics
 
 
-def evaluate(policy: Any, examples: Sequence[Example], reference: Table, config: Config, device: str) -> Metrics:
+def evaluate(policy: Any, examples: Sequence[Example], reference: Table, config: Config, device: str) -> Tally:
     """The same on the held-out rows."""
     logprob = completion_logprob(policy, examples, config, device)  # (B,)
     kl, groups = exchanged_kl(policy, examples, reference, config, device), to_groups(examples, device)

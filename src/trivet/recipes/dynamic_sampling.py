@@ -9,13 +9,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from trivet.batch import Rollouts, collate
 from trivet.generation.engine import Engine
-from trivet.run.loop import Metrics, Run
+from trivet.run.loop import Run, Tally
 
 Group = tuple[Rollouts, Tensor, int]  # rollouts, their rewards (B,), and the number of one prompt in them
 
 
 def refill(
-    rollouts: Rollouts, rewards: Tensor, run: Run, step: int, engine: Engine, rounds: int, metrics: Metrics
+    rollouts: Rollouts, rewards: Tensor, run: Run, step: int, engine: Engine, rounds: int, metrics: Tally
 ) -> tuple[Rollouts, Tensor]:
     """Rollouts and rewards of as many prompts, with groups that teach in place of groups that do not, as far as `rounds`
     more samplings find them. The prompts drawn depend on seed, step and round alone. Adds to metrics what it cost."""
@@ -23,7 +23,7 @@ def refill(
     useful, useless = _apart(rollouts, rewards)
     while useless and rounds:
         others, rounds = engine.generate(run.model, draw.choices(run.train, k=len(useless)), size), rounds - 1
-        metrics["tokens/generated"] += float(others.groups.present.sum())
+        metrics["tokens/generated"] += others.groups.present.sum()
         found = _apart(others, run.reward(others))[0][: len(useless)]
         useful, useless = useful + found, useless[len(found) :]
     metrics["dynamic_sampling/useful"] = len(useful) / len(rollouts.rows)

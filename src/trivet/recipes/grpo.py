@@ -19,16 +19,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from trivet.batch import microbatches
 from trivet.generation.engine import Engine
 from trivet.model.copies import frozen_copy
 from trivet.model.forward import in_microbatches, token_logprobs
 from trivet.optimization.policy import is_clipped, policy_gradient_loss
-from trivet.optimization.reduce import token_mean
 from trivet.recipes.dynamic_sampling import refill
 from trivet.recipes.grpo_variants import VARIANTS, centered, check, kl_term, shaped, step_mean, surrogate
 from trivet.recipes.on_policy import evaluate, policy_metrics, rollout_metrics
-from trivet.run.loop import Metrics, Optimizer, Run
+from trivet.run.loop import Metrics, Optimizer, Run, mean, reduced
 from trivet.run.options import Options
 from trivet.toy import ARITHMETIC, STORIES
 
@@ -84,8 +85,8 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
     reference = frozen_copy(policy) if config.beta else None
     engine = Engine(run.decode, run.stops, config.max_completion_tokens, config.temperature, run.generator)
     optimizer = Optimizer(policy, config, run.steps * config.epochs_per_batch)
+    run.parts = {"reference": reference, "optimizer": optimizer, "engine": engine}
     budget, temperature = config.microbatch_tokens, config.temperature
-    clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
 
     for step, prompts in run.batches():
         rollouts = engine.generate(policy, prompts, config.group_size)
@@ -102,6 +103,7 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
         in_loss = config.beta if config.kl_in == "loss" else 0.0
         teaches = advantages.view(-1, config.group_size).any(1) | (in_loss > 0)  # (P,) the others have no gradient
         learner, latest = old_logprobs.clone(), old_logprobs.clone()  # (B, T) before the learner moves, as it moves on
+        gradient = torch.zeros_like(latest)  # (B, T) of the loss by log pi
         for epoch in range(config.epochs_per_batch):
             for rows, part in microbatches(groups, budget, only=teaches):
                 logprobs = token_logprobs(policy, part, temperature=temperature)  # (b, T)
@@ -112,20 +114,22 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
                 else:
                     loss = surrogate(logprobs, old, advantage, part.mask, config)  # (b, T)
                 loss = loss + in_loss * kl_term(logprobs, old, ref_logprobs[rows], config)
+                logprobs.retain_grad()
                 step_mean(loss, part.mask, groups.mask, config).backward()
-                latest[rows] = logprobs.detach()
+                latest[rows], gradient[rows] = logprobs.detach(), logprobs.grad  # type: ignore[assignment]
             learner = latest.clone() if epoch == 0 else learner
             metrics |= optimizer.step()
 
         metrics |= policy_metrics(rollouts, learner, ref_logprobs)
-        metrics["tokens/trained"] = float(groups.lengths[teaches].sum() * config.epochs_per_batch)
+        metrics["tokens/trained"] = groups.lengths[teaches].sum() * config.epochs_per_batch
+        clipped = is_clipped(latest, learner, advantages[:, None], clip_low=config.clip_low, clip_high=config.clip_high)
         if config.epochs_per_batch > 1:
-            clipped = is_clipped(latest, learner, advantages[:, None], **clip)
-            metrics["clip_ratio"] = float(token_mean(clipped.float(), groups.mask))
+            metrics["clip_ratio"] = mean(clipped, groups.mask)
+        by_token = {"logprob": latest, "old_logprob": learner, "ref_logprob": ref_logprobs, "clipped": clipped}
+        run.keep(step, rollouts, reward=rewards, advantage=advantages, gradient=-gradient, **by_token)
         if run.evaluates(step):
-            metrics |= evaluate(run, policy, reference, reward, engine)
-        run.keep_samples(step, rollouts, rewards)
-        yield metrics
+            metrics |= evaluate(run, policy, reference, reward, engine, step)
+        yield reduced(metrics)
 
 
 PRESETS = {

@@ -9,49 +9,45 @@ from trivet.batch import Rollouts
 from trivet.generation.engine import Engine
 from trivet.model.forward import in_microbatches, token_logprobs
 from trivet.optimization.kl import k1
-from trivet.optimization.reduce import sequence_sum, token_mean
+from trivet.optimization.reduce import sequence_sum
 from trivet.rewards.reward import WeightedSum
-from trivet.run.loop import Metrics, Run
+from trivet.run.loop import Run, Tally, mean
 
 
-def rollout_metrics(rollouts: Rollouts, rewards: Tensor, reward: WeightedSum) -> Metrics:
+def rollout_metrics(rollouts: Rollouts, rewards: Tensor, reward: WeightedSum) -> Tally:
     """The step's rollouts in the field's names: reward, lengths, how many were cut, groups that teach nothing."""
     groups, size = rollouts.groups, rollouts.groups.group_size
     grouped = rewards.view(-1, size)
     return {
-        "reward": float(rewards.nanmean()),
-        "reward_std": float((rewards - rewards.nanmean()).square().nanmean().sqrt()),
-        "frac_reward_zero_std": float((grouped == grouped[:, :1]).all(1).float().mean()) if size > 1 else 0.0,
-        "completions/mean_length": float(groups.present.sum(1).float().mean()),
-        "completions/clipped_ratio": float(1 - rollouts.finished.float().mean()),
-        "entropy": float(-token_mean(rollouts.logprobs, groups.mask)),
-        "tokens/generated": float(groups.present.sum()),
+        "reward": mean(rewards),
+        "reward_std": (rewards - rewards.nanmean()).square().nanmean().sqrt(),
+        "frac_reward_zero_std": mean((grouped == grouped[:, :1]).all(1)) if size > 1 else 0.0,
+        "completions/mean_length": mean(groups.present.sum(1)),
+        "completions/clipped_ratio": mean(~rollouts.finished),
+        "entropy": mean(-rollouts.logprobs, groups.mask),
+        "tokens/generated": groups.present.sum(),
     } | reward.metrics()
 
 
-def completion_kl(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> float:
-    """KL(pi || pi_ref) in nats per completion: k1 summed over its tokens, averaged over completions."""
-    return float(sequence_sum(k1(logprobs, ref_logprobs), mask).mean())
-
-
 @torch.no_grad()
-def policy_metrics(rollouts: Rollouts, logprobs: Tensor, ref_logprobs: Tensor) -> Metrics:
+def policy_metrics(rollouts: Rollouts, logprobs: Tensor, ref_logprobs: Tensor) -> Tally:
     """How far the learner's log-probabilities are from the reference's (`kl`, nats per completion) and from the sampler's."""
     mask, difference = rollouts.groups.mask, (logprobs - rollouts.logprobs).abs()
     return {
-        "kl": completion_kl(logprobs, ref_logprobs, mask),
-        "sampling/logprob_difference/mean": float(token_mean(difference, mask)),
-        "sampling/logprob_difference/max": float(torch.where(mask, difference, 0.0).max()),
+        "kl": mean(sequence_sum(k1(logprobs, ref_logprobs), mask)),
+        "sampling/logprob_difference/mean": mean(difference, mask),
+        "sampling/logprob_difference/max": torch.where(mask, difference, 0.0).max(),
     }
 
 
-def evaluate(run: Run, policy: Any, reference: Any, reward: WeightedSum, engine: Engine) -> Metrics:
+def evaluate(run: Run, policy: Any, reference: Any, reward: WeightedSum, engine: Engine, step: int) -> Tally:
     """One completion for each held-out prompt: reward, KL to the reference (nats per completion), length."""
     rollouts = engine.generate(policy, run.heldout, 1)
     rewards = reward(rollouts)  # (B,)
     metrics = rollout_metrics(rollouts, rewards, reward)
+    run.keep(step, rollouts, heldout=True, reward=rewards)
     if reference is not None:
         groups, budget = rollouts.groups, run.config.microbatch_tokens
         ref_logprobs = in_microbatches(token_logprobs, reference, groups, budget, temperature=engine.temperature)
-        metrics["kl"] = completion_kl(rollouts.logprobs, ref_logprobs, groups.mask)
+        metrics["kl"] = mean(sequence_sum(k1(rollouts.logprobs, ref_logprobs), groups.mask))
     return {f"eval/{key}": value for key, value in metrics.items() if not key.startswith(("tokens/", "frac_"))}

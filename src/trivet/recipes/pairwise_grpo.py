@@ -16,6 +16,8 @@ the mean. There is no separate KL term: beta ties the policy to the reference as
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 from trivet.batch import microbatches
 from trivet.generation.engine import Engine
 from trivet.model.copies import frozen_copy
@@ -23,7 +25,7 @@ from trivet.model.forward import in_microbatches, token_logprobs
 from trivet.optimization.preference import pairwise_group_loss, ranked_pairs
 from trivet.optimization.reduce import sequence_sum
 from trivet.recipes.on_policy import evaluate, policy_metrics, rollout_metrics
-from trivet.run.loop import Metrics, Optimizer, Run
+from trivet.run.loop import Metrics, Optimizer, Run, reduced
 from trivet.run.options import Options
 from trivet.toy import ARITHMETIC, STORIES
 
@@ -52,6 +54,7 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
     reference = frozen_copy(policy)
     engine = Engine(run.decode, run.stops, config.max_completion_tokens, config.temperature, run.generator)
     optimizer = Optimizer(policy, config, run.steps)
+    run.parts = {"reference": reference, "optimizer": optimizer, "engine": engine}
     budget, temperature = config.microbatch_tokens, config.temperature
 
     for step, prompts in run.batches():
@@ -64,22 +67,26 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
 
         teaches = pairs.any(2).any(1)  # (P,) the others have no pair
         learner = old_logprobs.clone()  # (B, T) what the learner says of the same tokens, before it moves
+        gradient = torch.zeros_like(learner)  # (B, T) of the loss by log pi
         for rows, part in microbatches(groups, budget, whole=True, only=teaches):
             logprobs = token_logprobs(policy, part, temperature=temperature)  # (b, T)
             logprob = sequence_sum(logprobs, part.mask)  # (b,)
             loss = pairwise_group_loss(
                 logprob, ref_logprob[rows], rewards[rows], config.group_size, beta=config.beta
             )  # (p,)
+            logprobs.retain_grad()
             (loss.sum() / teaches.sum()).backward()
-            learner[rows] = logprobs.detach()
+            learner[rows], gradient[rows] = logprobs.detach(), logprobs.grad  # type: ignore[assignment]
         update = optimizer.step()
 
         metrics = rollout_metrics(rollouts, rewards, reward) | policy_metrics(rollouts, learner, ref_logprobs) | update
-        metrics |= {"pairs": float(pairs.sum()), "tokens/trained": float(groups.lengths[teaches].sum())}
+        metrics |= {"pairs": pairs.sum(), "tokens/trained": groups.lengths[teaches].sum()}
+        implied = config.beta * (learner - ref_logprobs)  # (B, T)
+        by_token = {"logprob": learner, "ref_logprob": ref_logprobs, "implicit_reward": implied}
+        run.keep(step, rollouts, reward=rewards, gradient=-gradient, **by_token)
         if run.evaluates(step):
-            metrics |= evaluate(run, policy, reference, reward, engine)
-        run.keep_samples(step, rollouts, rewards)
-        yield metrics
+            metrics |= evaluate(run, policy, reference, reward, engine, step)
+        yield reduced(metrics)
 
 
 PRESETS = {

@@ -27,7 +27,8 @@ from trivet.generation.engine import Engine
 from trivet.model.copies import frozen_copy
 from trivet.model.forward import in_microbatches, token_logprobs
 from trivet.model.scalar import values, with_scalar_head
-from trivet.optimization.kl import adapted_beta, k1, k2
+from trivet.optimization.control import adapted_beta
+from trivet.optimization.kl import k1, k2
 from trivet.optimization.normalize import scale_to_unit_variance, whiten
 from trivet.optimization.policy import clipped_surrogate_loss, is_clipped
 from trivet.optimization.reduce import sequence_sum, token_mean
@@ -35,7 +36,7 @@ from trivet.optimization.value import clipped_value_loss, explained_variance, ga
 from trivet.recipes.on_policy import evaluate, policy_metrics, rollout_metrics
 from trivet.rewards.reward import WeightedSum
 from trivet.rewards.shaping import kl_charged_rewards
-from trivet.run.loop import Metrics, Optimizer, Run
+from trivet.run.loop import Metrics, Optimizer, Run, mean, reduced
 from trivet.run.options import Options
 from trivet.toy import ARITHMETIC, STORIES
 
@@ -99,6 +100,8 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
     optimizer = Optimizer(policy, config, run.steps * updates)
     head_or_all = critic.score if config.shared_critic else critic
     critic_optimizer = Optimizer(head_or_all, config, run.steps * updates, lr=config.critic_lr)
+    run.parts = {"reference": reference, "critic": critic, "optimizer": optimizer, "critic optimizer": critic_optimizer}
+    run.parts["engine"] = engine
     budget, temperature, beta = config.microbatch_tokens, config.temperature, config.beta
     clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
 
@@ -119,7 +122,7 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
             advantages = whiten(advantages, mask)
 
         learner, latest = old_logprobs.clone(), old_logprobs.clone()  # (B, T) before the policy moves, as it moves on
-        update = critic_update = Metrics()
+        gradient, update, critic_update = torch.zeros_like(latest), Metrics(), Metrics()  # (B, T) of the loss by log pi
         for chosen in minibatches(mask, len(prompts), config):
             total = mask.view(len(prompts), -1)[chosen].sum()
             for rows, part in microbatches(groups, budget, only=chosen):
@@ -127,31 +130,35 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
                 loss = clipped_surrogate_loss(logprobs, old_logprobs[rows], advantages[rows], **clip)  # (b, T)
                 if config.kl_in == "loss":
                     loss = loss + beta * k2(logprobs, ref_logprobs[rows])
+                logprobs.retain_grad()
                 token_mean(loss, part.mask, total=total).backward()
                 value = values(critic, part)  # (b, T)
                 value_loss = clipped_value_loss(value, old_values[rows], returns[rows], clip=value_clip)  # (b, T)
                 (value_coef * token_mean(value_loss, part.mask, total=total)).backward()
-                latest[rows] = logprobs.detach()
+                latest[rows], gradient[rows] = logprobs.detach(), logprobs.grad  # type: ignore[assignment]
                 if not update:
                     learner[rows] = latest[rows]
             update = optimizer.step()
             critic_update = critic_optimizer.step()
 
         metrics = rollout_metrics(rollouts, rewards, reward) | policy_metrics(rollouts, learner, ref_logprobs) | update
+        clipped = is_clipped(latest, old_logprobs, advantages, **clip)  # (B, T)
         metrics |= {
-            "clip_ratio": float(token_mean(is_clipped(latest, old_logprobs, advantages, **clip).float(), mask)),
-            "objective/rlhf_reward": float(token_rewards.sum(1).mean()),
-            "value/explained_variance": float(explained_variance(old_values, returns, mask)),
+            "clip_ratio": mean(clipped, mask),
+            "objective/rlhf_reward": mean(token_rewards.sum(1)),
+            "value/explained_variance": explained_variance(old_values, returns, mask),
             "value/grad_norm": critic_update["grad_norm"],
-            "tokens/trained": float(2 * groups.lengths.sum() * config.epochs_per_batch),
+            "tokens/trained": 2 * groups.lengths.sum() * config.epochs_per_batch,
         }
         if config.kl_target:
-            metrics["objective/kl_coef"] = float(beta)
+            metrics["objective/kl_coef"] = beta
             beta = float(adapted_beta(beta, sequence_sum(kl, mask).mean(), target=config.kl_target))
+        by_token = {"logprob": latest, "old_logprob": old_logprobs, "ref_logprob": ref_logprobs, "clipped": clipped}
+        by_token |= {"advantage": advantages, "value": old_values, "return": returns, "token_reward": token_rewards}
+        run.keep(step, rollouts, reward=rewards, gradient=-gradient, **by_token)
         if run.evaluates(step):
-            metrics |= evaluate(run, policy, reference, reward, engine)
-        run.keep_samples(step, rollouts, rewards)
-        yield metrics
+            metrics |= evaluate(run, policy, reference, reward, engine, step)
+        yield reduced(metrics)
 
 
 def critic_from(reward: WeightedSum, policy: Any) -> Any:

@@ -24,7 +24,7 @@ from trivet.errors import InputError
 from trivet.model.forward import in_microbatches
 from trivet.model.scalar import scores
 from trivet.optimization.preference import bradley_terry_loss, centering_loss
-from trivet.run.loop import Metrics, Optimizer, Run
+from trivet.run.loop import Metrics, Optimizer, Run, Tally, mean, reduced
 from trivet.run.options import Options
 from trivet.toy import ARITHMETIC, STORIES
 
@@ -45,6 +45,7 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
     """Yield the metrics of each step; the reward model is run.model."""
     model = run.model
     optimizer = Optimizer(model, config, run.steps)
+    run.parts = {"optimizer": optimizer}
 
     for step, examples in run.batches():
         groups = to_groups(examples, run.device)
@@ -57,12 +58,11 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
             loss = loss + config.center * centering_loss(chosen, rejected)
             (loss.sum() / len(examples)).backward()
             result[rows] = score.detach()
-        metrics = (
-            pair_metrics(result, margin, config) | {"tokens/trained": float(groups.lengths.sum())} | optimizer.step()
-        )
+        metrics = pair_metrics(result, margin, config) | {"tokens/trained": groups.lengths.sum()} | optimizer.step()
+        run.keep(step, groups, rows=[example.row for example in examples], reward=result)
         if run.evaluates(step):
             metrics |= evaluate(model, run.heldout, config, run.device)
-        yield metrics
+        yield reduced(metrics)
 
 
 def margins(examples: Sequence[Example], config: Config, device: str) -> Tensor:
@@ -74,19 +74,19 @@ def margins(examples: Sequence[Example], config: Config, device: str) -> Tensor:
         raise InputError(f"{config.data}: column margin holds something other than numbers: {own!r:.80}") from None
 
 
-def pair_metrics(score: Tensor, margin: Tensor, config: Config) -> Metrics:
+def pair_metrics(score: Tensor, margin: Tensor, config: Config) -> Tally:
     """Loss, how often the chosen one scores higher, and by how much."""
     chosen, rejected = score.view(-1, 2).unbind(1)
     loss = bradley_terry_loss(chosen, rejected, margin=margin) + config.center * centering_loss(chosen, rejected)
     return {
-        "loss": float(loss.mean()),
-        "accuracy": float((chosen > rejected).float().mean()),
-        "margin": float((chosen - rejected).mean()),
-        "mean_reward": float(score.mean()),
+        "loss": mean(loss),
+        "accuracy": mean(chosen > rejected),
+        "margin": mean(chosen - rejected),
+        "mean_reward": mean(score),
     }
 
 
-def evaluate(model: Any, examples: Sequence[Example], config: Config, device: str) -> Metrics:
+def evaluate(model: Any, examples: Sequence[Example], config: Config, device: str) -> Tally:
     """The same on the held-out pairs."""
     score = in_microbatches(scores, model, to_groups(examples, device), config.microbatch_tokens)  # (B,)
     return {

@@ -16,11 +16,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from trivet.batch import Example, microbatches, to_groups
 from trivet.model.forward import in_microbatches, token_logprobs
 from trivet.optimization.reduce import token_mean
 from trivet.optimization.supervised import nll_loss
-from trivet.run.loop import Metrics, Optimizer, Run
+from trivet.run.loop import Metrics, Optimizer, Run, Tally, mean, reduced
 from trivet.run.options import Options
 from trivet.toy import ARITHMETIC, STORIES
 
@@ -36,26 +38,31 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
     """Yield the metrics of each step; the policy is run.model."""
     policy = run.model
     optimizer = Optimizer(policy, config, run.steps)
+    run.parts = {"optimizer": optimizer}
 
     for step, examples in run.batches():
         groups = to_groups(examples, run.device)
-        total, losses = groups.mask.sum(), 0.0
-        for _, part in microbatches(groups, config.microbatch_tokens):
+        total, latest = groups.mask.sum(), torch.zeros(groups.mask.shape, device=run.device)  # (B, T)
+        for rows, part in microbatches(groups, config.microbatch_tokens):
             logprobs = token_logprobs(policy, part)  # (b, T)
             loss = token_mean(nll_loss(logprobs), part.mask, total=total)
             loss.backward()
-            losses += loss.detach()
-        metrics = {"loss": float(losses), "tokens/trained": float(groups.lengths.sum())} | optimizer.step()
+            latest[rows] = logprobs.detach()
+        metrics = {
+            "loss": mean(nll_loss(latest), groups.mask),
+            "tokens/trained": groups.lengths.sum(),
+        } | optimizer.step()
+        run.keep(step, groups, rows=[example.row for example in examples], logprob=latest)
         if run.evaluates(step):
             metrics |= evaluate(policy, run.heldout, config, run.device)
-        yield metrics
+        yield reduced(metrics)
 
 
-def evaluate(policy: Any, examples: Sequence[Example], config: Config, device: str) -> Metrics:
+def evaluate(policy: Any, examples: Sequence[Example], config: Config, device: str) -> Tally:
     """Mean negative log-likelihood per token of the held-out answers."""
     groups = to_groups(examples, device)
     logprobs = in_microbatches(token_logprobs, policy, groups, config.microbatch_tokens)  # (B, T)
-    return {"eval/loss": float(token_mean(nll_loss(logprobs), groups.mask))}
+    return {"eval/loss": mean(nll_loss(logprobs), groups.mask)}
 
 
 PRESETS = {

@@ -1,7 +1,7 @@
 """What is good: anything that scores rollouts, and weighted sums that keep their parts."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,9 +31,9 @@ class WeightedSum:
         counts = known & (weights != 0)
         return torch.where(counts.any(0), torch.where(known, weights * stacked, 0.0).sum(0), torch.nan)  # (B,)
 
-    def metrics(self) -> dict[str, float]:
-        """rewards/<name>/mean of the last call, and the numbers that reward functions logged themselves."""
-        means = {f"rewards/{name}/mean": float(part.nanmean()) for name, part in self.parts.items()}
+    def metrics(self) -> dict[str, Any]:
+        """rewards/<name>/mean of the last call as (sum, count), and the numbers that reward functions logged themselves."""
+        means = {f"rewards/{name}/mean": (part.nansum(), (~part.isnan()).sum()) for name, part in self.parts.items()}
         unscored = sum(int(part.isnan().sum()) for part in self.parts.values())
         own = {key: value for reward in self.rewards.values() for key, value in getattr(reward, "logged", {}).items()}
         return means | ({"rewards/unscored": float(unscored)} if unscored else {}) | own

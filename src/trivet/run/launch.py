@@ -4,19 +4,17 @@ out = launch(grpo.Config(model="Qwen/Qwen3-0.6B", data="questions.jsonl", reward
 """
 
 import importlib
-import json
-import platform
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from trivet.batch import Example
 from trivet.data import load_examples, split_by_prompt
@@ -32,9 +30,12 @@ from trivet.model.load import (
 )
 from trivet.model.text import decode_completion, load_tokenizer, stop_ids
 from trivet.rewards.functions import load_rewards
-from trivet.run.config import check, to_toml
+from trivet.run.clock import clock_on
+from trivet.run.config import check
 from trivet.run.loop import Metrics, Run
+from trivet.run.memory import by_part, memory_now, peak_memory
 from trivet.run.options import Options
+from trivet.run.record import Record, short
 
 
 class Launch:
@@ -76,6 +77,20 @@ class Launch:
             device=device,
             generator=torch.Generator(device).manual_seed(config.seed),
         )
+        self.record = Record(self.out, config, self.method, self.run.steps, self.tokenizer, self.run.decode)
+        self.record.reward, self.run.keep, self.run.keeps = self.run.reward, self.record.keep, self.record.keeps
+
+    def example(self, most: int = 120) -> dict[str, Any]:
+        """The first training example decoded: the end of its prompt, and its completions in spans, each learned or not."""
+        example = self.run.train[0]
+        cut, completions = "…" if len(example.prompt) > most else "", list[list[tuple[str, bool]]]()
+        for ids, learned in zip(example.completions, example.learned, strict=True):
+            flagged = list(zip(ids, learned, strict=True))[:most]
+            spans = [(flag, [token for token, _ in span]) for flag, span in groupby(flagged, itemgetter(1))]
+            completions.append([(self.tokenizer.decode(span), flag) for flag, span in spans])
+            if len(ids) > most:
+                completions[-1].append(("…", False))
+        return {"prompt": cut + self.tokenizer.decode(example.prompt[-most:]), "completions": completions}
 
     def _examples(self) -> tuple[list[Example], list[Example]]:
         config, room = self.config, self.context - self.config.max_completion_tokens
@@ -131,74 +146,43 @@ Watch = Callable[[Launch, int, Metrics], None]  # step 0 without metrics when al
 def launch(config: Options, watch: Watch | None = None) -> Path:
     """Train by the recipe that this config belongs to; returns the run directory.
 
-    It holds config.toml, metrics.jsonl (a line a step), samples.jsonl, summary.json, checkpoints/ and model/.
+    It holds config.toml, run.json, metrics.jsonl (a line a step), samples.jsonl, summary.json, checkpoints/ and model/.
     """
+    program = memory_now(usable_device(config.device))
     launched = Launch(config)
-    run, out = launched.run, launched.out
-    began, heldout, tokens = time.perf_counter(), dict[str, float](), Counter[str]()
+    run, record = launched.run, launched.record
     if watch:
         watch(launched, 0, {})
-    for step, metrics in enumerate(launched.recipe.train(run.config, run), 1):
-        metrics = {"step": step, "seconds": round(time.perf_counter() - began, 3)} | metrics
-        tokens.update({key: int(value) for key, value in metrics.items() if key.startswith("tokens/")})
-        heldout |= {key: value for key, value in metrics.items() if key.startswith("eval/")}
-        if step == 1:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "config.toml").write_text(f"# trivet {launched.method} --config config.toml\n" + to_toml(config))
-        _append(out / "metrics.jsonl", [metrics])
-        _append(out / "samples.jsonl", run.samples)
-        run.samples.clear()
-        if config.save_every and step % config.save_every == 0 and step < run.steps:
-            save_model(run.model, launched.tokenizer, out / "checkpoints" / f"step-{step}")
-        if watch:
-            watch(launched, step, metrics)
-    save_model(run.model, launched.tokenizer, out / "model")
+    about = {"started_from": launched.start_from, "data": dict(launched.counts)}
+    about |= {"parameters": sum(p.numel() for p in run.model.parameters()), "example": launched.example()}
+    moment, began, heldout, tokens = time.time(), time.perf_counter(), dict[str, float](), Counter[str]()
+    with clock_on(launched.recipe) as clock:
+        for step, metrics in enumerate(launched.recipe.train(run.config, run), 1):
+            metrics = {"step": step, "seconds": round(time.perf_counter() - began, 3)} | metrics | clock.take()
+            tokens.update({key: int(value) for key, value in metrics.items() if key.startswith("tokens/")})
+            heldout |= {key: value for key, value in metrics.items() if key.startswith("eval/")}
+            if step == 1:
+                record.begin(about | {"began": moment})
+            record.step(metrics)
+            if config.save_every and step % config.save_every == 0 and step < run.steps:
+                save_model(run.model, launched.tokenizer, launched.out / "checkpoints" / f"step-{step}")
+            if watch:
+                watch(launched, step, metrics)
+    save_model(run.model, launched.tokenizer, launched.out / "model")
+    peak, rewards = peak_memory(run.device), {} if run.reward is None else run.reward.rewards
     summary = {
-        "method": launched.method,
-        "started_from": launched.start_from,
         "steps": run.steps,
         "seconds": round(time.perf_counter() - began, 2),
-        "peak_memory_bytes": peak_memory(run.device),
+        "peak_memory_bytes": peak,
+        "memory": by_part(run.model, run.parts, rewards, program, peak),
         "tokens_generated": tokens["tokens/generated"],
         "tokens_trained": tokens["tokens/trained"],
-        "eval": _known(heldout),
-        "data": dict(launched.counts),
-        "parameters": sum(p.numel() for p in run.model.parameters()),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {run.device}",
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "eval": {name: short(value) for name, value in heldout.items()},
     }
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    return out
+    record.end(summary | {key: value for key, value in about.items() if key != "example"})
+    return launched.out
 
 
 def microbatch_that_fits(device: str) -> int:
     """Tokens of a microbatch where --microbatch-tokens is not given."""
     return 2048 if device == "cpu" else 16384
-
-
-def peak_memory(device: str) -> int:
-    """Bytes: the most that the GPU held for us, else the most resident memory of this process."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "linux":
-        status = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def _append(path: Path, lines: list[dict[str, Any]]) -> None:
-    if not lines:
-        return
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(_known(line), ensure_ascii=False) + "\n" for line in lines)
-
-
-def _known(numbers: dict[str, Any]) -> dict[str, Any]:
-    """null for NaN, which JSON does not have."""
-    return {key: value if value == value else None for key, value in numbers.items()}

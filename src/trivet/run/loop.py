@@ -2,18 +2,35 @@
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trivet.batch import Example, Rollouts
+from trivet.batch import Example
 from trivet.errors import InputError
 from trivet.run.options import Options
 
 Metrics = dict[str, float]
+Pair = tuple[Tensor, Tensor]  # (sum, count) of a mean: parts of a step, and ranks, are added up before the division
+Tally = dict[str, Any]  # metrics before that: numbers, scalar tensors, pairs
+
+
+def mean(x: Tensor, mask: Tensor | None = None) -> Pair:
+    """The pair of a mean over the entries that the mask keeps and that are known (not NaN)."""
+    counted = ~x.isnan() if mask is None else mask & ~x.isnan()
+    return torch.where(counted, x, 0).sum(), counted.sum()
+
+
+def reduced(metrics: Mapping[str, Any]) -> Metrics:
+    """Numbers from numbers, scalar tensors and pairs; a pair without entries is NaN. Reads the device once."""
+    parts = {name: value if isinstance(value, tuple) else (value,) for name, value in metrics.items()}
+    tensors = [x.detach().reshape(1) for part in parts.values() for x in part if isinstance(x, Tensor)]
+    read: Iterator[float] = iter(torch.cat(tensors).tolist() if tensors else ())
+    known = {name: [next(read) if isinstance(x, Tensor) else x for x in part] for name, part in parts.items()}
+    return {name: part[0] / (part[1] or math.nan) if part[1:] else part[0] for name, part in known.items()}
 
 
 @dataclass(kw_only=True)
@@ -31,7 +48,11 @@ class Run:
     device: str
     generator: torch.Generator
     note: Callable[[str], None] = lambda text: None  # a line for whoever watches
-    samples: list[dict[str, Any]] = field(default_factory=list)  # for samples.jsonl
+    keep: Callable[..., None] = lambda *args, **kwargs: None  # run.record.Record.keep: completions, for whoever looks
+    keeps: Callable[[int], bool] = lambda step: False  # whether this step's tokens are kept too
+    parts: dict[str, Any] = field(
+        default_factory=dict
+    )  # by name, what else the recipe holds: models, optimizers, an engine
 
     def batches(self) -> Iterator[tuple[int, list[Example]]]:
         """(step, examples) for every step from 1, in an order shuffled anew each epoch; the same at every call."""
@@ -47,13 +68,6 @@ class Run:
         """Whether this step ends with an evaluation: the last one does, and every eval_every-th."""
         every = self.config.eval_every
         return bool(self.heldout) and (step == self.steps or (every > 0 and step % every == 0))
-
-    def keep_samples(self, step: int, rollouts: Rollouts, rewards: Tensor, most: int = 4) -> None:
-        """Note the first few completions of a step."""
-        size = rollouts.groups.group_size
-        for b, text in enumerate(rollouts.texts[:most]):
-            kept = {"step": step, "prompt": rollouts.rows[b // size].get("prompt"), "completion": text}
-            self.samples.append(kept | {"reward": float(rewards[b]), "finished": bool(rollouts.finished[b])})
 
 
 class Optimizer:

@@ -56,3 +56,7 @@ class Options:
     """Start from random weights in the shape of the model's config.json."""
     save_every: int = 0
     """Also save the model every so many steps, under checkpoints/."""
+    quiet: bool = False
+    """Print nothing but the run directory at the end, and errors."""
+    keep_tokens_every: int = 10
+    """Keep every token's numbers of a few completions every so many steps, the first and the last, for trivet report; 0: never."""

@@ -1,7 +1,7 @@
-"""What a run says on the screen: the data report, one live line (plain lines where there is no terminal), the last numbers."""
+"""What a run says on the screen: the data report, one live line (plain lines where there is no terminal), a table at the end."""
 
+import os
 import time
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -10,6 +10,7 @@ from rich.table import Table
 
 from trivet.run.launch import Launch
 from trivet.run.loop import Metrics
+from trivet.run.memory import peak_memory
 
 SHOWN = {
     "reward": "reward",
@@ -21,15 +22,24 @@ SHOWN = {
 }
 
 
+SUMMED_UP = (
+    *SHOWN,
+    "rewards/margins",
+    "margin",
+    "entropy",
+    "grad_norm",
+)  # first, last and held out, in the table at the end
+
+
 class Terminal:
     """Follows one run; give it to launch. brief: the progress line only."""
 
     def __init__(self, *, brief: bool = False) -> None:
         self.brief = brief
-        self.console = Console(highlight=False)
+        self.console = Console(highlight=False, force_terminal=False if os.environ.get("CI") else None)
         self.progress: Progress | None = None
-        self.spoken = 0.0
-        self.tokens, self.first = 0.0, 0.0
+        self.spoken, self.tokens = 0.0, 0.0
+        self.first = Metrics()
 
     def __call__(self, launched: Launch, step: int, metrics: Metrics) -> None:
         if step == 0:
@@ -39,10 +49,10 @@ class Terminal:
         line = "  ".join(f"{name} {metrics[key]:.3g}" for key, name in SHOWN.items() if key in metrics)
         left = ""
         if step == 1:  # it carries what is done once, a reference pass for one, and tells nothing of the speed
-            self.first = metrics["seconds"]
+            self.first = metrics
         else:
             self.tokens += metrics.get("tokens/generated", 0) + metrics.get("tokens/trained", 0)
-            spent = max(1e-9, metrics["seconds"] - self.first)
+            spent = max(1e-9, metrics["seconds"] - self.first["seconds"])
             line += f"  {self.tokens / spent:,.0f} tokens/s"
             left = f"  {_clock((run.steps - step) * spent / (step - 1))} left"
         if self.progress:
@@ -50,11 +60,12 @@ class Terminal:
         elif step == run.steps or time.monotonic() - self.spoken > 5:
             self.console.print(f"step {step}/{run.steps}  {line}{left}", soft_wrap=True)
             self.spoken = time.monotonic()
-        heldout = {key: value for key, value in metrics.items() if key.startswith("eval/")}
         if step == run.steps:
             self.close()
-            if heldout and not self.brief:
-                self.console.print(_numbers(f"held-out, after step {step}", heldout))
+            if not self.brief:
+                self.console.print(_summary(self.first, metrics))
+                peak = f"peak memory {peak_memory(run.device) / 2**20:,.0f} MiB"
+                self.console.print(f"  {run.steps} steps in {_clock(metrics['seconds'])} · {peak}")
 
     def close(self) -> None:
         """End the live line, also of a run that failed."""
@@ -89,30 +100,24 @@ class Terminal:
         self.console.print("  " + _example(launched).replace("\n", "\n  "), soft_wrap=True)
 
 
-def _example(launched: Launch, most: int = 120) -> str:
-    """The first training example, decoded: the prompt dim, learned tokens green."""
-    example = launched.run.train[0]
-
-    def text(ids: list[int]) -> str:
-        return escape(launched.tokenizer.decode(ids))
-
-    prompt = text(example.prompt[-most:])
-    lines = [f"[dim]{'…' if len(example.prompt) > most else ''}{prompt}[/dim]"]
-    for ids, learned in zip(example.completions, example.learned, strict=True):
-        spans: list[tuple[bool, list[int]]] = []
-        for token, flag in list(zip(ids, learned, strict=True))[:most]:
-            if not spans or spans[-1][0] != flag:
-                spans.append((flag, []))
-            spans[-1][1].append(token)
-        styled = [f"[{'green' if flag else 'dim'}]{text(span)}[/]" for flag, span in spans]
-        lines.append("→ " + "".join(styled) + ("…" if len(ids) > most else ""))
-    return "\n".join(lines)
+def _example(launched: Launch) -> str:
+    """The first training example: the prompt dim, learned tokens green."""
+    example = launched.example()
+    spans = (
+        "".join(f"[{'green' if learned else 'dim'}]{escape(text)}[/]" for text, learned in completion)
+        for completion in example["completions"]
+    )
+    return "\n".join([f"[dim]{escape(example['prompt'])}[/dim]", *(f"→ {completion}" for completion in spans)])
 
 
-def _numbers(title: str, metrics: dict[str, Any]) -> Table:
-    table = Table(title=title, show_header=False, title_justify="left", box=None, padding=(0, 2, 0, 2), min_width=40)
-    for key, value in metrics.items():
-        table.add_row(key.removeprefix("eval/"), f"{value:.4g}")
+def _summary(first: Metrics, last: Metrics) -> Table:
+    """The main numbers of the first and the last step, and the held-out ones, those that were only taken there included."""
+    table = Table(box=None, padding=(0, 2, 0, 2), header_style="dim")
+    for title in ("", "first step", "last step", "held out"):
+        table.add_column(title, justify="right" if title else "left")
+    heldout = {key.removeprefix("eval/"): value for key, value in last.items() if key.startswith("eval/")}
+    for key in dict.fromkeys(key for key in (*SUMMED_UP, *heldout) if key in last or key in heldout):
+        table.add_row(key, *(f"{numbers[key]:.4g}" if key in numbers else "" for numbers in (first, last, heldout)))
     return table
 
 

@@ -4,16 +4,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-STORIES: dict[str, Any] = {
-    "model": str(HERE / "stories"),
-    "data": str(HERE / "stories" / "preferences.jsonl.gz"),
-    "max_completion_tokens": 64,
-}
-ARITHMETIC: dict[str, Any] = {
-    "model": str(HERE / "arithmetic"),
-    "data": str(HERE / "arithmetic" / "problems.jsonl"),
-    "from_scratch": True,
-    "eval_data": str(HERE / "arithmetic" / "problems.jsonl"),  # the task is the table itself
-    "max_completion_tokens": 2,
-    "prompts_per_step": 55,
-}
+TABLE = f"{HERE}/arithmetic/problems.jsonl"  # the whole task: learned and asked for
+STORIES: Any = {"model": f"{HERE}/stories", "data": f"{HERE}/stories/preferences.jsonl.gz", "max_completion_tokens": 64}
+ARITHMETIC: Any = {"model": f"{HERE}/arithmetic", "from_scratch": True, "data": TABLE, "eval_data": TABLE}
+ARITHMETIC |= {"max_completion_tokens": 2, "prompts_per_step": 55}

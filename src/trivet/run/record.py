@@ -1,0 +1,146 @@
+"""The run directory: what a run leaves for those who look, while it goes on and after.
+
+config.toml and run.json when the first step is done, a line a step in metrics.jsonl, completions in samples.jsonl, with their
+tokens at some steps, summary.json at the end.
+"""
+
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from trivet.batch import Groups, Rollouts
+from trivet.run.config import to_toml
+from trivet.run.files import write_json
+from trivet.run.loop import Metrics
+from trivet.run.options import Options
+
+ROWS = 8  # completions of a kept step, or a whole group where it is larger, up to 16
+TEXTS = 4  # completions of any other step, without their tokens
+
+
+class Record:
+    """Writes one run directory, and nothing before the first step is done."""
+
+    def __init__(self, out: Path, config: Options, method: str, steps: int, tokenizer: Any, decode: Callable[..., str]):
+        self.out, self.config, self.method, self.steps = out, config, method, steps
+        self.tokenizer, self.decode = tokenizer, decode
+        self.reward: Any = None  # rewards.reward.WeightedSum, whose parts are kept beside their sum
+        self.samples: list[dict[str, Any]] = []
+
+    def begin(self, about: Mapping[str, Any]) -> None:
+        """config.toml, and run.json: what is run, on what, since when."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        command = f"# trivet {self.method} --config config.toml\n"
+        (self.out / "config.toml").write_text(command + to_toml(self.config), encoding="utf-8")
+        weights = {} if self.reward is None else dict(zip(self.reward.rewards, self.reward.weights, strict=True))
+        facts = {"method": self.method, "steps": self.steps, **about, "pid": os.getpid(), "reward_weights": weights}
+        write_json(self.out / "run.json", facts | {"options": asdict(self.config)} | surroundings(self.config.device))
+
+    def step(self, metrics: Metrics) -> None:
+        """The line of a step, and the completions that were kept of it."""
+        _append(self.out / "metrics.jsonl", [metrics])
+        _append(self.out / "samples.jsonl", self.samples)
+        self.samples.clear()
+
+    def keeps(self, step: int) -> bool:
+        """Whether the tokens of this step are kept."""
+        every = self.config.keep_tokens_every
+        return every > 0 and (step in (1, self.steps) or step % every == 0)
+
+    def keep(
+        self,
+        step: int,
+        given: Rollouts | Groups,
+        *,
+        rows: Sequence[Mapping[str, Any]] = (),
+        heldout: bool = False,
+        **numbers: Tensor,
+    ) -> None:
+        """Completions of a step for samples.jsonl, and at a kept step every token's numbers with them.
+
+        given: what was sampled, or groups of data with their rows (P,). numbers: (B,) one a completion, or (B, T) one a token. With
+        old_logprob the ratio is recorded, with ref_logprob each token's part of the KL.
+        """
+        sampled, groups = isinstance(given, Rollouts), given.groups if isinstance(given, Rollouts) else given
+        if isinstance(given, Rollouts):
+            rows, numbers = given.rows, numbers | {"finished": given.finished, "sampler_logprob": given.logprobs}
+        size = groups.group_size
+        with_tokens = self.keeps(step) and not (heldout and sampled)
+        if not (with_tokens or sampled):
+            return
+        parts = {} if self.reward is None or not sampled else self.reward.parts
+        parts = {name: part for name, part in parts.items() if len(part) == len(groups.completions)}
+        count = min(len(groups.completions), TEXTS if not with_tokens else min(16, max(ROWS, size)))
+        if (chosen := numbers.pop("chosen", None)) is None and size == 2 and not sampled:
+            chosen = torch.arange(len(groups.completions)) % 2 == 0
+        if "old_logprob" in numbers:
+            numbers["ratio"] = (numbers["logprob"] - numbers.pop("old_logprob")).exp()
+        if getattr(self.config, "beta", 1) == 0:  # there is no reference
+            numbers.pop("ref_logprob", None)
+        if "ref_logprob" in numbers:
+            numbers["kl"] = numbers["logprob"] - numbers["ref_logprob"]
+        read = {name: x[:count].tolist() for name, x in numbers.items()}
+        prompts, ids = groups.prompts[: -(-count // size)].tolist(), groups.completions[:count].tolist()
+        present, mask = groups.present[:count].tolist(), groups.mask[:count].tolist()
+        prompt_mask = groups.prompt_mask[: -(-count // size)].tolist()
+        for b in range(count):
+            p = b // size
+            own = [t for t, real in enumerate(present[b]) if real]
+            before = [token for token, real in zip(prompts[p], prompt_mask[p], strict=True) if real]
+            written = [ids[b][t] for t in own]
+            text = self.decode(before, written[:-1] if sampled and read["finished"][b] else written)
+            line: dict[str, Any] = {"step": step, "group": p, "prompt": rows[p].get("prompt"), "completion": text}
+            line |= {"set": "held-out"} if heldout else {}
+            line |= {"side": "chosen" if chosen[b] else "rejected"} if chosen is not None else {}
+            line |= {name: short(x[b]) for name, x in read.items() if not isinstance(x[b], list)}
+            line |= {"rewards": {name: short(part[b].item()) for name, part in parts.items()}} if parts else {}
+            by_token = {name: x[b] for name, x in read.items() if isinstance(x[b], list)}
+            if with_tokens and by_token:
+                line["tokens"] = spelled(self.tokenizer, before, written)
+                line |= {name: [short(x[t]) if mask[b][t] else None for t in own] for name, x in by_token.items()}
+            self.samples.append(line)
+
+    def end(self, summary: Mapping[str, Any]) -> None:
+        """summary.json: the run is done."""
+        write_json(self.out / "summary.json", {"method": self.method, **summary} | surroundings(self.config.device))
+
+
+def spelled(tokenizer: Any, before: Sequence[int], ids: Sequence[int], window: int = 4) -> list[str]:
+    """Each token's own text, so that together they read as the whole. Bytes of a character split over tokens come with its last."""
+    everything, texts = [*before[-window:], *ids], list[str]()
+    for end in range(len(everything) - len(ids), len(everything)):
+        known = everything[max(0, end - window) : end]
+        without, with_it = tokenizer.decode(known), tokenizer.decode([*known, everything[end]])
+        whole = with_it.startswith(without) and not with_it.endswith("\ufffd")
+        texts.append(with_it[len(without) :] if whole else tokenizer.decode([everything[end]]))
+    return texts
+
+
+def surroundings(device: str) -> dict[str, Any]:
+    """Machine and versions."""
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    versions |= {"python": platform.python_version(), "trivet": version("trivet")}
+    return {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {device}", "versions": versions}
+
+
+def short(x: Any) -> Any:
+    """Six digits of a number, null for NaN, which JSON does not have."""
+    return (float(f"{x:.6g}") if x == x else None) if isinstance(x, float) else x
+
+
+def _append(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    if not lines:
+        return
+    with path.open("a", encoding="utf-8") as file:
+        for line in lines:
+            known = {key: None if isinstance(x, float) and x != x else x for key, x in line.items()}
+            file.write(json.dumps(known, ensure_ascii=False) + "\n")
