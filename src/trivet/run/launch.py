@@ -35,6 +35,7 @@ from trivet.rewards.functions import load_rewards
 from trivet.run.config import check, to_toml
 from trivet.run.loop import Metrics, Run
 from trivet.run.options import Options
+from trivet.run.trackers import send, trackers, until_end
 
 
 class Launch:
@@ -135,10 +136,11 @@ def launch(config: Options, watch: Watch | None = None) -> Path:
     """
     launched = Launch(config)
     run, out = launched.run, launched.out
+    tracked = trackers(config.track, out, {"method": launched.method} | vars(config))
     began, heldout, tokens = time.perf_counter(), dict[str, float](), Counter[str]()
     if watch:
         watch(launched, 0, {})
-    for step, metrics in enumerate(launched.recipe.train(run.config, run), 1):
+    for step, metrics in enumerate(until_end(tracked, launched.recipe.train(run.config, run)), 1):
         metrics = {"step": step, "seconds": round(time.perf_counter() - began, 3)} | metrics
         tokens.update({key: int(value) for key, value in metrics.items() if key.startswith("tokens/")})
         heldout |= {key: value for key, value in metrics.items() if key.startswith("eval/")}
@@ -146,6 +148,7 @@ def launch(config: Options, watch: Watch | None = None) -> Path:
             out.mkdir(parents=True, exist_ok=True)
             (out / "config.toml").write_text(f"# trivet {launched.method} --config config.toml\n" + to_toml(config))
         _append(out / "metrics.jsonl", [metrics])
+        send(tracked, step, metrics)
         _append(out / "samples.jsonl", run.samples)
         run.samples.clear()
         if config.save_every and step % config.save_every == 0 and step < run.steps:
