@@ -62,20 +62,22 @@ def state(run: Path, pid: Any, seconds: Sequence[float]) -> str:
     """'done', 'running' or 'stopped', given the pid of run.json and how long the last steps took.
 
     A run that was killed leaves no summary.json, and a pid that is gone. That may be one of another machine, over a shared
-    disk: while lines come as they did, it runs. One whose pid is unknown, or somebody else's by now, has stopped when nothing
-    came for very long.
+    disk: while lines come as they did, it runs. One whose pid nobody knows, or somebody else has by now, has stopped when
+    nothing came for very long.
     """
     if (run / "summary.json").exists():
         return "done"
     written = [path.stat().st_mtime for name in ("metrics.jsonl", "run.json") if (path := run / name).exists()]
     quiet, longest = time.time() - max(written, default=0.0), max(seconds, default=0.0)
-    if isinstance(pid, int) and not lives(pid):
+    if lives(pid) is False:
         return "running" if seconds and quiet < max(2.0, 2 * longest) else "stopped"
-    return "running" if quiet < max(600.0, 20 * longest) or (pid and not seconds) else "stopped"
+    return "running" if quiet < max(600.0, 20 * longest) or (lives(pid) and not seconds) else "stopped"
 
 
-def lives(pid: int) -> bool:
-    """Whether this process is there and not only waiting to be buried."""
+def lives(pid: Any) -> bool | None:
+    """Whether this process is there, and more than a name that its parent has not let go of; None for no pid."""
+    if not isinstance(pid, int):
+        return None
     try:
         os.kill(pid, 0)
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
