@@ -11,7 +11,7 @@ import pytest
 from runs import write_run
 from trivet.cli import main
 from trivet.report import plots
-from trivet.report.record import method_of, read_metrics
+from trivet.report.runs import method_of, read_metrics
 
 SVG = "{http://www.w3.org/2000/svg}"
 

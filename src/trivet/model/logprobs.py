@@ -7,9 +7,7 @@ import torch
 from torch import Tensor
 
 CHUNK = {"cpu": 1 << 20}  # float32 logits worked on at once: what a cache holds; elsewhere 1 << 26
-KEPT = (
-    1 << 27
-)  # bytes of probabilities, in the type of the products, that wait for the backward pass; others are made again
+KEPT = 1 << 27  # bytes of products that wait for the backward pass; others are made again
 
 
 def selected_logprobs(

@@ -11,7 +11,7 @@ from typing import Any
 
 from trivet.errors import InputError
 from trivet.report.compare import read_summary
-from trivet.report.record import method_of, read_metrics, require_run, runs_and_options
+from trivet.report.runs import method_of, read_metrics, require_run, runs_and_options
 
 COLORS = {  # Okabe and Ito's palette, told apart by color-blind readers too
     "sft": "#000000",
