@@ -118,7 +118,12 @@ def _metrics(method: str, step: int, steps: int, draw: random.Random, over: bool
     def curve(start: float, end: float, noise: float = 0.05) -> float:
         return _curve(step, steps, start, end, draw, noise)
 
-    line: dict[str, Any] = {"step": step, "seconds": round(0.6 * step, 3), "grad_norm": abs(curve(1.0, 0.4)), "lr": 1e-3}
+    line: dict[str, Any] = {
+        "step": step,
+        "seconds": round(0.6 * step, 3),
+        "grad_norm": abs(curve(1.0, 0.4)),
+        "lr": 1e-3,
+    }
     line["tokens/trained"] = 12_000.0
     parts = {"generation": 0.2, "reward": 0.05, "forward": 0.12, "backward": 0.18, "optimizer": 0.03, "other": 0.02}
     if method not in SAMPLES:
@@ -139,17 +144,34 @@ def _metrics(method: str, step: int, steps: int, draw: random.Random, over: bool
     else:
         reward, gold = curve(1.2, 4.0, 0.03), _gold(step, steps, over) + draw.gauss(0, 0.05)
         held = {"reward": reward - 0.1, "kl": curve(0, 5), "completions/mean_length": curve(36, 44)}
-        held |= {"rewards/learned/mean": reward - 0.1, "rewards/gold/mean": gold - 0.05, "completions/clipped_ratio": 0.01}
-        line |= {"reward": reward, "reward_std": curve(1.8, 0.6), "frac_reward_zero_std": 0.02, "tokens/generated": 4800.0}
+        held |= {
+            "rewards/learned/mean": reward - 0.1,
+            "rewards/gold/mean": gold - 0.05,
+            "completions/clipped_ratio": 0.01,
+        }
+        line |= {
+            "reward": reward,
+            "reward_std": curve(1.8, 0.6),
+            "frac_reward_zero_std": 0.02,
+            "tokens/generated": 4800.0,
+        }
         line |= {"rewards/learned/mean": reward, "rewards/gold/mean": gold, "kl": curve(0, 5, 0.02)}
-        line |= {"completions/mean_length": curve(36, 44), "completions/clipped_ratio": 0.01, "entropy": curve(0.63, 0.4)}
+        line |= {
+            "completions/mean_length": curve(36, 44),
+            "completions/clipped_ratio": 0.01,
+            "entropy": curve(0.63, 0.4),
+        }
         line |= {"sampling/logprob_difference/mean": 1e-6, "sampling/logprob_difference/max": 8e-6}
         if method != "pairwise-grpo":
             line |= {"clip_ratio": curve(0.02, 0.1)}
         if method == "pairwise-grpo":
             line |= {"pairs": float(draw.randint(300, 420))}
         if method == "ppo":
-            line |= {"objective/rlhf_reward": reward - 0.2, "value/explained_variance": curve(0, 0.8), "value/grad_norm": 1.2}
+            line |= {
+                "objective/rlhf_reward": reward - 0.2,
+                "value/explained_variance": curve(0, 0.8),
+                "value/grad_norm": 1.2,
+            }
     return line | ({f"eval/{key}": value for key, value in held.items()} if evaluated else {})
 
 
