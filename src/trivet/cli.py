@@ -23,6 +23,9 @@ methods       trivet METHOD --model NAME --data FILE [--out DIR] [options]     (
 looking
   quickstart      all six on the embedded story model, a few minutes on a laptop; then one table, plots, samples
   compare         the same table for any runs: trivet compare RUN RUN ...
+  report          one page to read and keep, for any runs: trivet report RUN RUN ...
+  watch           the same page, live in the browser while a run goes on: trivet watch RUN
+  plot            any metrics of any runs as PNG and SVG: trivet plot RUN ... --y reward kl
   generate        completions from a run, folder or hub name
   score           rewards for rows of a file
 
@@ -58,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_command(command: str, args: list[str]) -> int:
     """One command with its own arguments."""
-    others = {"quickstart": "quickstart", "compare": "report.compare", "generate": "commands", "score": "commands"}
+    others = {"quickstart": "quickstart", "compare": "report.compare", "report": "report.page"}
+    others |= {"watch": "report.watch", "plot": "report.plots", "generate": "commands", "score": "commands"}
     if command in RECIPES:
         from trivet.run.launch import launch
         from trivet.run.terminal import Terminal

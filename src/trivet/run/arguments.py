@@ -11,7 +11,7 @@ from trivet.errors import InputError
 
 
 def read_flags(config: type[Any], args: Sequence[str], others: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Keys and values from --key value, --key=value, --key and --no-key, several values where a list is expected.
+    """Keys and values from --key value, --key=value, --key and --no-key, several values (or times) where a list is expected.
 
     others: keys beyond the fields of config, and their types. A word that is no number where one is expected stays as it is.
     Errors: InputError for an unknown key, naming the nearest, one given twice, or the wrong number of values.
@@ -34,13 +34,13 @@ def read_flags(config: type[Any], args: Sequence[str], others: dict[str, Any] | 
             near = difflib.get_close_matches(name, kinds, n=1, cutoff=0.0)[0].replace("_", "-")
             raise InputError(f"unknown option {flag}; the nearest known one is --{near} (--help lists all)")
         several = typing.get_origin(kind) is tuple
-        if key in given or (not several and len(words) != (kind is not bool)):
-            takes = "several values after it" if several else "no value" if kind is bool else "one value"
+        if not several and (key in given or len(words) != (kind is not bool)):
+            takes = "no value" if kind is bool else "one value"
             raise InputError(
                 f"{flag} is given {'twice' if key in given else ' '.join(words) or 'nothing'}; it takes {takes}"
             )
         values = [_number(word, typing.get_args(kind)[0] if several else kind) for word in words]
-        given[key] = not off if kind is bool else values if several else values[0]
+        given[key] = not off if kind is bool else [*given.get(key, []), *values] if several else values[0]
     return given
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from trivet.errors import InputError
 from trivet.run.options import Options
+from trivet.run.trackers import require
 
 
 def to_toml(config: Any) -> str:
@@ -45,6 +46,7 @@ def check(config: Options, method: str) -> None:
             if not isinstance(number, str) and not (low <= number <= high and math.isfinite(number)):
                 limits = f"at least {low:g} and {f'at most {high:g}' if high < INF else 'finite'}"
                 raise InputError(f"--{name.replace('_', '-')} is {number}; it must be {limits}")
+    require(config.track)
     if config.out and (Path(config.out) / "config.toml").exists():
         raise InputError(f"--out {config.out} already holds a run; choose another directory, or remove it first")
     out = Path(config.out or "runs").absolute()

@@ -36,6 +36,7 @@ from trivet.run.loop import Metrics, Run
 from trivet.run.memory import by_part, memory_now, peak_memory
 from trivet.run.options import Options
 from trivet.run.record import Record, short
+from trivet.run.trackers import send, trackers, until_end
 
 
 class Launch:
@@ -151,19 +152,21 @@ def launch(config: Options, watch: Watch | None = None) -> Path:
     program = memory_now(usable_device(config.device))
     launched = Launch(config)
     run, record = launched.run, launched.record
+    tracked = trackers(config.track, launched.out, {"method": launched.method} | vars(launched.config))
     if watch:
         watch(launched, 0, {})
     about = {"started_from": launched.start_from, "data": dict(launched.counts)}
     about |= {"parameters": sum(p.numel() for p in run.model.parameters()), "example": launched.example()}
     moment, began, heldout, tokens = time.time(), time.perf_counter(), dict[str, float](), Counter[str]()
     with clock_on(launched.recipe) as clock:
-        for step, metrics in enumerate(launched.recipe.train(run.config, run), 1):
+        for step, metrics in enumerate(until_end(tracked, launched.recipe.train(run.config, run)), 1):
             metrics = {"step": step, "seconds": round(time.perf_counter() - began, 3)} | metrics | clock.take()
             tokens.update({key: int(value) for key, value in metrics.items() if key.startswith("tokens/")})
             heldout |= {key: value for key, value in metrics.items() if key.startswith("eval/")}
             if step == 1:
                 record.begin(about | {"began": moment})
             record.step(metrics)
+            send(tracked, step, metrics)
             if config.save_every and step % config.save_every == 0 and step < run.steps:
                 save_model(run.model, launched.tokenizer, launched.out / "checkpoints" / f"step-{step}")
             if watch:

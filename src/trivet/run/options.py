@@ -54,6 +54,8 @@ class Options:
     """Replace the tokenizer's chat template: 'plain' (Role: text) or a Jinja file."""
     from_scratch: bool = False
     """Start from random weights in the shape of the model's config.json."""
+    track: tuple[str, ...] = ()
+    """Also send metrics to tensorboard, wandb, trackio or mlflow (pip install "trivet[NAME]"); metrics.jsonl is always written."""
     save_every: int = 0
     """Also save the model every so many steps, under checkpoints/."""
     quiet: bool = False

@@ -1,0 +1,84 @@
+"""trivet report: one HTML file for one run or several, which opens from disk and needs nothing else."""
+
+import base64
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from trivet.errors import InputError
+from trivet.report.gather import gather
+from trivet.report.plots import COLORS
+
+PARTS = Path(__file__).parent / "page"
+HELP = """trivet report RUN [RUN ...] [--out FILE.html]
+
+One page for one run, or for several side by side: what was run, warnings, the comparison, samples, curves, the token view, cost.
+It is a single file that needs no network. RUN is a run directory, or a folder of them (runs/quickstart). It also reads a run that
+goes on, or was stopped.
+
+--out FILE.html   where to; default RUN/report.html, for several the folder that holds them all, else ./report.html"""
+
+
+def report(args: list[str]) -> None:
+    """Write the page, and say where it is and how large."""
+    if not args or {"-h", "--help"} & set(args):
+        print(HELP)
+        return
+    from trivet.run.arguments import read_flags
+
+    flags = next((i for i, arg in enumerate(args) if arg.startswith("--")), len(args))
+    if not flags:
+        raise InputError("name a run directory first: trivet report RUN [RUN ...] [--out FILE.html]")
+    given = read_flags(type("Options", (), {"__annotations__": {"out": str}}), args[flags:])
+    runs = [run for arg in args[:flags] for run in runs_in(Path(arg))]
+    parents = {run.absolute().parent for run in runs}
+    if len(runs) == 1:
+        out = runs[0] / "report.html"
+    else:
+        out = (runs[0].parent if len(parents) == 1 else Path()) / "report.html"
+    out = Path(given.get("out", out))
+    page = build_page(gather(runs))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page, encoding="utf-8")
+    print(f"{out}  ·  {out.stat().st_size / 1e6:.1f} MB")
+
+
+def runs_in(path: Path) -> list[Path]:
+    """The path itself, or the run directories in it if it is a folder of runs, in the order of the methods."""
+    inside = [child.parent for child in path.glob("*/config.toml")]
+    if (path / "config.toml").exists() or not inside:
+        return [path]
+    order = list(COLORS)
+    return sorted(inside, key=lambda run: (order.index(run.name) if run.name in order else len(order), run.name))
+
+
+def build_page(payload: dict[str, Any], *, live: bool = False) -> str:
+    """The payload of gather as one HTML file; live: it asks data.json beside it for a new payload every two seconds.
+
+    The page may run the scripts it was built with, named by their hashes, and nothing else: no network, no inline handlers.
+    """
+    scripts = {
+        name: (PARTS / name).read_text("utf-8") for name in ("vendor/d3.min.js", "vendor/plot.umd.min.js", "page.js")
+    }
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts.values()]
+    policy = "default-src 'none'; script-src " + " ".join(f"'sha256-{digest}'" for digest in hashes)
+    policy += "; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
+    names = ", ".join(run["name"] for run in payload["runs"])
+    slots = {
+        "policy": policy + ("; connect-src 'self'" if live else ""),
+        "title": names.translate({ord(c): f"&#{ord(c)};" for c in "<>&\"'"}),
+        "live": "live" if live else "",
+        "css": (PARTS / "page.css").read_text("utf-8"),
+        "data": as_json(payload),
+        "licences": "\n".join((PARTS / f"vendor/{name}.LICENSE").read_text("utf-8") for name in ("d3", "plot")),
+        **scripts,
+    }
+    return re.sub(r"\{\{(\S+?)\}\}", lambda slot: slots[slot[1]], (PARTS / "page.html").read_text("utf-8"))
+
+
+def as_json(payload: dict[str, Any]) -> str:
+    """JSON that can stand inside a script element: ASCII, and without the characters that could end it."""
+    text = json.dumps(payload, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -1,0 +1,87 @@
+"""What the commands that look at runs share: their arguments, reading files that may still be written, whether a run goes on."""
+
+import json
+import os
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trivet.errors import InputError
+
+
+def runs_and_options(kind: type[Any], args: list[str], program: str) -> tuple[list[Path], Any]:
+    """The run directories, which stand first, and the options after them."""
+    from trivet.cli import parse
+
+    flags = next((i for i, arg in enumerate(args) if arg.startswith("-")), len(args))
+    options = parse(kind, args[flags:], f"{program} RUN [RUN ...]")
+    if not flags:
+        raise InputError(f"name a run directory first: {program} RUN [RUN ...]")
+    return [Path(arg) for arg in args[:flags]], options
+
+
+def require_run(run: Path) -> None:
+    """InputError where this is no run directory."""
+    if not any((run / name).exists() for name in ("run.json", "config.toml", "metrics.jsonl")):
+        why = "there is no run.json and no config.toml in it" if run.is_dir() else "there is no such directory"
+        raise InputError(f"{run} is not a run directory: {why}")
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, one a step; a last one that is still being written is left out."""
+    path = run / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    rows = list[dict[str, Any]]()
+    for number, line in enumerate(lines, 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except ValueError:
+            if number < len(lines):
+                raise InputError(f"{path}, line {number}: not JSON; was it edited?") from None
+    return rows
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object of a .json file; {} where there is none, or only its beginning so far."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def method_of(run: Path) -> str:
+    """The method that made this run; '' where nothing says so."""
+    config = run / "config.toml"
+    found = re.match(r"# trivet (\S+)", config.read_text(errors="replace")) if config.exists() else None
+    return read_object(run / "run.json").get("method") or (found[1] if found else "")
+
+
+def state(run: Path, pid: Any, seconds: Sequence[float]) -> str:
+    """'done', 'running' or 'stopped', given the pid of run.json and how long the last steps took.
+
+    A run that was killed leaves no summary.json, and a pid that is gone. That may be one of another machine, over a shared
+    disk: while lines come as they did, it runs. One whose pid nobody knows, or somebody else has by now, has stopped when
+    nothing came for very long.
+    """
+    if (run / "summary.json").exists():
+        return "done"
+    written = [path.stat().st_mtime for name in ("metrics.jsonl", "run.json") if (path := run / name).exists()]
+    quiet, longest = time.time() - max(written, default=0.0), max(seconds, default=0.0)
+    if lives(pid) is False:
+        return "running" if seconds and quiet < max(2.0, 2 * longest) else "stopped"
+    return "running" if quiet < max(600.0, 20 * longest) or (lives(pid) and not seconds) else "stopped"
+
+
+def lives(pid: Any) -> bool | None:
+    """Whether this process is there, and more than a name that its parent has not let go of; None for no pid."""
+    if not isinstance(pid, int):
+        return None
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # somebody else's; or a system without /proc
+        return True

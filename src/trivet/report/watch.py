@@ -1,0 +1,136 @@
+"""trivet watch: the page of trivet report in the browser, live while the runs go on. It only reads their directories."""
+
+import asyncio
+import hashlib
+import os
+import socket
+import time
+import webbrowser
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from trivet.errors import InputError
+from trivet.report.gather import gather
+from trivet.report.page import as_json, build_page, runs_in
+from trivet.report.runs import lives, read_object, require_run, runs_and_options
+
+HOSTS = ("127.0.0.1", "localhost", "[::1]")
+FILES = ("config.toml", "run.json", "metrics.jsonl", "samples.jsonl", "summary.json", "judged.json")
+EVERY = 2.0  # seconds between two questions of a page
+HEADERS = {
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The page of trivet report, live while runs go on, for browsers on this machine. RUN is a run directory, or a folder of them."""
+
+    port: int = 0
+    """Port to listen on; 0 takes one that is free."""
+    open: bool = False
+    """Open the page in a browser."""
+
+
+def watch(args: list[str]) -> None:
+    """trivet watch RUN [RUN ...]: serve until Ctrl-C."""
+    paths, config = runs_and_options(Config, args, "trivet watch")
+    for run in (run for path in paths for run in runs_in(path)):
+        require_run(run)
+    if not 0 <= config.port < 2**16:
+        raise InputError(f"--port {config.port}: ports end at 65535")
+    try:
+        listening = socket.create_server(("127.0.0.1", config.port))
+    except OSError as error:  # taken, or not allowed
+        raise InputError(f"--port {config.port}: {error.strerror}; without --port a free one is taken") from None
+    os.nice(10)  # after the runs
+    address = f"http://127.0.0.1:{listening.getsockname()[1]}/"
+    print(f"{', '.join(map(str, paths))}: {address}  (Ctrl-C ends it; the run does not notice)", flush=True)
+    if config.open:
+        webbrowser.open(address)
+    settings = uvicorn.Config(
+        application(paths),
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        timeout_graceful_shutdown=1,
+    )
+    with suppress(KeyboardInterrupt):
+        uvicorn.Server(settings).run(sockets=[listening])
+
+
+def application(paths: list[Path]) -> ASGIApp:
+    """The page at /, its data at /data.json, and nothing else: no file is served, so no path leads to one.
+
+    What was gathered is kept until a file of the runs changes, so that several who watch cost what one does, and for ten times
+    as long as gathering took: a long run is not slowed down by being looked at. The ETag is of what the page shows.
+    """
+    seen: tuple[Any, ...] | None = None
+    shown: tuple[dict[str, Any], str, str] = {}, "", ""  # the payload, as JSON, its ETag
+    rest = 0.0
+    one_at_a_time = asyncio.Lock()
+
+    def latest() -> tuple[dict[str, Any], str, str]:
+        nonlocal seen, shown, rest
+        runs = [run for path in paths for run in runs_in(path)]
+        now, began = stamp(runs), time.monotonic()
+        if now != seen and began > rest:
+            payload = gather(runs)
+            tag = hashlib.sha256(as_json(payload | {"made": None}).encode()).hexdigest()
+            seen, shown = now, (payload, as_json(payload), f'"{tag}"')
+            rest = time.monotonic() + 10 * (time.monotonic() - began) - EVERY
+        return shown
+
+    async def answer(request: Request) -> Response:
+        host = request.headers.get("host", "").lower()
+        if host.rpartition(":")[0] not in HOSTS and host not in HOSTS:
+            said = f"This is {HOSTS[0]}; a page that reached it by another name ({host[:100]}) is not let in.\n"
+            return PlainTextResponse(said, 403)
+        if request.url.path not in ("/", "/data.json"):
+            return PlainTextResponse("There is / and /data.json.\n", 404)
+        if request.method not in ("GET", "HEAD"):
+            return PlainTextResponse("This only shows: GET.\n", 405, {"Allow": "GET, HEAD"})
+        try:
+            async with one_at_a_time:
+                payload, data, tag = await run_in_threadpool(latest)
+        except (InputError, OSError) as error:  # the directory is gone, for one; it may come back
+            return PlainTextResponse(f"{error}\n", 503)
+        if request.url.path == "/":
+            return Response(await run_in_threadpool(partial(build_page, payload, live=True)), media_type="text/html")
+        if request.headers.get("if-none-match") == tag:
+            return Response(None, 304, {"ETag": tag})
+        return Response(data, 200, {"ETag": tag}, "application/json")
+
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        response = await answer(Request(scope))
+        response.headers.update(HEADERS)
+        await response(scope, receive, send)
+
+    return application
+
+
+def stamp(runs: list[Path]) -> tuple[Any, ...]:
+    """What changes when a payload may: sizes and times of the runs' files, whether their processes live; or, until they are
+    done, when ten seconds are over, for a run that has been quiet for too long counts as stopped."""
+    seen: list[Any] = []
+    for run in runs:
+        for path in (run / name for name in FILES):
+            with suppress(OSError):
+                seen.append((str(path), path.stat().st_size, path.stat().st_mtime_ns))
+        if not (run / "summary.json").exists():
+            seen.append((lives(read_object(run / "run.json").get("pid")), int(time.time() / 10)))
+    return tuple(seen)

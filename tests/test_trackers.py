@@ -1,0 +1,209 @@
+"""Trackers: what each wrote, read back by its own library; a missing package is a sentence, and a failing tracker ends no run."""
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+
+from trivet.cli import main
+from trivet.run import trackers
+
+INSTALLED = [name for name in trackers.OPEN if importlib.util.find_spec(name)]
+PRESET = ["--preset", "arithmetic", "--prompts-per-step", "4"]
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory):
+    """A run of two steps that all installed trackers followed, and its metrics by step."""
+    out = tmp_path_factory.mktemp("runs") / "tracked"
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "MLFLOW", "TRACKIO"))}
+    env |= {"WANDB_MODE": "offline", "TRACKIO_DIR": str(out.parent / "trackio"), "HF_HUB_OFFLINE": "1"}
+    command = ["reward-model", *PRESET, "--steps", "2", "--out", str(out), "--track", *INSTALLED]
+    ran = subprocess.run(
+        [sys.executable, "-m", "trivet", *command], env=env, capture_output=True, text=True, check=True
+    )
+    assert "left out" not in ran.stderr
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return out, {line.pop("step"): {key: value for key, value in line.items() if value is not None} for line in lines}
+
+
+def needs(name: str):
+    """Skip where this tracker's package is not installed."""
+    return pytest.mark.skipif(name not in INSTALLED, reason=f'needs pip install "trivet[{name}]"')
+
+
+@needs("tensorboard")
+def test_tensorboard(tracked):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out, metrics = tracked
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {key for line in metrics.values() for key in line}
+    for key in events.Tags()["scalars"]:
+        found = {event.step: event.value for event in events.Scalars(key)}
+        assert found == pytest.approx({step: line[key] for step, line in metrics.items() if key in line}, rel=1e-6)
+    written = events.Tensors("options/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert 'method = "reward-model"' in written
+    assert "prompts_per_step = 4" in written
+
+
+def wandb_records(data: bytes) -> list[bytes]:
+    """A LevelDB log, in which wandb keeps its records: 7 bytes, then blocks of 32 KiB with parts of records, 7 bytes before each."""
+    records, at = [b""], 7
+    while at + 7 < len(data):
+        if at % 32768 > 32768 - 7:
+            at += -at % 32768
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        records[-1] += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            records.append(b"")
+    return records[:-1]
+
+
+@needs("wandb")
+def test_wandb_offline(tracked):
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    out, metrics = tracked
+    (path,) = (out / "wandb").glob("offline-run-*/run-*.wandb")
+    found, config = {}, {}
+    for record in map(Record.FromString, wandb_records(path.read_bytes())):
+        config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
+        if record.HasField("history"):
+            items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            found[items["_step"]] = {key: value for key, value in items.items() if not key.startswith("_")}
+    assert found == metrics
+    assert config["method"] == "reward-model"
+    assert config["prompts_per_step"] == 4
+
+
+@needs("mlflow")
+@pytest.mark.filterwarnings("ignore")
+def test_mlflow_in_a_file(tracked):
+    import mlflow
+
+    out, metrics = tracked
+    client = mlflow.MlflowClient(f"sqlite:///{out}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("trivet").experiment_id])
+    assert (run.info.run_name, run.info.status) == (out.name, "FINISHED")
+    assert run.data.params["method"] == "reward-model"
+    assert set(run.data.metrics) == {key for line in metrics.values() for key in line}
+    for key in run.data.metrics:
+        found = {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, key)}
+        assert found == {step: line[key] for step, line in metrics.items() if key in line}
+
+
+@needs("trackio")
+def test_trackio(tracked):
+    out, metrics = tracked
+    read = "from trackio.sqlite_storage import SQLiteStorage as s; import json; print(json.dumps(s.get_logs('trivet', 'tracked')))"
+    env = os.environ | {"TRACKIO_DIR": str(out.parent / "trackio")}
+    printed = subprocess.run([sys.executable, "-c", read], env=env, capture_output=True, text=True, check=True).stdout
+    found = {
+        line["step"]: {key: line[key] for key in line if key not in ("step", "timestamp")}
+        for line in json.loads(printed)
+    }
+    assert found == metrics
+
+
+def test_a_missing_package_and_an_unknown_name_are_one_sentence(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for name, said in (("wandb", 'pip install "trivet[wandb]"'), ("wandbb", "tensorboard, wandb, trackio, mlflow")):
+        assert main(["sft", *PRESET, "--steps", "1", "--out", str(out), "--track", name]) == 2
+        error = capsys.readouterr().err
+        assert said in error
+        assert f"--track {name}" in error
+        assert error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_a_folder_that_a_tracker_left_is_no_package(tmp_path, monkeypatch):
+    (tmp_path / "nothing").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(trackers.OPEN, "nothing", None)
+    with pytest.raises(trackers.InputError, match="not installed"):
+        trackers.require(["nothing"])
+
+
+@pytest.fixture
+def followed(monkeypatch):
+    """What a tracker named tensorboard was sent, and how it ended; it fails at the steps in `fails`."""
+    seen: list = []
+    fails: set[int] = set()
+
+    def follow(out, config):
+        seen.append("opened")
+        try:
+            while line := (yield):
+                if line[0] in fails:
+                    raise OSError("no route\nto host")
+                seen.append(line)
+            seen.append("done")
+        except GeneratorExit:
+            seen.append("failed")
+            raise
+
+    monkeypatch.setattr(trackers, "require", lambda names: None)
+    monkeypatch.setattr("trivet.run.config.require", lambda names: None)
+    monkeypatch.setitem(trackers.OPEN, "tensorboard", follow)
+    return seen, fails
+
+
+def test_a_tracker_that_fails_is_named_once_and_the_run_goes_on(followed, tmp_path, capsys):
+    seen, fails = followed
+    fails.add(2)
+    assert main(["sft", *PRESET, "--steps", "3", "--out", str(tmp_path / "run"), "--track", "tensorboard"]) == 0
+    assert [line[0] for line in seen[1:]] == [1]
+    said = [line for line in capsys.readouterr().err.splitlines() if "tensorboard" in line]
+    assert said == ["trivet: --track tensorboard failed and is left out from here: OSError: no route"]
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_run_that_fails_closes_its_trackers_as_failed(followed, tmp_path):
+    seen, _ = followed
+    (tmp_path / "mine.py").write_text(
+        "n = 0\ndef r(completions, **k):\n    global n; n += 1\n    return [1 / (2 - n)] * len(completions)"
+    )
+    arguments = ["grpo", *PRESET, "--steps", "3", "--reward", f"{tmp_path / 'mine.py'}:r", "--track", "tensorboard"]
+    assert main([*arguments, "--out", str(tmp_path / "run")]) == 2
+    assert seen[0] == "opened"
+    assert seen[-1] == "failed"
+    assert [line[0] for line in seen[1:-1]] == [1]
+
+
+def test_an_error_outside_of_the_recipe_closes_them_too(followed, tmp_path):
+    seen, _ = followed
+    opened = trackers.trackers(["tensorboard"], tmp_path, {})
+
+    def loop():
+        for step, metrics in enumerate(trackers.until_end(opened, [{"a": 1.0}] * 3), 1):
+            trackers.send(opened, step, metrics)
+            if step == 2:
+                raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        loop()
+    assert seen == ["opened", (1, {"a": 1.0}), (2, {"a": 1.0}), "failed"]
+
+
+def test_what_is_not_known_is_not_sent_and_the_end_is_said(followed, tmp_path):
+    seen, _ = followed
+    opened = trackers.trackers(["tensorboard", "tensorboard"], tmp_path, {})
+    for metrics in trackers.until_end(opened, [{"step": 1, "a": 1.0, "b": math.nan, "c": None}]):
+        trackers.send(opened, 1, metrics)
+    assert seen == ["opened", (1, {"a": 1.0}), "done"]
+    assert opened == {}
+
+
+def test_nothing_is_opened_where_nothing_is_asked_for(tmp_path):
+    opened = trackers.trackers((), tmp_path / "run", {})
+    assert not (tmp_path / "run").exists()
+    assert list(trackers.until_end(opened, [{}, {}])) == [{}, {}]
