@@ -19,8 +19,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from trivet.batch import microbatches
 from trivet.generation.engine import Engine
 from trivet.model.copies import frozen_copy
@@ -103,7 +101,7 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
         in_loss = config.beta if config.kl_in == "loss" else 0.0
         teaches = advantages.view(-1, config.group_size).any(1) | (in_loss > 0)  # (P,) the others have no gradient
         learner, latest = old_logprobs.clone(), old_logprobs.clone()  # (B, T) before the learner moves, as it moves on
-        gradient = torch.zeros_like(latest)  # (B, T) of the loss by log pi
+        gradient = latest.new_zeros(latest.shape)  # (B, T) of the loss by log pi
         for epoch in range(config.epochs_per_batch):
             for rows, part in microbatches(groups, budget, only=teaches):
                 logprobs = token_logprobs(policy, part, temperature=temperature)  # (b, T)

@@ -16,8 +16,6 @@ the mean. There is no separate KL term: beta ties the policy to the reference as
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-
 from trivet.batch import microbatches
 from trivet.generation.engine import Engine
 from trivet.model.copies import frozen_copy
@@ -67,7 +65,7 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
 
         teaches = pairs.any(2).any(1)  # (P,) the others have no pair
         learner = old_logprobs.clone()  # (B, T) what the learner says of the same tokens, before it moves
-        gradient = torch.zeros_like(learner)  # (B, T) of the loss by log pi
+        gradient = learner.new_zeros(learner.shape)  # (B, T) of the loss by log pi
         for rows, part in microbatches(groups, budget, whole=True, only=teaches):
             logprobs = token_logprobs(policy, part, temperature=temperature)  # (b, T)
             logprob = sequence_sum(logprobs, part.mask)  # (b,)
