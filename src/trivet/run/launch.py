@@ -4,9 +4,11 @@ out = launch(grpo.Config(model="Qwen/Qwen3-0.6B", data="questions.jsonl", reward
 """
 
 import importlib
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -32,6 +34,7 @@ from trivet.model.text import decode_completion, load_tokenizer, stop_ids
 from trivet.rewards.functions import load_rewards
 from trivet.run.clock import clock_on
 from trivet.run.config import check
+from trivet.run.files import RunDirectory
 from trivet.run.loop import Metrics, Run
 from trivet.run.memory import by_part, memory_now, peak_memory
 from trivet.run.options import Options
@@ -145,10 +148,15 @@ Watch = Callable[[Launch, int, Metrics], None]  # step 0 without metrics when al
 
 
 def launch(config: Options, watch: Watch | None = None) -> Path:
-    """Train by the recipe that this config belongs to; returns the run directory.
+    """Train by the recipe that this config belongs to; returns the run directory, a Path that a notebook displays.
 
     It holds config.toml, run.json, metrics.jsonl (a line a step), samples.jsonl, summary.json, checkpoints/ and model/.
     """
+    if watch is None and "ipykernel" in sys.modules:  # in a notebook somebody looks
+        from trivet.run.terminal import Terminal
+
+        with closing(Terminal()) as terminal:
+            return launch(config, terminal)
     program = memory_now(usable_device(config.device))
     launched = Launch(config)
     run, record = launched.run, launched.record
@@ -183,7 +191,7 @@ def launch(config: Options, watch: Watch | None = None) -> Path:
         "eval": {name: short(value) for name, value in heldout.items()},
     }
     record.end(summary | {key: value for key, value in about.items() if key != "example"})
-    return launched.out
+    return RunDirectory(launched.out)
 
 
 def microbatch_that_fits(device: str) -> int:
