@@ -1,6 +1,7 @@
 """The report page, opened from disk in a browser: it draws, it is honest, nothing in the data can run or break it."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -231,6 +232,7 @@ def test_old_runs_and_broken_ones(show, tmp_path):
     (killed / "samples.jsonl").unlink()
     with (killed / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "seconds": 5.0, "loss": null, "grad_norm": NaN}\n[1]\n')
+    os.utime(killed / "metrics.jsonl", (0, 0))  # its last line did not come just now
     payload = gather([old, going, killed, waiting])
     assert [run["status"] for run in payload["runs"]] == ["done", "running", "stopped", "running"]
     assert [run["done"] for run in payload["runs"]] == [20, 11, 8, 0]

@@ -25,8 +25,9 @@ GONE = 2**22 + 1  # no process has this pid
 
 
 @pytest.fixture
-def serve():
-    """Serve these paths from a thread; returns ask(path, headers, method) -> (status, headers, body)."""
+def serve(monkeypatch):
+    """Serve these paths from a thread, with no rest between two looks; returns ask(path, headers, method) -> (status, headers, body)."""
+    monkeypatch.setattr(watch, "EVERY", 1e6)
     servers = []
 
     def start(*paths):
@@ -120,7 +121,6 @@ def test_a_run_ends_or_is_killed_or_goes_and_comes_back(serve, tmp_path):
 
     assert status() == "running"
     os.utime(run / "metrics.jsonl", (time.time() - 60,) * 2)
-    os.utime(run / "run.json", (time.time() - 60,) * 2)
     assert status() == "running"
     child.kill()
     until = time.time() + 10
@@ -145,8 +145,10 @@ def test_several_who_watch_cost_what_one_does_and_the_loop_stays_free(serve, tmp
         time.sleep(1)
         return gather(runs)
 
+    run = going_on(tmp_path / "grpo")
+    ask = serve(run)
     monkeypatch.setattr(watch, "gather", slow)
-    ask = serve(write_run(tmp_path / "grpo", "grpo", 5))
+    monkeypatch.setattr(watch, "EVERY", 2.0)
     with ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(ask) for _ in range(6)]
         time.sleep(0.2)
@@ -154,6 +156,8 @@ def test_several_who_watch_cost_what_one_does_and_the_loop_stays_free(serve, tmp
         assert ask("/nothing")[0] == 404
         assert time.monotonic() - began < 0.5
         assert {answer.result()[0] for answer in asked} == {200}
+    append(run, line(run))
+    assert json.loads(ask()[2])["runs"][0]["done"] == 6  # looking takes a tenth of the time at most
     assert len(calls) == 1
 
 
@@ -250,8 +254,7 @@ def test_what_state_a_run_is_in(tmp_path):
     run = going_on(tmp_path / "grpo")
 
     def quiet(seconds):
-        for name in ("metrics.jsonl", "run.json"):
-            os.utime(run / name, (time.time() - seconds,) * 2)
+        os.utime(run / "metrics.jsonl", (time.time() - seconds,) * 2)
 
     quiet(0)
     assert state(run, LIVING, [0.6]) == "running"
@@ -329,7 +332,6 @@ def test_the_open_page_sees_that_a_run_was_killed(serve, tmp_path, browser):
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     run = going_on(tmp_path / "grpo", pid=child.pid)
     os.utime(run / "metrics.jsonl", (time.time() - 60,) * 2)
-    os.utime(run / "run.json", (time.time() - 60,) * 2)
     ask, page = serve(run), browser.new_page()
     page.goto(f"http://127.0.0.1:{ask.port}/")
     page.wait_for_selector("#live[data-state=live]")

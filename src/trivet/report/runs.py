@@ -67,8 +67,10 @@ def state(run: Path, pid: Any, seconds: Sequence[float]) -> str:
     """
     if (run / "summary.json").exists():
         return "done"
-    written = [path.stat().st_mtime for name in ("metrics.jsonl", "run.json") if (path := run / name).exists()]
-    quiet, longest = time.time() - max(written, default=0.0), max(seconds, default=0.0)
+    written = next(
+        (path for name in ("metrics.jsonl", "run.json", "config.toml") if (path := run / name).exists()), run
+    )
+    quiet, longest = time.time() - written.stat().st_mtime, max(seconds, default=0.0)
     if lives(pid) is False:
         return "running" if seconds and quiet < max(2.0, 2 * longest) else "stopped"
     return "running" if quiet < max(600.0, 20 * longest) or (lives(pid) and not seconds) else "stopped"
