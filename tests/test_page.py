@@ -178,6 +178,39 @@ def test_tokens_by_keyboard_and_the_readers_choices_survive_new_data(show, six):
     assert tab.evaluate("scrollY") == pytest.approx(700, abs=2)
 
 
+def test_a_slider_can_be_dragged_and_what_did_not_change_stays(show, six, browser):
+    tab = show([six[METHODS.index("ppo")]])
+    tab.evaluate("window.slider = document.getElementById('token-step')")
+    for value in (0, 2, 1):
+        tab.evaluate(f"slider.value = {value}; slider.dispatchEvent(new Event('input'))")
+        assert tab.evaluate("slider.isConnected")
+    last = [line for line in recorded(six[METHODS.index("ppo")]) if line["step"] == 5 and "tokens" in line]
+    assert tab.locator(".tokens").first.locator(".token").all_inner_texts() == last[0]["tokens"]
+    tab.locator("#token-step-later").click()
+    assert "".join(tab.locator(".tokens").first.locator(".token").all_inner_texts()) != "".join(last[0]["tokens"])
+
+
+def test_scripts_that_are_not_the_pages_own_do_not_run(browser, six, tmp_path):
+    """Were something to slip into the page, its policy would stop it."""
+    page = build_page(gather([six[0]]))
+    for slipped in ("<script>window.ran = 1</script>", "<img src=x onerror='window.ran = 2'>"):
+        file = tmp_path / "page.html"
+        file.write_text(page.replace("</main>", f"</main>{slipped}"), encoding="utf-8")
+        tab = browser.new_page()
+        tab.goto(file.as_uri())
+        until(tab, "document.documentElement.dataset.ready")
+        assert tab.evaluate("window.ran") is None
+        assert tab.evaluate("fetch('https://example.com/').then(() => 'sent', () => 'stopped')") == "stopped"
+        tab.close()
+
+
+def test_runs_named_alike_are_told_apart(six, tmp_path):
+    twin = write_run(tmp_path / "other" / "grpo", "grpo", 3)
+    runs = gather([six[4], twin])["runs"]
+    assert [run["name"] for run in runs] == [f"{six[4].parent.name}/grpo (grpo)", "other/grpo (grpo)"]
+    assert runs[0]["color"] != runs[1]["color"]
+
+
 def test_hostile_text_neither_runs_nor_breaks_the_page(show, tmp_path):
     runs = [
         write_run(

@@ -131,8 +131,9 @@ def _read(run: Path) -> dict[str, Any]:
         "left": pace and status == "running" and max(0.0, (planned - done) * pace),
         "about": {
             key: record.get(key, summary.get(key))
-            for key in ("started_from", "parameters", "device", "machine", "versions", "data", "example")
+            for key in ("started_from", "parameters", "device", "machine", "versions", "data")
         },
+        "example": _example(record.get("example")),
         "options": [
             {"name": key, "value": value, "default": key in explained and _same(value, explained[key][0])}
             | ({"help": explained[key][1]} if key in explained else {})
@@ -185,6 +186,14 @@ def _true(record: Line, options: Line, lines: list[Line], judged: Line) -> dict[
     return {"name": "gold", "chart": chart, "turn": turn}
 
 
+def _example(example: Line | None) -> Line | None:
+    """The example of the data report, its texts cut."""
+    if not example:
+        return None
+    spans = [[(_cut_text(str(text), TEXT), on) for text, on in each] for each in example.get("completions") or []]
+    return {"prompt": _cut_text(_spoken(example.get("prompt")), TEXT), "completions": spans}
+
+
 def _speed(lines: list[Line]) -> list[Line]:
     """Tokens a second, sampled and trained together, of every step."""
     found, before = [], 0.0
@@ -231,7 +240,14 @@ def _index(path: Path) -> Index:
             for line in file:
                 step = re.match(rb'\{"step": ?(\d+)', line)
                 if step and line.endswith(b"\n"):
-                    found.append((int(step[1]), file.tell() - len(line), len(line), b'"tokens": [' in line))
+                    found.append(
+                        (
+                            int(step[1]),
+                            file.tell() - len(line),
+                            len(line),
+                            b'"tokens": [' in line or b'"tokens":[' in line,
+                        )
+                    )
     return found
 
 

@@ -60,8 +60,12 @@
     svg.append(line);
     return el("span", { class: "name" }, payload.runs.length > 1 && svg, el("span", { dir: "auto" }, show(run.name)));
   }
-  const legend = (runs) =>
-    runs.length > 1 && el("ul", { class: "legend" }, runs.map((run) => el("li", {}, nameOf(run, payload.runs.indexOf(run)))));
+  // Who is who in the charts of a section.
+  function legend(runs, made) {
+    const ring = made.some((chart) => chart.querySelector("[data-held]"));
+    const items = [payload.runs.length > 1 && runs.map((run) => el("li", {}, nameOf(run, payload.runs.indexOf(run)))), ring && el("li", { class: "name soft" }, "○ rings: held-out data")];
+    return made.length > 0 && items.some(Boolean) && el("ul", { class: "legend" }, items);
+  }
 
   // ---- charts
 
@@ -75,8 +79,8 @@
     }
   });
 
-  function figure(title, notes, height, draw) {
-    const box = el("div", { class: "plot", style: `min-height: ${height}px` });
+  function figure(title, notes, height, draw, held = false) {
+    const box = el("div", { class: "plot", "data-held": held, style: `min-height: ${height}px` });
     drawn.set(box, { draw, width: 0 });
     resized.observe(box);
     notes = notes.filter(Boolean);
@@ -107,7 +111,7 @@
     lines = lines.filter((line) => line.points.some((p) => p.y !== null) || line.held?.length);
     if (!lines.length) return null;
     const draw = (width) => {
-      const named = lines.length > 1 && width > 330, right = named ? 104 : 16;
+      const named = (lines.length > 1 || payload.runs.length > 1) && width > 330, right = named ? 104 : 16;
       const tips = lines.flatMap((line) => [
         ...line.points.filter((p) => p.y !== null).map((p) => ({ ...p, title: `${line.label}\nstep ${p.x}: ${number(p.y, 4)}${p.low !== undefined && p.low !== null ? `\n(${number(p.low)} to ${number(p.high)})` : ""}` })),
         ...(line.held ?? []).map((p) => ({ ...p, title: `${line.label}, held-out\nstep ${p.x}: ${number(p.y, 4)}` })),
@@ -130,13 +134,13 @@
       if (named) labelEnds(svg, width, right, lines.map((line) => (line.points.some((p) => p.y !== null) ? line : { ...line, points: line.held })));
       return svg;
     };
-    const held = lines.some((line) => line.held?.length), per = unique(lines.map((line) => line.per).filter((n) => n > 1));
+    const per = unique(lines.map((line) => line.per).filter((n) => n > 1));
+    const held = lines.some((line) => line.held?.length);
     return figure(title, [
       unit,
-      held && "Rings: held-out data.",
       per.length > 0 && `Each point is the mean of ${list(per.map(String))} steps; the band goes from the least to the most of them.`,
       ...notes,
-    ], height, draw);
+    ], height, draw, held);
   }
   function ticks(lines) {
     const most = d3.max(lines.flatMap((line) => [...line.points, ...(line.held ?? [])]), (p) => Math.abs(p.y ?? 0));
@@ -152,14 +156,14 @@
 
   // One line a run (or, of several names, one line for each name of each run).
   function linesOf(names, labels, runs) {
-    const several = runs.length > 1, lines = [];
+    const several = payload.runs.length > 1, lines = [];
     for (const run of runs)
       names.forEach((name, k) => {
         if (!has(run, name)) return;
         const index = payload.runs.indexOf(run), own = names.length > 1 ? labels[k] : run.name;
         lines.push({
           label: several && names.length > 1 ? `${run.name} ${labels[k]}` : own,
-          color: !several && names.length > 1 ? ["var(--run-0)", "var(--second)"][k] : color(index),
+          color: k && !several ? "var(--second)" : color(index),
           dash: names.length > 1 ? DASHES[k] : several ? DASHES[index % 8] : "",
           points: points(run.metrics, name),
           held: points(run.heldout, `eval/${name}`).filter((p) => p.y !== null),
@@ -417,7 +421,7 @@
 
   function generation() {
     const host = el("div"), made = charts(CHARTS.generation);
-    const parts = [without(), made.length > 0 && legend(samplers()), grid(made)];
+    const parts = [without(), legend(samplers(), made), grid(made)];
     redraw(host, () => samplesView(host));
     if (host.childNodes.length) parts.push(el("h3", { id: "samples" }, "Samples"), host);
     return parts;
@@ -432,7 +436,7 @@
     const made = charts([CHARTS.reward[0], ...parts, ...CHARTS.reward.slice(1)]);
     const runs = payload.runs.filter((run) => run.method !== "sft");
     const none = payload.runs.some((run) => run.method === "sft") && el("p", { class: "soft" }, "sft has no reward: the chosen answer itself is what is good.");
-    return [none, made.length > 0 && legend(runs), grid(made), payload.runs.length === 1 && optimism()];
+    return [none, legend(runs, made), grid(made), payload.runs.length === 1 && optimism()];
   }
 
   function optimization() {
@@ -440,7 +444,7 @@
       .filter((name) => !NAMED.has(name) && !/^rewards\/.+\/mean$/.test(name) && !name.startsWith("eval/"));
     const others = charts(rest.map((name) => ({ title: show(name), unit: "As it was logged", names: [name] })));
     const made = charts(CHARTS.optimization);
-    return [made.length > 0 && legend(payload.runs), grid(made), others.length > 0 && fold("others", `Everything else that was logged (${others.length})`, grid(others))];
+    return [legend(payload.runs, made), grid(made), others.length > 0 && fold("others", `Everything else that was logged (${others.length})`, grid(others))];
   }
 
   // ---- samples
@@ -609,6 +613,7 @@
     const samples = all.filter((sample) => sample.tokens || run.method === "reward-model");
     const groups = Object.values(Object.groupBy(samples, (sample) => `${sample.set ?? ""}/${sample.group ?? 0}`));
     const at = Math.min(chosen.tokenGroup ?? 0, groups.length - 1), group = groups[at];
+    if (!group) return [[], el("p", { class: "soft" }, "The completions of this step are too long to be kept on this page.")];
     const there = QUANTITIES.filter(([name]) => group.some((sample) => sample[name]));
     const quantity = there.find(([name]) => name === chosen.quantity) ?? there[0];
     const choices = [
@@ -744,16 +749,16 @@
 
   function what() {
     return payload.runs.map((run, i) => {
-      const option = ({ name, value, help }) => [el("span", { title: help }, `--${show(name).replaceAll("_", "-")}`), said(written(value), "span", "said mono"), el("span", { class: "soft small" }, help ?? "")];
+      const option = ({ name, value, help }) => [el("span", { title: help }, `--${show(name).replaceAll("_", "-")}`), said(written(value), "span", "said mono"), el("span", { class: "soft small help" }, help ?? "")];
       const own = run.options.filter((each) => !each.default), rest = run.options.filter((each) => each.default), about = run.about;
       const versions = Object.entries(about.versions ?? {}).map(([name, version]) => `${name} ${version}`).join(", ");
       const facts = [["started from", about.started_from], ["parameters", about.parameters ? number(about.parameters) : null], ["machine", about.machine], ["versions", versions], ["peak memory", run.peak_memory ? bytes(run.peak_memory) : null]].filter(([, value]) => value);
       const inside = [
         own.length > 0 && el("h4", {}, "Options that differ from the defaults"),
-        own.length > 0 && table([], own.map(option)),
-        rest.length > 0 && fold(`rest ${run.name}`, `${count(rest.length, "option")} as by default`, table([], rest.map(option))),
+        own.length > 0 && table([], own.map(option), { kind: "options" }),
+        rest.length > 0 && fold(`rest ${run.name}`, `${count(rest.length, "option")} as by default`, table([], rest.map(option), { kind: "options" })),
         about.data && [el("h4", {}, "Data"), table([], Object.entries(about.data).map(([name, n]) => [show(name), number(n)]), { numeric: [1] })],
-        about.example && [el("h4", {}, "One example"), el("p", { class: "soft small" }, "Marked: what is trained on."), example(about.example)],
+        run.example && [el("h4", {}, "One example"), el("p", { class: "soft small" }, "Marked: what is trained on."), example(run.example)],
         facts.length > 0 && [el("h4", {}, "Machine and versions"), table([], facts.map(([name, value]) => [name, show(value)]))],
       ];
       if (payload.runs.length === 1) return el("div", {}, inside);
@@ -762,9 +767,8 @@
   }
 
   function example({ prompt, completions }) {
-    const text = Array.isArray(prompt) ? prompt.map((turn) => `${turn.role}: ${turn.content}`).join("\n") : prompt;
-    return el("div", {}, said(text, "div", "said prompt"),
-      (completions ?? []).map((spans) => el("div", { class: "card said", dir: "auto" }, spans.map(([part, learned]) => el("span", { class: learned ? "learned" : "soft" }, show(part))))));
+    return el("div", {}, said(prompt, "div", "said prompt"),
+      completions.map((spans) => el("div", { class: "card said", dir: "auto" }, spans.map(([part, learned]) => el("span", { class: learned ? "learned" : "soft" }, show(part))))));
   }
 
   // ---- the page
@@ -778,8 +782,18 @@
     ["optimization", "Optimization", () => question("Optimization", "How does it change?"), optimization],
     ["tokens", "Token view", () => question("Token view", "Every token of a completion, colored by what acts on it."), tokens, () => withTokens().map((run) => [run.name, tokenSteps(run)])],
     ["cost", "Cost", () => question("Cost", "Time and memory."), cost],
-    ["what", "What was run", () => question("What was run", "Options, data, machine."), what, () => payload.runs.map((run) => [run.name, run.options, run.about, run.peak_memory])],
+    ["what", "What was run", () => question("What was run", "Options, data, machine."), what, () => payload.runs.map((run) => [run.name, run.options, run.about, run.example, run.peak_memory])],
   ];
+
+  // A section that can't be drawn says so, and the others are drawn.
+  function attempt(build) {
+    try {
+      return build();
+    } catch (error) {
+      console.error(error);
+      return [el("p", {}, `This section could not be drawn: ${show(error.message)}`)];
+    }
+  }
 
   const built = {}; // sections by name; live, one whose data is as before stays as it is
 
@@ -791,7 +805,7 @@
     for (const [id, title, head, build, needs] of SECTIONS) {
       const key = root.dataset.live && needs ? JSON.stringify(needs()) : null;
       if (key === null || built[id]?.key !== key) {
-        const children = build();
+        const children = attempt(build);
         built[id] = { key, section: children && el("section", { id, "aria-label": title }, head(), children) };
       }
       if (!built[id].section) continue;
