@@ -20,7 +20,7 @@ from trivet.errors import InputError
 from trivet.report import compare
 from trivet.report.plots import COLORS
 from trivet.report.runs import state
-from trivet.report.warnings import warnings
+from trivet.report.warnings import Warning, warnings
 
 POINTS = 600  # of a line in a chart; more are averaged
 TEXT, TOKENS = 5_000, 2_000  # characters of a text, tokens of a completion; more are cut
@@ -38,9 +38,7 @@ def gather(runs: Sequence[Path], token_bytes: int = 3_000_000) -> dict[str, Any]
             raise InputError(f"{run} is not a run directory: it holds no run.json, config.toml or metrics.jsonl")
     read = [_read(run) for run in runs]
     used: set[str] = set()
-    for run, path in zip(read, runs, strict=True):
-        same = sum(other.name == path.name for other in runs) > 1
-        name = str(path) if same or not path.name else path.name
+    for run, name in zip(read, _names(runs), strict=True):
         run["name"] = name if name == run["method"] else f"{name} ({run['method']})" if run["method"] else name
         first = COLORS.get(run["method"], MORE_COLORS[0])
         run["color"] = next((color for color in (first, *MORE_COLORS) if color not in used), first)
@@ -53,7 +51,18 @@ def gather(runs: Sequence[Path], token_bytes: int = 3_000_000) -> dict[str, Any]
         for kept, kind in ((True, "tokens"), (False, "plain")):
             read[i]["samples"][kind] = _samples(runs[i] / "samples.jsonl", indexes[i], kept, left[kept] // waiting)
             left[kept] -= len(json.dumps(read[i]["samples"][kind]["steps"]))
-    return _finite({"made": time.time(), "runs": read, "comparison": _comparison(read) if len(read) > 1 else None})
+    comparison = _comparison(read) if len(read) > 1 else None
+    for run in read:
+        held = compare.heldout_numbers(run.pop("summary"))
+        run["last"] = {title: held[key] for key, title in compare.COLUMNS.items() if _number(held.get(key)) is not None}
+    return _finite({"made": time.time(), "runs": read, "comparison": comparison})
+
+
+def _names(runs: Sequence[Path]) -> list[str]:
+    """The last parts of each path, as few as tell the runs apart."""
+    parts = [run.absolute().parts for run in runs]
+    count = next((n for n in range(1, 9) if len({some[-n:] for some in parts}) == len(parts)), 1)
+    return ["/".join(some[-count:]) for some in parts]
 
 
 def turning_point(
@@ -105,7 +114,13 @@ def _read(run: Path) -> dict[str, Any]:
     status = state(run, record.get("pid"), [b["seconds"] - a["seconds"] for a, b in pairwise(recent)])
     pace = (recent[-1]["seconds"] - recent[0]["seconds"]) / (len(recent) - 1) if len(recent) > 1 else None
     began = record.get("began") or ((run / "config.toml").stat().st_mtime if toml else None)
-    explained = defaults(method)
+    explained, true = defaults(method), _true(record, options, lines, judged)
+    warned = warnings(options, lines)
+    if true and true["turn"]:
+        reason = f"the {true['name']} reward was {true['turn']['peak']:.3g} around step {true['turn']['step']:g} and fell by "
+        reason += f"{true['turn']['fall']:.2g} since, while the learned one rose by {true['turn']['rise']:.2g}"
+        help = "fewer --steps, a larger --beta, or a reward model trained on completions of this policy"
+        warned.append(Warning("The reward is over-optimized", reason, help))
     return {
         "method": method,
         "status": status,
@@ -116,14 +131,15 @@ def _read(run: Path) -> dict[str, Any]:
         "left": pace and status == "running" and max(0.0, (planned - done) * pace),
         "about": {
             key: record.get(key, summary.get(key))
-            for key in ("started_from", "parameters", "device", "machine", "versions", "data", "example")
+            for key in ("started_from", "parameters", "device", "machine", "versions", "data")
         },
+        "example": _example(record.get("example")),
         "options": [
             {"name": key, "value": value, "default": key in explained and _same(value, explained[key][0])}
             | ({"help": explained[key][1]} if key in explained else {})
             for key, value in options.items()
         ],
-        "warnings": [asdict(warning) for warning in warnings(options, lines)],
+        "warnings": [asdict(warning) for warning in warned],
         "metrics": thin(lines),
         "heldout": thin(
             [{key: line.get(key) for key in ("step", *evaluated)} for line in lines if evaluated.keys() & line.keys()]
@@ -136,7 +152,7 @@ def _read(run: Path) -> dict[str, Any]:
         "memory": summary.get("memory") or {},
         "peak_memory": summary.get("peak_memory_bytes"),
         "summary": summary | {"eval": summary.get("eval") or evaluated},
-        "true": _true(record, options, lines, judged),
+        "true": true,
         "judged": {
             "checkpoints": judged.get("checkpoints") or [],
             "samples": [_cut(sample) for sample in judged.get("samples") or []],
@@ -168,6 +184,14 @@ def _true(record: Line, options: Line, lines: list[Line], judged: Line) -> dict[
     steps, true, learned = ([point[key] for point in points] for key in ("step", "gold", "learned"))
     turn = turning_point(steps, true, learned, sum(errors) / len(errors) if errors else None)
     return {"name": "gold", "chart": chart, "turn": turn}
+
+
+def _example(example: Line | None) -> Line | None:
+    """The example of the data report, its texts cut."""
+    if not example:
+        return None
+    spans = [[(_cut_text(str(text), TEXT), on) for text, on in each] for each in example.get("completions") or []]
+    return {"prompt": _cut_text(_spoken(example.get("prompt")), TEXT), "completions": spans}
 
 
 def _speed(lines: list[Line]) -> list[Line]:
@@ -216,7 +240,14 @@ def _index(path: Path) -> Index:
             for line in file:
                 step = re.match(rb'\{"step": ?(\d+)', line)
                 if step and line.endswith(b"\n"):
-                    found.append((int(step[1]), file.tell() - len(line), len(line), b'"tokens": [' in line))
+                    found.append(
+                        (
+                            int(step[1]),
+                            file.tell() - len(line),
+                            len(line),
+                            b'"tokens": [' in line or b'"tokens":[' in line,
+                        )
+                    )
     return found
 
 
@@ -358,7 +389,7 @@ def defaults(method: str) -> dict[str, tuple[Any, str]]:
     for path in (SOURCE / "run" / "options.py", SOURCE / "recipes" / f"{method.replace('-', '_')}.py"):
         classes = ast.parse(path.read_text(encoding="utf-8")).body if path.exists() else []
         for body in (node.body for node in classes if isinstance(node, ast.ClassDef)):
-            for field, after in zip(body, body[1:], strict=False):
+            for field, after in pairwise(body):
                 if isinstance(field, ast.AnnAssign) and field.value and isinstance(after, ast.Expr):
                     name, help = ast.unparse(field.target), ast.literal_eval(after.value)
                     found[name] = (ast.literal_eval(field.value), str(help))
