@@ -10,7 +10,23 @@ from typing import Any
 
 METHODS = ("sft", "reward-model", "dpo", "ppo", "grpo", "pairwise-grpo")
 SAMPLES = ("ppo", "grpo", "pairwise-grpo")  # the methods that sample, and so have rewards and several completions
-WORDS = "the a small old duck hen fox hill rain sun was met saw ran hugged smiled helped lost found happy kind".split()
+WORDS = (
+    "the",
+    "a",
+    "small",
+    "old",
+    "duck",
+    "hen",
+    "fox",
+    "hill",
+    "rain",
+    "was",
+    "met",
+    "ran",
+    "smiled",
+    "lost",
+    "kind",
+)
 TOKEN_ARRAYS = {
     "sft": ("logprob", "gradient"),
     "dpo": ("logprob", "ref_logprob", "gradient", "implicit_reward"),

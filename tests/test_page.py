@@ -10,8 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from runs import LIVING, METHODS, TOKEN_ARRAYS, write_quickstart, write_run
 
+from runs import LIVING, METHODS, TOKEN_ARRAYS, write_quickstart, write_run
 from trivet.cli import main
 from trivet.errors import InputError
 from trivet.report.gather import POINTS, defaults, gather, thin, turning_point
@@ -216,7 +216,8 @@ def test_control_characters_are_seen_and_long_lines_cut(show, tmp_path):
     run = write_run(tmp_path / "grpo", "grpo", 1, texts=HOSTILE[5:7], prompts=["\x00 \u05e9\u05dc\u05d5\u05dd"])
     tab = show([run])
     text = "".join(tab.locator("#generation .said").all_inner_texts())
-    assert "a␀b␇c␛[31m" in text and "␀ \u05e9" in text
+    assert "a␀b␇c␛[31m" in text
+    assert "␀ \u05e9" in text
     assert "… 95,000 characters more" in text
     assert tab.locator(".tokens .token").count() < 10_000
 
@@ -237,7 +238,8 @@ def test_old_runs_and_broken_ones(show, tmp_path):
     assert [run["status"] for run in payload["runs"]] == ["done", "running", "stopped", "running"]
     assert [run["done"] for run in payload["runs"]] == [20, 11, 8, 0]
     assert payload["runs"][1]["left"] == pytest.approx(29 * 0.6)
-    assert payload["runs"][0]["method"] == "ppo" and payload["runs"][0]["true"]["name"] == "gold"
+    assert payload["runs"][0]["method"] == "ppo"
+    assert payload["runs"][0]["true"]["name"] == "gold"
     tab = show([old, going, killed, waiting])
     assert tab.evaluate(EMPTY_CHARTS) == []
     assert "11 of 40" in tab.locator("#overview").inner_text()
@@ -253,7 +255,8 @@ def test_ten_thousand_steps_are_shortened_and_say_so(show, tmp_path):
     run = write_run(tmp_path / "long", "grpo", 10_000, keep_every=10, eval_every=100)
     payload = gather([run], token_bytes=1_000_000)
     series = payload["runs"][0]["metrics"]["series"]["kl"]
-    assert len(series["mean"]) <= POINTS and len(series["low"]) == len(series["mean"])
+    assert len(series["mean"]) <= POINTS
+    assert len(series["low"]) == len(series["mean"])
     kept = payload["runs"][0]["samples"]["tokens"]
     assert (kept["of"], kept["steps"][0]["step"], kept["steps"][-1]["step"]) == (1001, 1, 10_000)
     assert 500_000 < len(json.dumps(kept["steps"])) <= 1_000_000
@@ -271,10 +274,12 @@ def test_ten_thousand_steps_are_shortened_and_say_so(show, tmp_path):
 def test_bucket_means_are_means():
     lines = [{"step": step, "x": float(step), "y": None if step % 2 else 1.0} for step in range(1, 2 * POINTS + 1)]
     found = thin(lines)
-    assert found["per"] == 2 and found["series"]["x"]["mean"][:2] == [1.5, 3.5]
+    assert found["per"] == 2
+    assert found["series"]["x"]["mean"][:2] == [1.5, 3.5]
     assert (found["series"]["x"]["low"][1], found["series"]["x"]["high"][1]) == (3.0, 4.0)
     assert set(found["series"]["y"]["mean"]) == {1.0}
-    assert thin(lines[:POINTS])["per"] == 1 and thin([])["steps"] == []
+    assert thin(lines[:POINTS])["per"] == 1
+    assert thin([])["steps"] == []
 
 
 def test_turning_point():
@@ -285,7 +290,9 @@ def test_turning_point():
     learned = [step / 25 + noise.gauss(0, 0.1) for step in steps]
     turns = [4 - ((step - 60) / 30) ** 2 + noise.gauss(0, 0.1) for step in steps]
     found = turning_point(steps, turns, learned)
-    assert found and abs(found["step"] - 60) <= 8 and found["fall"] == pytest.approx(1.5, abs=0.3)
+    assert found
+    assert abs(found["step"] - 60) <= 8
+    assert found["fall"] == pytest.approx(1.5, abs=0.3)
     rising = [step / 50 + noise.gauss(0, 0.1) for step in steps]
     flat = [noise.gauss(0, 0.1) for _ in steps]
     assert turning_point(steps, rising, learned) is None
@@ -333,7 +340,8 @@ def test_a_page_that_is_live_asks_for_data_and_nothing_else(browser, six):
 
 def test_options_that_differ_from_the_defaults_come_first(six):
     options = {option["name"]: option for option in gather([six[4]])["runs"][0]["options"]}
-    assert options["beta"]["default"] is False and options["group_size"]["default"] is True
+    assert options["beta"]["default"] is False
+    assert options["group_size"]["default"] is True
     assert options["lr"]["help"] == "Learning rate of AdamW."
     from trivet.recipes import grpo
 
@@ -346,7 +354,8 @@ def test_the_command(six, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.startswith(f"{six[4] / 'report.html'}  ·  0.")
     assert main(["report", str(six[0].parent)]) == 0
     written = six[0].parent / "report.html"
-    assert str(written) in capsys.readouterr().out and written.stat().st_size < 5e6
+    assert str(written) in capsys.readouterr().out
+    assert written.stat().st_size < 5e6
     alone = write_run(tmp_path / "elsewhere" / "run", "sft", 3)
     assert main(["report", str(alone), str(six[0])]) == 0
     assert Path("report.html").exists()
@@ -361,7 +370,8 @@ def test_the_command(six, tmp_path, capsys, monkeypatch):
 
 def test_the_data_cannot_end_its_script():
     text = as_json({"x": "</script><!-- & \u2028"})
-    assert not set("<>&\u2028") & set(text) and json.loads(text) == {"x": "</script><!-- & \u2028"}
+    assert not set("<>&\u2028") & set(text)
+    assert json.loads(text) == {"x": "</script><!-- & \u2028"}
 
 
 def test_the_assets_are_in_the_wheel_and_help_stays_light(tmp_path):

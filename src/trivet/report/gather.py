@@ -5,6 +5,7 @@ it goes. Nothing is made up: what is not there is left out, and the page does no
 """
 
 import ast
+import itertools
 import json
 import math
 import re
@@ -12,20 +13,17 @@ import time
 import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from trivet.errors import InputError
 from trivet.report import compare
-from trivet.report.plots import COLORS
-from trivet.report.runs import state
-from trivet.report.warnings import warnings
+from trivet.report.plots import run_colors
+from trivet.report.runs import require_run, run_names, state
+from trivet.report.warnings import Warning, warnings
 
 POINTS = 600  # of a line in a chart; more are averaged
 TEXT, TOKENS = 5_000, 2_000  # characters of a text, tokens of a completion; more are cut
 PLAIN_BYTES = 600_000  # for samples without tokens, of all runs together
-MORE_COLORS = ("#56B4E9", "#D55E00", "#8A6FB0", "#7A6A00")  # for a second run of the same method
 SOURCE = Path(__file__).parent.parent
 
 Line = dict[str, Any]
@@ -34,17 +32,11 @@ Line = dict[str, Any]
 def gather(runs: Sequence[Path], token_bytes: int = 3_000_000) -> dict[str, Any]:
     """The payload of report.page.build_page for these run directories; token_bytes is for samples with tokens, of all runs."""
     for run in runs:
-        if not any((run / name).exists() for name in ("run.json", "config.toml", "metrics.jsonl")):
-            raise InputError(f"{run} is not a run directory: it holds no run.json, config.toml or metrics.jsonl")
+        require_run(run)
     read = [_read(run) for run in runs]
-    used: set[str] = set()
-    for run, path in zip(read, runs, strict=True):
-        same = sum(other.name == path.name for other in runs) > 1
-        name = str(path) if same or not path.name else path.name
-        run["name"] = name if name == run["method"] else f"{name} ({run['method']})" if run["method"] else name
-        first = COLORS.get(run["method"], MORE_COLORS[0])
-        run["color"] = next((color for color in (first, *MORE_COLORS) if color not in used), first)
-        used.add(run["color"])
+    methods = [run["method"] for run in read]
+    for run, name, color in zip(read, run_names(runs, methods), run_colors(methods), strict=True):
+        run |= {"name": name, "color": color}
     indexes = [_index(run / "samples.jsonl") for run in runs]
     left = {True: token_bytes, False: PLAIN_BYTES}
     smallest_first = sorted(range(len(runs)), key=lambda i: sum(size for *_, size, _ in indexes[i]))
@@ -53,7 +45,11 @@ def gather(runs: Sequence[Path], token_bytes: int = 3_000_000) -> dict[str, Any]
         for kept, kind in ((True, "tokens"), (False, "plain")):
             read[i]["samples"][kind] = _samples(runs[i] / "samples.jsonl", indexes[i], kept, left[kept] // waiting)
             left[kept] -= len(json.dumps(read[i]["samples"][kind]["steps"]))
-    return _finite({"made": time.time(), "runs": read, "comparison": _comparison(read) if len(read) > 1 else None})
+    comparison = _comparison(read) if len(read) > 1 else None
+    for run in read:
+        held = compare.heldout_numbers(run.pop("summary"))
+        run["last"] = {title: held[key] for key, title in compare.COLUMNS.items() if _number(held.get(key)) is not None}
+    return _finite({"made": time.time(), "runs": read, "comparison": comparison})
 
 
 def turning_point(
@@ -102,10 +98,16 @@ def _read(run: Path) -> dict[str, Any]:
     last = lines[-1] if lines else {}
     done, planned = int(last.get("step", 0)), record.get("steps") or summary.get("steps") or options.get("steps") or 0
     recent = [line for line in lines[-20:] if _number(line.get("seconds")) is not None]
-    status = state(run, record.get("pid"), [b["seconds"] - a["seconds"] for a, b in pairwise(recent)])
+    status = state(run, record.get("pid"), [b["seconds"] - a["seconds"] for a, b in itertools.pairwise(recent)])
     pace = (recent[-1]["seconds"] - recent[0]["seconds"]) / (len(recent) - 1) if len(recent) > 1 else None
     began = record.get("began") or ((run / "config.toml").stat().st_mtime if toml else None)
-    explained = defaults(method)
+    explained, true = defaults(method), _true(record, options, lines, judged)
+    warned = warnings(options, lines)
+    if true and true["turn"]:
+        reason = f"the {true['name']} reward was {true['turn']['peak']:.3g} around step {true['turn']['step']:g} and fell by "
+        reason += f"{true['turn']['fall']:.2g} since, while the learned one rose by {true['turn']['rise']:.2g}"
+        help = "fewer --steps, a larger --beta, or a reward model trained on completions of this policy"
+        warned.append(Warning("The reward is over-optimized", reason, help))
     return {
         "method": method,
         "status": status,
@@ -123,7 +125,7 @@ def _read(run: Path) -> dict[str, Any]:
             | ({"help": explained[key][1]} if key in explained else {})
             for key, value in options.items()
         ],
-        "warnings": [asdict(warning) for warning in warnings(options, lines)],
+        "warnings": [asdict(warning) for warning in warned],
         "metrics": thin(lines),
         "heldout": thin(
             [{key: line.get(key) for key in ("step", *evaluated)} for line in lines if evaluated.keys() & line.keys()]
@@ -136,7 +138,7 @@ def _read(run: Path) -> dict[str, Any]:
         "memory": summary.get("memory") or {},
         "peak_memory": summary.get("peak_memory_bytes"),
         "summary": summary | {"eval": summary.get("eval") or evaluated},
-        "true": _true(record, options, lines, judged),
+        "true": true,
         "judged": {
             "checkpoints": judged.get("checkpoints") or [],
             "samples": [_cut(sample) for sample in judged.get("samples") or []],
@@ -358,7 +360,7 @@ def defaults(method: str) -> dict[str, tuple[Any, str]]:
     for path in (SOURCE / "run" / "options.py", SOURCE / "recipes" / f"{method.replace('-', '_')}.py"):
         classes = ast.parse(path.read_text(encoding="utf-8")).body if path.exists() else []
         for body in (node.body for node in classes if isinstance(node, ast.ClassDef)):
-            for field, after in zip(body, body[1:], strict=False):
+            for field, after in itertools.pairwise(body):
                 if isinstance(field, ast.AnnAssign) and field.value and isinstance(after, ast.Expr):
                     name, help = ast.unparse(field.target), ast.literal_eval(after.value)
                     found[name] = (ast.literal_eval(field.value), str(help))

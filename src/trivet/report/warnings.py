@@ -1,5 +1,6 @@
 """What in a run's numbers asks for attention, why, and which option helps. Pure: options and metrics lines in, sentences out."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -113,7 +114,7 @@ def _heldout_falls(metrics: Sequence[dict[str, Any]]) -> str:
     held = _values(metrics, "eval/reward")
     if len(held) < 4:
         return ""
-    pairs = [(a + b) / 2 for a, b in zip(held, held[1:], strict=False)]
+    pairs = [(a + b) / 2 for a, b in itertools.pairwise(held)]
     best = max(range(len(pairs)), key=pairs.__getitem__)
     then = _mean(_values(metrics[: at[best + 1] + 1], "reward")[-WINDOW:])
     fall, rise, scale = pairs[best] - pairs[-1], _now(metrics, "reward") - then, _now(metrics, "reward_std") / 10

@@ -49,6 +49,8 @@
   const DASHES = ["", "7 3", "2 3", "9 3 2 3", "4 2", "12 4", "1 2", "6 2 1 2 1 2"];
   const IN_THE_DARK = { "#000000": "#f1f0ec", "#999999": "#9a9a9a", "#0072B2": "#5fb5ee", "#009E73": "#2fc296" };
   const color = (index) => `var(--run-${index})`;
+  const inked = (of) => `color-mix(in srgb, ${of} 62%, var(--ink))`; // for words, which need more contrast than lines
+  const brief = (name, most) => (name.length <= most ? name : name.includes("/") ? `…${name.slice(1 - most)}` : `${name.slice(0, most - 1)}…`);
   function nameOf(run, index) {
     const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
     const line = document.createElementNS("http://www.w3.org/2000/svg", "line");
@@ -96,8 +98,8 @@
     const over = labels.length ? labels.at(-1).at - Math.max(...y.range) : 0;
     if (over > 0) for (let i = labels.length - 1, most = Math.max(...y.range); i >= 0; i--, most -= 13) labels[i].at = Math.min(labels[i].at, most);
     d3.select(svg).append("g").attr("aria-label", "line ends").selectAll("text").data(labels).join("text")
-      .attr("text-anchor", "start").attr("x", width - right + 7).attr("y", (d) => d.at).attr("dy", "0.32em").attr("fill", (d) => d.color).attr("font-weight", 600)
-      .text((d) => (d.text.length > 14 ? `${d.text.slice(0, 13)}…` : d.text));
+      .attr("text-anchor", "start").attr("x", width - right + 7).attr("y", (d) => d.at).attr("dy", "0.32em").style("fill", (d) => inked(d.color)).attr("font-weight", 600)
+      .text((d) => brief(d.text, 15));
   }
 
   // lines: [{label, color, dash, points: [{x, y, low, high}], held: [{x, y}], band: [...]}]
@@ -114,7 +116,7 @@
         ...plain, width, height, marginLeft: 52, marginRight: right, ariaLabel: title,
         ariaDescription: lines.map((line) => `${line.label}: ${number(line.points.find((p) => p.y !== null)?.y)} to ${number(line.points.findLast((p) => p.y !== null)?.y)}`).join("; "),
         x: { ...axis, label: "step", labelAnchor: "center", ticks: Math.max(3, Math.floor(width / 90)), nice: false },
-        y: { ...axis, label: null, ticks: 5, grid: true, zero, percent: false, nice: true, tickFormat: percent ? "~%" : short },
+        y: { ...axis, label: null, ticks: 5, grid: true, zero, percent: false, nice: true, tickFormat: percent ? "~%" : ticks(lines) },
         marks: [
           lines.filter((line) => line.points.some((p) => p.low !== undefined && p.low !== null)).map((line) =>
             Plot.areaY(line.points, { x: "x", y1: "low", y2: "high", fill: line.color, fillOpacity: 0.14, ariaDescription: "band" })),
@@ -122,7 +124,7 @@
           lines.map((line) => Plot.dot(line.points.filter((p) => p.y !== null).length < 3 ? line.points : [], { x: "x", y: "y", fill: line.color, r: 3 })),
           lines.map((line) => Plot.dot(line.held ?? [], { x: "x", y: "y", stroke: line.color, fill: "var(--raised)", strokeWidth: 1.6, r: 3.2, ariaDescription: `${line.label}, held-out` })),
           marks,
-          Plot.tip(tips, Plot.pointer({ x: "x", y: "y", title: "title", fontSize: 12 })),
+          Plot.tip(tips, Plot.pointer({ x: "x", y: "y", title: "title", fontSize: 12, lineHeight: 1.25, stroke: "var(--rule)" })),
         ],
       });
       if (named) labelEnds(svg, width, right, lines.map((line) => (line.points.some((p) => p.y !== null) ? line : { ...line, points: line.held })));
@@ -136,7 +138,11 @@
       ...notes,
     ], height, draw);
   }
-  const short = (value) => (Math.abs(value) >= 10000 ? d3.format("~s")(value) : Math.abs(value) < 1e-3 && value ? value.toExponential(0) : String(value));
+  function ticks(lines) {
+    const most = d3.max(lines.flatMap((line) => [...line.points, ...(line.held ?? [])]), (p) => Math.abs(p.y ?? 0));
+    if (most < 0.005) return (value) => (value ? d3.format(".1~e")(value).replace("−", "-") : "0");
+    return most >= 10000 ? d3.format("~s") : String;
+  }
 
   function points(table, name) {
     const series = table.series[name];
@@ -243,14 +249,24 @@
     return el("label", {}, label, node);
   }
 
-  // A slider over the steps that were kept, with buttons to either side.
-  function stepper(id, label, steps, value, change) {
-    const at = Math.max(0, steps.indexOf(value));
-    const slider = el("input", { type: "range", id, min: 0, max: steps.length - 1, value: at, "aria-label": label, "aria-valuetext": `step ${steps[at]}` });
-    const out = el("output", { for: id }, String(steps[at]));
-    slider.addEventListener("input", () => { out.textContent = String(steps[slider.value]); change(steps[slider.value], id); });
-    const move = (by, name, sign) => el("button", { type: "button", id: `${id}-${name}`, "aria-label": `${name} step`, disabled: !(at + by in steps), onclick: () => change(steps[at + by], `${id}-${name}`) }, sign);
-    return el("label", {}, label, el("span", { class: "stepper" }, move(-1, "earlier", "‹"), slider, move(1, "later", "›"), out));
+  // A slider over the steps that were kept, with buttons to either side. It stays while what it steers is drawn again.
+  function stepper(id, steps, value, change) {
+    let at = Math.max(0, steps.indexOf(value));
+    const slider = el("input", { type: "range", id, min: 0, max: steps.length - 1, value: at, "aria-label": "step" });
+    const out = el("output", { for: id });
+    const move = (by, name, sign) => el("button", { type: "button", id: `${id}-${name}`, "aria-label": `${name} step`, onclick: () => to(at + by) }, sign);
+    const back = move(-1, "earlier", "‹"), on = move(1, "later", "›");
+    const say = () => {
+      slider.value = at;
+      slider.setAttribute("aria-valuetext", `step ${steps[at]}`);
+      out.textContent = String(steps[at]);
+      back.disabled = at === 0;
+      on.disabled = at === steps.length - 1;
+    };
+    const to = (index) => { at = index; say(); change(at === steps.length - 1 ? undefined : steps[at]); };
+    slider.addEventListener("input", () => to(Number(slider.value)));
+    say();
+    return el("label", {}, "step", el("span", { class: "stepper" }, back, slider, on, out));
   }
 
   // Draw a part again, with the focus where it was.
@@ -277,11 +293,13 @@
 
   function header() {
     const { runs } = payload, methods = unique(runs.map((run) => run.method).filter(Boolean));
-    const node = [];
+    const node = [], fact = ([name, value]) => el("div", {}, el("dt", {}, name), el("dd", { dir: "auto" }, typeof value === "string" ? show(value) : value));
     if (runs.length === 1) {
       const [run] = runs;
       const facts = [["method", run.method], ["started from", run.about.started_from], ["status", status(run)], ["steps", stepsOf(run)], ["began", when(run)], ["took", duration(run.seconds)], ["left, about", run.left ? duration(run.left) : null]];
-      node.push(el("h1", { dir: "auto" }, show(run.name)), el("dl", { class: "facts" }, facts.filter(([, value]) => value).map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", { dir: "auto" }, typeof value === "string" ? show(value) : value)))));
+      node.push(el("h1", { dir: "auto" }, show(run.name)), el("dl", { class: "facts" }, facts.filter(([, value]) => value).map(fact)));
+      const last = Object.entries(run.last);
+      if (last.length) node.push(el("dl", { class: "facts last" }, fact(["held-out, at the", "last evaluation"]), last.map(([name, value]) => fact([name, number(value)]))));
     } else {
       const rows = runs.map((run, i) => [nameOf(run, i), show(run.about.started_from ?? "–"), status(run), stepsOf(run), when(run), duration(run.seconds) + (run.left ? `, ${duration(run.left)} left` : "")]);
       node.push(el("h1", {}, `${runs.length} runs: ${list(methods)}`), table(["run", "started from", "status", "steps", "began", "took"], rows, { numeric: [3], kind: "stacked facts-of-runs" }));
@@ -329,28 +347,31 @@
           Plot.dot(dots, { x: "kl", y: "reward", stroke: "color", fill: "var(--raised)", symbol: (p) => String(p.symbol), r: 4, strokeWidth: 1.7, ariaDescription: "evaluations" }),
           start && Plot.dot([start], { x: "kl", y: "reward", r: 9, stroke: "currentColor", strokeWidth: 1.2, ariaDescription: "start" }),
           start && Plot.text([start], { x: "kl", y: "reward", text: () => "start", dx: 13, dy: 11, textAnchor: "start", fill: "currentColor", fontSize: 12 }),
-          Plot.tip(dots, Plot.pointer({ x: "kl", y: "reward", title: "title", fontSize: 12 })),
+          Plot.tip(dots, Plot.pointer({ x: "kl", y: "reward", title: "title", fontSize: 12, lineHeight: 1.25, stroke: "var(--rule)" })),
         ].filter(Boolean),
       });
       if (named) {
         const far = trails.filter((line) => line.trail.length > 1 || trails.every((t) => t.trail.length === 1));
-        nearEnds(svg, far.map((line) => ({ label: line.label, color: line.color, x: line.trail.at(-1).kl, y: line.trail.at(-1).reward })));
+        nearEnds(svg, far.map((line) => ({ label: line.label, color: line.color, x: line.trail.at(-1).kl, y: line.trail.at(-1).reward })), dots);
       }
       return svg;
     });
   }
 
-  // Names beside points, each moved down until it touches no other.
-  function nearEnds(svg, ends) {
+  // Names beside points, each moved up or down to where it touches no other name and no point.
+  function nearEnds(svg, ends, dots) {
     const x = svg.scale("x"), y = svg.scale("y"), placed = [];
+    const points = dots.map((dot) => [x.apply(dot.kl), y.apply(dot.reward)]);
     for (const end of ends) {
-      const at = { ...end, px: x.apply(end.x) + 10, py: y.apply(end.y) };
-      while (placed.some((other) => Math.abs(other.px - at.px) < 95 && Math.abs(other.py - at.py) < 13)) at.py += 3;
+      const at = { ...end, px: x.apply(end.x) + 10 }, middle = y.apply(end.y), wide = 7 * end.label.length;
+      const free = (py) => !placed.some((other) => Math.abs(other.px - at.px) < 95 && Math.abs(other.py - py) < 13) &&
+        !points.some(([px, qy]) => px > at.px - 4 && px < at.px + wide && Math.abs(qy - py) < 11);
+      at.py = middle + ([0, 6, -6, 12, -12, 18, -18, 24, -24, 32, -32].find((by) => free(middle + by)) ?? 0);
       placed.push(at);
     }
     d3.select(svg).append("g").attr("aria-label", "names").selectAll("text").data(placed).join("text")
-      .attr("text-anchor", "start").attr("x", (d) => d.px).attr("y", (d) => d.py).attr("dy", "0.32em").attr("fill", (d) => d.color).attr("font-weight", 600)
-      .attr("paint-order", "stroke").attr("stroke", "var(--paper)").attr("stroke-width", 3).text((d) => (d.label.length > 16 ? `${d.label.slice(0, 15)}…` : d.label));
+      .attr("text-anchor", "start").attr("x", (d) => d.px).attr("y", (d) => d.py).attr("dy", "0.32em").style("fill", (d) => inked(d.color)).attr("font-weight", 600)
+      .attr("paint-order", "stroke").attr("stroke", "var(--paper)").attr("stroke-width", 3).text((d) => brief(d.label, 17));
   }
 
   // Learned against true reward: two charts with the same steps, and what was seen in words.
@@ -500,19 +521,23 @@
 
   function byStep(runs, again) {
     const run = runs.find((each) => each.name === chosen.sampleRun) ?? runs[0], kept = stepsWithSamples(run), steps = kept.map((each) => each.step);
-    const step = steps.includes(chosen.sampleStep) ? chosen.sampleStep : steps.at(-1);
-    const samples = kept.find((each) => each.step === step).samples, of = run.samples.plain.of + run.samples.tokens.of;
-    const groups = Object.values(Object.groupBy(samples, (sample) => `${sample.set ?? ""}/${sample.group ?? 0}/${sample.prompt}`));
+    const of = run.samples.plain.of + run.samples.tokens.of, body = el("div");
+    const draw = () => redraw(body, () => {
+      const samples = (kept.find((each) => each.step === chosen.sampleStep) ?? kept.at(-1)).samples;
+      return Object.values(Object.groupBy(samples, (sample) => `${sample.set ?? ""}/${sample.group ?? 0}/${sample.prompt}`)).map((group) => [
+        group[0].set === "held-out" && el("p", { class: "soft small" }, "Held-out prompt:"),
+        said(group[0].prompt, "div", "said prompt"),
+        el("div", { class: "cards" }, group.map((sample) => el("article", { class: "card" },
+          el("header", {}, el("span", { class: "soft" }, sample.side ?? `step ${sample.step}`), rewards(sample)), said(sample.completion.trim()), el("footer", {}, ending(sample))))),
+      ]);
+    });
+    draw();
     return el("div", {},
       el("div", { class: "controls" },
         runs.length > 1 && select("sample-run", "run", runs.map((each) => [each.name, each.name]), run.name, (name) => { chosen.sampleRun = name; again(); }),
-        stepper("sample-step", "step", steps, step, (value) => { chosen.sampleStep = value === steps.at(-1) ? undefined : value; again(); })),
+        stepper("sample-step", steps, chosen.sampleStep ?? steps.at(-1), (step) => { chosen.sampleStep = step; draw(); })),
       steps.length < of && el("p", { class: "soft small" }, `${count(steps.length, "step")} of the ${number(of)} that were recorded are on this page, evenly spread, the first and the last among them.`),
-      groups.map((group) => [
-        said(`${group[0].set === "held-out" ? "held-out · " : ""}${group[0].prompt}`, "div", "said prompt"),
-        el("div", { class: "cards" }, group.map((sample) => el("article", { class: "card" },
-          el("header", {}, el("span", { class: "soft" }, sample.side ?? `step ${sample.step}`), rewards(sample)), said(sample.completion.trim()), el("footer", {}, ending(sample))))),
-      ]));
+      body);
   }
 
   // ---- 4: the token view
@@ -567,32 +592,40 @@
     const again = () => redraw(host, () => tokenView(host, runs));
     const run = runs.find((each) => each.name === chosen.tokenRun) ?? runs.find((each) => each.samples.tokens.steps.some((s) => s.samples.some((c) => "advantage" in c))) ?? runs.at(-1);
     const kept = tokenSteps(run), steps = kept.steps.map((each) => each.step);
-    const step = steps.includes(chosen.tokenStep) ? chosen.tokenStep : steps.at(-1);
-    const samples = kept.steps.find((each) => each.step === step).samples.filter((sample) => sample.tokens || run.method === "reward-model");
+    const body = el("div"), choices = el("span", { class: "contents" });
+    const draw = () => { const [first, rest] = oneStep(run, kept, draw); redraw(choices, () => first); redraw(body, () => rest); };
+    const controls = el("div", { class: "controls" },
+      runs.length > 1 && select("token-run", "run", runs.map((each) => [each.name, each.name]), run.name, (name) => { chosen.tokenRun = name; again(); }),
+      stepper("token-step", steps, steps.includes(chosen.tokenStep) ? chosen.tokenStep : steps.at(-1), (step) => { chosen.tokenStep = step; draw(); }),
+      choices);
+    draw();
+    const cut = steps.length < kept.of && el("p", { class: "soft small" }, `${count(steps.length, "step")} of the ${number(kept.of)} that were kept are on this page, evenly spread, the first and the last among them.`);
+    return [controls, cut, body];
+  }
+
+  // Of one step: what there is to choose, and what it shows.
+  function oneStep(run, kept, draw) {
+    const { samples: all } = kept.steps.find((each) => each.step === chosen.tokenStep) ?? kept.steps.at(-1);
+    const samples = all.filter((sample) => sample.tokens || run.method === "reward-model");
     const groups = Object.values(Object.groupBy(samples, (sample) => `${sample.set ?? ""}/${sample.group ?? 0}`));
     const at = Math.min(chosen.tokenGroup ?? 0, groups.length - 1), group = groups[at];
     const there = QUANTITIES.filter(([name]) => group.some((sample) => sample[name]));
     const quantity = there.find(([name]) => name === chosen.quantity) ?? there[0];
-    const controls = el("div", { class: "controls" },
-      runs.length > 1 && select("token-run", "run", runs.map((each) => [each.name, each.name]), run.name, (name) => { chosen.tokenRun = name; again(); }),
-      stepper("token-step", "step", steps, step, (value) => { chosen.tokenStep = value === steps.at(-1) ? undefined : value; again(); }),
-      groups.length > 1 && select("token-group", "prompt", groups.map((each, i) => [i, `${i + 1}: ${each[0].prompt.slice(0, 60)}`]), at, (i) => { chosen.tokenGroup = Number(i); again(); }),
-      quantity && select("quantity", "color by", there.map(([name, label]) => [name, label]), quantity[0], (name) => { chosen.quantity = name; again(); }));
-    const cut = steps.length < kept.of && el("p", { class: "soft small" }, `${count(steps.length, "step")} of the ${number(kept.of)} that were kept are on this page, evenly spread, the first and the last among them.`);
+    const choices = [
+      groups.length > 1 && select("token-group", "prompt", groups.map((each, i) => [i, `${i + 1}: ${each[0].prompt.slice(0, 60)}`]), at, (i) => { chosen.tokenGroup = Number(i); draw(); }),
+      quantity && select("quantity", "color by", there.map(([name, label]) => [name, label]), quantity[0], (name) => { chosen.quantity = name; draw(); })];
     const prompt = said(group[0].prompt, "div", "said prompt");
-    if (!quantity) return [controls, cut, prompt, scoredPair(group)];
+    if (!quantity) return [choices, [prompt, scoredPair(group)]];
     const values = group.flatMap((sample) => sample[quantity[0]] ?? []), scale = scaleOf(quantity[3], values);
     const untrained = group.some((sample) => sample[quantity[0]]?.includes(null)), clipped = group.some((sample) => sample.clipped?.includes(true));
     const key = el("div", { class: "scale" },
       number(scale.low), el("span", { class: "ramp", style: `background: linear-gradient(90deg, ${scale.ramp.join(", ")})` }), number(scale.high),
       untrained && el("span", { class: "key" }, el("span", { class: "token untrained" }, "grey"), " no number: not trained on"),
       clipped && el("span", { class: "key" }, el("span", { class: "token clipped" }, "dashed"), " ratio clipped: no gradient"));
-    const panel = el("aside", { id: "token-numbers", "aria-live": "polite" });
+    const panel = el("aside", { id: "token-numbers", "aria-live": "polite" }, el("p", { class: "soft" }, "Point at a token, or move with the arrow keys, to see all its numbers."));
     const boxes = group.map((sample, i) => completionBox(sample, i, quantity, scale, panel, there));
-    redraw(panel, () => el("p", { class: "soft" }, "Point at a token, or move with the arrow keys, to see all its numbers."));
-    const last = group[0].side ? el("div", { class: "pair" }, boxes) : el("div", { class: "stack" }, boxes);
-    return [controls, cut, el("p", { class: "small" }, quantity[2]), key, prompt,
-      el("div", { class: "tokenview" }, el("div", { class: "stack" }, last, group[0].side ? margin(group) : rankedPairs(run, group)), panel)];
+    return [choices, [el("p", { class: "small" }, quantity[2]), key, prompt,
+      el("div", { class: "tokenview" }, el("div", { class: "stack" }, el("div", { class: group[0].side ? "pair" : "stack" }, boxes), group[0].side ? margin(group) : rankedPairs(run, group)), panel)]];
   }
 
   const total = (sample, name) => d3.sum(sample[name] ?? [], (v) => (typeof v === "number" ? v : 0));
@@ -680,7 +713,7 @@
       return Plot.plot({
         ...plain, width, height, marginLeft: left, marginRight: 16, marginBottom: 38, ariaLabel: title,
         x: { ...axis, label: unit, labelAnchor: "center", grid: true, ticks: Math.max(2, Math.floor(width / 110)), tickFormat: format },
-        y: { ...axis, label: null, domain: rows.map((row) => row.run.name), padding: 0.22, axis: rows.length > 1 ? "left" : null, tickFormat: (name) => (name.length > 17 ? `${name.slice(0, 16)}…` : name) },
+        y: { ...axis, label: null, domain: rows.map((row) => row.run.name), padding: 0.22, axis: rows.length > 1 ? "left" : null, tickFormat: (name) => brief(name, 18) },
         color: { type: "identity" },
         marks: [
           Plot.barX(flat, Plot.stackX({ x: "value", y: "run", fill: "fill", order: null, inset: 0.5, ariaDescription: title, title: (d) => `${d.run}, ${d.name}: ${format(d.value)} ${unit}` })),
@@ -743,26 +776,38 @@
     ["generation", "Generation", () => question("Generation", "What does the policy say?"), generation],
     ["reward", "Reward", () => question("Reward", "What is good?"), reward],
     ["optimization", "Optimization", () => question("Optimization", "How does it change?"), optimization],
-    ["tokens", "Token view", () => question("Token view", "Every token of a completion, colored by what acts on it."), tokens],
+    ["tokens", "Token view", () => question("Token view", "Every token of a completion, colored by what acts on it."), tokens, () => withTokens().map((run) => [run.name, tokenSteps(run)])],
     ["cost", "Cost", () => question("Cost", "Time and memory."), cost],
-    ["what", "What was run", () => question("What was run", "Options, data, machine."), what],
+    ["what", "What was run", () => question("What was run", "Options, data, machine."), what, () => payload.runs.map((run) => [run.name, run.options, run.about, run.peak_memory])],
   ];
+
+  const built = {}; // sections by name; live, one whose data is as before stays as it is
 
   function render(given) {
     const at = window.scrollY, focus = document.activeElement?.id;
     payload = given;
     payload.runs.forEach((run, i) => root.style.setProperty(`--run-${i}`, `light-dark(${run.color}, ${IN_THE_DARK[run.color] ?? run.color})`));
-    for (const box of drawn.keys()) resized.unobserve(box);
-    drawn.clear();
     const main = byId("main"), links = [], sections = [];
-    for (const [id, title, head, build] of SECTIONS) {
-      const children = build();
-      if (!children) continue;
-      sections.push(el("section", { id, "aria-label": title }, head(), children));
+    for (const [id, title, head, build, needs] of SECTIONS) {
+      const key = root.dataset.live && needs ? JSON.stringify(needs()) : null;
+      if (key === null || built[id]?.key !== key) {
+        const children = build();
+        built[id] = { key, section: children && el("section", { id, "aria-label": title }, head(), children) };
+      }
+      if (!built[id].section) continue;
+      sections.push(built[id].section);
       links.push(el("li", { class: id === "tokens" ? "sub" : null }, el("a", { href: `#${id}` }, title)));
     }
-    sections.push(el("footer", { class: "soft small" }, `Made ${new Date(payload.made * 1000).toLocaleString("en-US", { dateStyle: "long", timeStyle: "short" })} by trivet report. This file needs no network.`));
-    main.replaceChildren(...sections);
+    sections.push(el("footer", { id: "made", class: "soft small" }, `Made ${new Date(payload.made * 1000).toLocaleString("en-US", { dateStyle: "long", timeStyle: "short" })} by trivet report. This file needs no network.`));
+    let before = null;
+    for (const section of sections) { // what stays is not touched: it may hold the focus
+      const old = byId(section.id);
+      if (old && old !== section) old.replaceWith(section);
+      else if (!old) before ? before.after(section) : main.prepend(section);
+      before = section;
+    }
+    for (const other of [...main.childNodes]) if (!sections.includes(other)) other.remove();
+    for (const box of drawn.keys()) if (!box.isConnected) { resized.unobserve(box); drawn.delete(box); }
     byId("contents").replaceChildren(el("ol", {}, links));
     follow(sections);
     if (at) window.scrollTo({ top: at, behavior: "instant" });
@@ -780,7 +825,7 @@
       const now = sections.find((section) => inView.has(section.id))?.id;
       for (const link of byId("contents").querySelectorAll("a")) link.getAttribute("href") === `#${now}` ? link.setAttribute("aria-current", "true") : link.removeAttribute("aria-current");
     }, { rootMargin: "-15% 0px -60% 0px" });
-    for (const section of sections) if (section.id) seen.observe(section);
+    for (const section of sections) seen.observe(section);
   }
 
   // ---- theme and live
