@@ -93,7 +93,7 @@ def test_runs_of_one_method_and_of_one_name_are_told_apart(tmp_path):
     svg = tmp_path / "plot-reward.svg"
     assert len({(color, dashes) for color, dashes, _ in lines_of(svg)}) == 3
     assert len({color for color, *_ in lines_of(svg)}) == 3
-    assert {f"{run} (grpo)" for run in runs} <= set(texts(svg))
+    assert {f"{seed}/grpo (grpo)" for seed in "abc"} <= set(texts(svg))
 
 
 def test_names_are_not_read_as_formulas(tmp_path):
@@ -144,6 +144,13 @@ def test_a_metric_that_some_runs_lack_is_drawn_for_the_others(tmp_path, capsys):
     assert main(["plot", *map(str, runs), "--y", "kl"]) == 0
     assert f"{runs[0]} has no kl" in capsys.readouterr().err
     assert "sft" not in texts(tmp_path / "plot-kl.svg")
+
+
+def test_a_folder_of_runs(tmp_path):
+    for method in ("dpo", "sft"):
+        write_run(tmp_path / method, method, 6)
+    assert main(["plot", str(tmp_path), "--y", "loss", "--x", "seconds"]) == 0
+    assert {"sft", "dpo", "wall time (s)"} <= set(texts(tmp_path / "plot-loss-by-seconds.svg"))
 
 
 def test_a_run_from_before_run_json(tmp_path):

@@ -12,20 +12,17 @@ import time
 import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from trivet.errors import InputError
 from trivet.report import compare
-from trivet.report.plots import COLORS
-from trivet.report.runs import state
+from trivet.report.plots import run_colors
+from trivet.report.runs import require_run, run_names, state
 from trivet.report.warnings import Warning, warnings
 
 POINTS = 600  # of a line in a chart; more are averaged
 TEXT, TOKENS = 5_000, 2_000  # characters of a text, tokens of a completion; more are cut
 PLAIN_BYTES = 600_000  # for samples without tokens, of all runs together
-MORE_COLORS = ("#56B4E9", "#D55E00", "#8A6FB0", "#7A6A00")  # for a second run of the same method
 SOURCE = Path(__file__).parent.parent
 
 Line = dict[str, Any]
@@ -34,15 +31,11 @@ Line = dict[str, Any]
 def gather(runs: Sequence[Path], token_bytes: int = 3_000_000) -> dict[str, Any]:
     """The payload of report.page.build_page for these run directories; token_bytes is for samples with tokens, of all runs."""
     for run in runs:
-        if not any((run / name).exists() for name in ("run.json", "config.toml", "metrics.jsonl")):
-            raise InputError(f"{run} is not a run directory: it holds no run.json, config.toml or metrics.jsonl")
+        require_run(run)
     read = [_read(run) for run in runs]
-    used: set[str] = set()
-    for run, name in zip(read, _names(runs), strict=True):
-        run["name"] = name if name == run["method"] else f"{name} ({run['method']})" if run["method"] else name
-        first = COLORS.get(run["method"], MORE_COLORS[0])
-        run["color"] = next((color for color in (first, *MORE_COLORS) if color not in used), first)
-        used.add(run["color"])
+    methods = [run["method"] for run in read]
+    for run, name, color in zip(read, run_names(runs, methods), run_colors(methods), strict=True):
+        run |= {"name": name, "color": color}
     indexes = [_index(run / "samples.jsonl") for run in runs]
     left = {True: token_bytes, False: PLAIN_BYTES}
     smallest_first = sorted(range(len(runs)), key=lambda i: sum(size for *_, size, _ in indexes[i]))
@@ -56,13 +49,6 @@ def gather(runs: Sequence[Path], token_bytes: int = 3_000_000) -> dict[str, Any]
         held = compare.heldout_numbers(run.pop("summary"))
         run["last"] = {title: held[key] for key, title in compare.COLUMNS.items() if _number(held.get(key)) is not None}
     return _finite({"made": time.time(), "runs": read, "comparison": comparison})
-
-
-def _names(runs: Sequence[Path]) -> list[str]:
-    """The last parts of each path, as few as tell the runs apart."""
-    parts = [run.absolute().parts for run in runs]
-    count = next((n for n in range(1, 9) if len({some[-n:] for some in parts}) == len(parts)), 1)
-    return ["/".join(some[-count:]) for some in parts]
 
 
 def turning_point(
@@ -111,7 +97,7 @@ def _read(run: Path) -> dict[str, Any]:
     last = lines[-1] if lines else {}
     done, planned = int(last.get("step", 0)), record.get("steps") or summary.get("steps") or options.get("steps") or 0
     recent = [line for line in lines[-20:] if _number(line.get("seconds")) is not None]
-    status = state(run, record.get("pid"), [b["seconds"] - a["seconds"] for a, b in pairwise(recent)])
+    status = state(run, record.get("pid"), [b["seconds"] - a["seconds"] for a, b in itertools.pairwise(recent)])
     pace = (recent[-1]["seconds"] - recent[0]["seconds"]) / (len(recent) - 1) if len(recent) > 1 else None
     began = record.get("began") or ((run / "config.toml").stat().st_mtime if toml else None)
     explained, true = defaults(method), _true(record, options, lines, judged)

@@ -11,7 +11,7 @@ from typing import Any
 
 from trivet.errors import InputError
 from trivet.report.compare import read_summary
-from trivet.report.runs import method_of, read_metrics, require_run, runs_and_options
+from trivet.report.runs import method_of, read_metrics, require_run, run_names, runs_and_options
 
 COLORS = {  # Okabe and Ito's palette, told apart by color-blind readers too
     "sft": "#000000",
@@ -63,7 +63,7 @@ LABELS = {  # metric: what stands at its axis; those of other names stand as the
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """One picture of any metrics of any runs, a line for each run, as PNG and as SVG (its text is text). RUN is a run directory."""
+    """One picture of any metrics of any runs, a line for each run, as PNG and as SVG. RUN is a run directory, or a folder of them."""
 
     y: tuple[str, ...] = ()
     """Names in metrics.jsonl, a panel each, one above the other."""
@@ -77,7 +77,10 @@ class Config:
 
 def plot(args: list[str]) -> None:
     """trivet plot RUN [RUN ...] --y METRIC [METRIC ...]"""
-    runs, config = runs_and_options(Config, args, "trivet plot")
+    from trivet.report.page import runs_in
+
+    paths, config = runs_and_options(Config, args, "trivet plot")
+    runs = [run for path in paths for run in runs_in(path)]
     if not config.y:
         raise InputError("name a metric to draw: --y reward, for one")
     if config.smooth < 1:
@@ -139,7 +142,7 @@ def draw_metrics(runs: Sequence[Path], ys: Sequence[str], x: str, width: int, ou
             said += "; faint: each step" if said.startswith("mean") and x in ("step", "seconds") else ""
             panel.set_title(said, loc="right", fontsize=7.5, color="0.35")
         panels[-1].set_xlabel(axis_label(x), parse_math=False)
-        names = [_name(runs[i], methods[i], runs) for i in sorted(keys)]
+        names = [name for i, name in enumerate(run_names(runs, methods)) if i in keys]
         columns = max(1, min(len(names), 90 // (max(map(len, names)) + 8)))
         legend = figure.legend(
             [keys[i] for i in sorted(keys)], names, loc="outside upper center", ncols=columns, handlelength=3.5
@@ -180,11 +183,6 @@ def run_colors(methods: Sequence[str]) -> list[str]:
         first = COLORS.get(method, MORE_COLORS[0])
         colors.append(next((color for color in (first, *MORE_COLORS) if color not in colors), first))
     return colors
-
-
-def _name(run: Path, method: str, runs: Sequence[Path]) -> str:
-    name = run.resolve().name if sum(other.resolve().name == run.resolve().name for other in runs) == 1 else str(run)
-    return name if method in ("", name) else f"{name} ({method})"
 
 
 def _missing(runs: Sequence[Path], rows: Sequence[list[dict[str, Any]]], x: str, y: str) -> str:

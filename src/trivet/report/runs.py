@@ -29,6 +29,14 @@ def require_run(run: Path) -> None:
         raise InputError(f"{run} is not a run directory: {why}")
 
 
+def run_names(runs: Sequence[Path], methods: Sequence[str]) -> list[str]:
+    """The last parts of each path, as few as tell the runs apart, and the method where that is not the name."""
+    parts = [run.resolve().parts for run in runs]
+    count = next((n for n in range(1, 9) if len({some[-n:] for some in parts}) == len(parts)), 1)
+    names = ["/".join(some[-count:]) for some in parts]
+    return [name if method in ("", name) else f"{name} ({method})" for name, method in zip(names, methods, strict=True)]
+
+
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, one a step; a last one that is still being written is left out."""
     path = run / "metrics.jsonl"
