@@ -745,7 +745,7 @@
       bars("What fills the memory", ["At its fullest, by part."], "MiB", (v) => number(v, 3), runs.map((run) => ({ run, parts: Object.fromEntries(Object.entries(run.memory).map(([name, n]) => [name, n / 2 ** 20])) }))),
     ].filter(Boolean);
     const lines = runs.map((run, i) => ({ label: run.name, color: color(i), dash: runs.length > 1 ? DASHES[i % 8] : "", points: points(run.speed, "tokens"), per: run.speed.per }));
-    const speed = lineChart({ title: "Tokens per second", unit: "Sampled and trained together", notes: [runs.some((run) => run.heldout.steps.length > 1) && "Dips: steps that ended with an evaluation."], lines, zero: true });
+    const speed = lineChart({ title: "Tokens per second", unit: "Sampled and trained together", notes: [runs.some((run) => run.heldout.steps.length > 1) && "A step that ends with an evaluation counts its time too."], lines, zero: true });
     if (!made.length && !speed) return null;
     return [el("div", { class: "charts" }, made, speed)];
   }
