@@ -119,7 +119,7 @@
       const svg = Plot.plot({
         ...plain, width, height, marginLeft: 52, marginRight: right, ariaLabel: title,
         ariaDescription: lines.map((line) => `${line.label}: ${number(line.points.find((p) => p.y !== null)?.y)} to ${number(line.points.findLast((p) => p.y !== null)?.y)}`).join("; "),
-        x: { ...axis, label: "step", labelAnchor: "center", ticks: Math.max(3, Math.floor(width / 90)), nice: false },
+        x: { ...axis, label: "step", labelAnchor: "center", ticks: stepTicks(lines, width), tickFormat: (step) => step.toLocaleString("en-US"), nice: false },
         y: { ...axis, label: null, ticks: 5, grid: true, zero, percent: false, nice: true, tickFormat: percent ? "~%" : ticks(lines) },
         marks: [
           lines.filter((line) => line.points.some((p) => p.low !== undefined && p.low !== null)).map((line) =>
@@ -128,7 +128,7 @@
           lines.map((line) => Plot.dot(line.points.filter((p) => p.y !== null).length < 3 ? line.points : [], { x: "x", y: "y", fill: line.color, r: 3 })),
           lines.map((line) => Plot.dot(line.held ?? [], { x: "x", y: "y", stroke: line.color, fill: "var(--raised)", strokeWidth: 1.6, r: 3.2, ariaDescription: `${line.label}, held-out` })),
           marks,
-          Plot.tip(tips, Plot.pointer({ x: "x", y: "y", title: "title", fontSize: 12, lineHeight: 1.25, stroke: "var(--rule)" })),
+          Plot.tip(tips, Plot.pointer({ x: "x", y: "y", title: "title", fontSize: 12, lineHeight: 1.25, stroke: "var(--rule)", fill: "var(--raised)" })),
         ],
       });
       if (named) labelEnds(svg, width, right, lines.map((line) => (line.points.some((p) => p.y !== null) ? line : { ...line, points: line.held })));
@@ -142,6 +142,13 @@
       ...notes,
     ], height, draw, held);
   }
+  // Whole steps only.
+  function stepTicks(lines, width) {
+    const [first, last] = d3.extent(lines.flatMap((line) => [...line.points, ...(line.held ?? [])]), (p) => p.x), most = Math.max(3, Math.floor(width / 90));
+    return last - first <= most ? d3.range(first, last + 1) : most;
+  }
+
+  // Numbers at the y axis: small ones all with an exponent, large ones all with a letter.
   function ticks(lines) {
     const most = d3.max(lines.flatMap((line) => [...line.points, ...(line.held ?? [])]), (p) => Math.abs(p.y ?? 0));
     if (most < 0.005) return (value) => (value ? d3.format(".1~e")(value).replace("−", "-") : "0");
@@ -341,8 +348,8 @@
     ], 380, (width) => {
       const named = width > 420, right = named ? 110 : 18;
       const svg = Plot.plot({
-        ...plain, width, height: 380, marginLeft: 56, marginRight: right, marginBottom: 42, ariaLabel: "Held-out reward against KL, by run",
-        x: { ...axis, label: "KL to the start, nats per completion", labelAnchor: "center", grid: true, nice: true, ticks: Math.floor(width / 90) },
+        ...plain, width, height: 380, marginTop: 26, marginLeft: 56, marginRight: right, marginBottom: 42, ariaLabel: "Held-out reward against KL, by run",
+        x: { ...axis, label: "KL to the start, nats per completion", labelAnchor: "center", grid: true, nice: true, zero: true, ticks: Math.floor(width / 90) },
         y: { ...axis, label: "held-out reward", grid: true, nice: true, ticks: 6 },
         symbol: { range: ["circle", "square", "triangle", "diamond", "star", "wye", "cross"] },
         marks: [
@@ -350,8 +357,8 @@
           Plot.ruleX(dots.filter((p) => p.se), { x: "kl", y1: (p) => p.reward - 2 * p.se, y2: (p) => p.reward + 2 * p.se, stroke: "color", strokeOpacity: 0.7, ariaDescription: "two standard errors" }),
           Plot.dot(dots, { x: "kl", y: "reward", stroke: "color", fill: "var(--raised)", symbol: (p) => String(p.symbol), r: 4, strokeWidth: 1.7, ariaDescription: "evaluations" }),
           start && Plot.dot([start], { x: "kl", y: "reward", r: 9, stroke: "currentColor", strokeWidth: 1.2, ariaDescription: "start" }),
-          start && Plot.text([start], { x: "kl", y: "reward", text: () => "start", dx: 13, dy: 11, textAnchor: "start", fill: "currentColor", fontSize: 12 }),
-          Plot.tip(dots, Plot.pointer({ x: "kl", y: "reward", title: "title", fontSize: 12, lineHeight: 1.25, stroke: "var(--rule)" })),
+          start && Plot.text([start], { x: "kl", y: "reward", text: () => "start", dx: 8, dy: 19, textAnchor: "start", fill: "currentColor", fontSize: 12 }),
+          Plot.tip(dots, Plot.pointer({ x: "kl", y: "reward", title: "title", fontSize: 12, lineHeight: 1.25, stroke: "var(--rule)", fill: "var(--raised)" })),
         ].filter(Boolean),
       });
       if (named) {
@@ -547,17 +554,17 @@
   // ---- 4: the token view
 
   const QUANTITIES = [
-    ["gradient", "push of this step", "−dL/dlog π: how hard this step pushes the token up (blue) or down (orange).", "signed"],
-    ["implicit_reward", "implicit reward", "β log π/π_ref of the token; summed over a completion it is what preferences are compared by.", "signed"],
-    ["advantage", "advantage", "How much better than expected; above 0 the token is made more likely.", "signed"],
-    ["kl", "KL contribution", "log π/π_ref of the token; summed over a completion it is the KL to the reference.", "signed"],
-    ["logprob", "log π, policy", "Log-probability the policy gives the token, in nats; the darker, the more surprising.", "surprise"],
-    ["ref_logprob", "log π, reference", "Log-probability the reference gives the token, in nats; the darker, the more surprising.", "surprise"],
-    ["sampler_logprob", "log π, sampler", "Log-probability with which the token was sampled, in nats; the darker, the more surprising.", "surprise"],
-    ["ratio", "ratio π/π_old", "How much likelier the token is now than when it was sampled: 1 is no change, blue more, orange less.", "ratio"],
-    ["value", "value", "The return that the critic expects from here.", "range"],
-    ["return", "return", "The reward from here to the end, as GAE estimates it: what the critic learns.", "range"],
-    ["token_reward", "reward charged", "Reward at this token: the KL charge, and at the end the score.", "signed"],
+    ["gradient", "push of this step", "−dL/dlog π: how hard this step pushes the token up (blue) or down (orange).", "signed", "push"],
+    ["implicit_reward", "implicit reward", "β log π/π_ref of the token; summed over a completion it is what preferences are compared by.", "signed", "implicit reward"],
+    ["advantage", "advantage", "How much better than expected; above 0 the token is made more likely.", "signed", "advantage"],
+    ["kl", "KL contribution", "log π/π_ref of the token; summed over a completion it is the KL to the reference.", "signed", "KL"],
+    ["logprob", "log π, policy", "Log-probability the policy gives the token, in nats; the darker, the more surprising.", "surprise", "log π"],
+    ["ref_logprob", "log π, reference", "Log-probability the reference gives the token, in nats; the darker, the more surprising.", "surprise", "log π_ref"],
+    ["sampler_logprob", "log π, sampler", "Log-probability with which the token was sampled, in nats; the darker, the more surprising.", "surprise", "log π sampler"],
+    ["ratio", "ratio π/π_old", "How much likelier the token is now than when it was sampled: 1 is no change, blue more, orange less.", "ratio", "ratio"],
+    ["value", "value", "The return that the critic expects from here.", "range", "value"],
+    ["return", "return", "The reward from here to the end, as GAE estimates it: what the critic learns.", "range", "return"],
+    ["token_reward", "reward charged", "Reward at this token: the KL charge, and at the end the score.", "signed", "charged"],
   ];
   const UP = "0 114 178", DOWN = "213 94 0", STRONG = "204 121 167";
   const ink = (rgb, part) => `rgb(${rgb} / ${(0.82 * Math.min(1, Math.max(0, part))).toFixed(3)})`;
@@ -650,7 +657,7 @@
       for (const other of box.querySelectorAll('.token[tabindex="0"]')) other.tabIndex = -1;
       node.tabIndex = 0;
       node.setAttribute("aria-selected", "true");
-      const rows = there.filter(([key]) => sample[key]).map(([key, title]) => el("tr", { class: key === name ? "now" : null, "data-quantity": key }, el("th", { scope: "row" }, title), el("td", { class: "number" }, sample[key][t] === null ? "–" : String(sample[key][t]))));
+      const rows = there.filter(([key]) => sample[key]).map(([key, , , , title]) => el("tr", { class: key === name ? "now" : null, "data-quantity": key }, el("th", { scope: "row" }, title), el("td", { class: "number" }, sample[key][t] === null ? "–" : String(sample[key][t]))));
       const flags = [sample.clipped?.[t] && "ratio clipped", sample[name]?.[t] === null && "not trained on"].filter(Boolean);
       panel.replaceChildren(el("span", { class: "token said", dir: "auto" }, show(sample.tokens[t]).replace(/\n/g, "↵") || "(empty)"), el("div", { class: "soft" }, [`token ${t + 1} of ${sample.tokens.length + (sample.more_tokens ?? 0)}`, ...flags].join(" · ")), el("table", {}, el("tbody", {}, rows)));
     };
@@ -738,7 +745,7 @@
       bars("What fills the memory", ["At its fullest, by part."], "MiB", (v) => number(v, 3), runs.map((run) => ({ run, parts: Object.fromEntries(Object.entries(run.memory).map(([name, n]) => [name, n / 2 ** 20])) }))),
     ].filter(Boolean);
     const lines = runs.map((run, i) => ({ label: run.name, color: color(i), dash: runs.length > 1 ? DASHES[i % 8] : "", points: points(run.speed, "tokens"), per: run.speed.per }));
-    const speed = lineChart({ title: "Tokens per second", unit: "Sampled and trained together", notes: [runs.some((run) => run.heldout.steps.length > 1) && "Dips: steps that ended with an evaluation."], lines, zero: true });
+    const speed = lineChart({ title: "Tokens per second", unit: "Sampled and trained together", notes: [runs.some((run) => run.heldout.steps.length > 1) && "A step that ends with an evaluation counts its time too."], lines, zero: true });
     if (!made.length && !speed) return null;
     return [el("div", { class: "charts" }, made, speed)];
   }
@@ -838,6 +845,8 @@
       for (const entry of entries) entry.isIntersecting ? inView.add(entry.target.id) : inView.delete(entry.target.id);
       const now = sections.find((section) => inView.has(section.id))?.id;
       for (const link of byId("contents").querySelectorAll("a")) link.getAttribute("href") === `#${now}` ? link.setAttribute("aria-current", "true") : link.removeAttribute("aria-current");
+      const here = byId("contents").querySelector("[aria-current]"), row = byId("contents").firstChild;
+      if (here) row.scrollLeft = here.offsetLeft - row.offsetLeft - (row.clientWidth - here.offsetWidth) / 2;
     }, { rootMargin: "-15% 0px -60% 0px" });
     for (const section of sections) seen.observe(section);
   }
