@@ -12,6 +12,7 @@ import time
 import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def _read(run: Path) -> dict[str, Any]:
     last = lines[-1] if lines else {}
     done, planned = int(last.get("step", 0)), record.get("steps") or summary.get("steps") or options.get("steps") or 0
     recent = [line for line in lines[-20:] if _number(line.get("seconds")) is not None]
-    status = state(run, record.get("pid"), [b["seconds"] - a["seconds"] for a, b in itertools.pairwise(recent)])
+    status = state(run, record.get("pid"), [b["seconds"] - a["seconds"] for a, b in pairwise(recent)])
     pace = (recent[-1]["seconds"] - recent[0]["seconds"]) / (len(recent) - 1) if len(recent) > 1 else None
     began = record.get("began") or ((run / "config.toml").stat().st_mtime if toml else None)
     explained, true = defaults(method), _true(record, options, lines, judged)
