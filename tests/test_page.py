@@ -146,7 +146,7 @@ def test_the_token_view_shows_the_numbers_that_were_recorded(show, six, method):
     seen = set()
     for name in (name for name in TOKEN_ARRAYS[method] if name != "clipped"):
         tab.locator("#quantity").select_option(name)
-        colors = boxes.first.evaluate("box => [...box.children].map(token => token.style.background)")
+        colors = boxes.first.evaluate("box => [...box.querySelectorAll('.token')].map(token => token.style.background)")
         assert [color == "" for color in colors] == [value is None for value in last[0][name]]
         seen.add(str(colors))
         assert tab.locator(".tokens").first.locator(".untrained").count() == last[0][name].count(None)
@@ -203,6 +203,15 @@ def test_scripts_that_are_not_the_pages_own_do_not_run(browser, six, tmp_path):
         assert tab.evaluate("window.ran") is None
         assert tab.evaluate("fetch('https://example.com/').then(() => 'sent', () => 'stopped')") == "stopped"
         tab.close()
+
+
+def test_an_advantage_of_the_whole_completion_is_that_of_each_token(tmp_path):
+    run = write_run(tmp_path / "grpo", "grpo", 1)
+    lines = recorded(run)
+    lines[0]["advantage"] = -0.12345678
+    (run / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sample = gather([run])["runs"][0]["samples"]["tokens"]["steps"][0]["samples"][0]
+    assert sample["advantage"] == [-0.1235] * len(sample["tokens"])
 
 
 def test_runs_named_alike_are_told_apart(six, tmp_path):

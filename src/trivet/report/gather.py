@@ -291,6 +291,8 @@ def _cut(sample: Line) -> Line:
             cut[key] = _cut_text(_spoken(value), TEXT)
         elif key == "tokens" and count:
             cut[key] = [_cut_text(str(token), 200) for token in value[:TOKENS]]
+        elif key == "advantage" and count and isinstance(value, int | float):  # one for the whole completion
+            cut[key] = [_short(value)] * min(count, TOKENS)
         elif isinstance(value, list):
             if len(value) == count:  # an array of another length describes no token
                 cut[key] = [_short(x) if isinstance(x, float) else x for x in value[:TOKENS]]

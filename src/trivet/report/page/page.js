@@ -30,8 +30,9 @@
     if (typeof value !== "number") return show(value);
     if (Math.abs(value) >= 10000) return Math.round(value).toLocaleString("en-US");
     if (Math.abs(value) >= 1000) return Number(value.toPrecision(4)).toLocaleString("en-US");
-    return String(Number(value.toPrecision(digits)));
+    return plainly(Number(value.toPrecision(digits)));
   }
+  const plainly = (value) => (value && Math.abs(value) < 1e-3 ? value.toExponential() : String(value));
   const count = (n, noun) => `${Number(n).toLocaleString("en-US")} ${noun}${n === 1 ? "" : "s"}`;
   const bytes = (n) => (n >= 2 ** 30 ? `${(n / 2 ** 30).toFixed(1)} GiB` : `${(n / 2 ** 20).toFixed(n < 2e7 ? 1 : 0)} MiB`);
   function duration(seconds) {
@@ -624,7 +625,7 @@
     const there = QUANTITIES.filter(([name]) => group.some((sample) => sample[name]));
     const quantity = there.find(([name]) => name === chosen.quantity) ?? there[0];
     const choices = [
-      groups.length > 1 && select("token-group", "prompt", groups.map((each, i) => [i, `${i + 1}: ${each[0].prompt.slice(0, 60)}`]), at, (i) => { chosen.tokenGroup = Number(i); draw(); }),
+      groups.length > 1 && select("token-group", "prompt", groups.map((each, i) => [i, `${i + 1}${each[0].set === "held-out" ? ", held-out" : ""}: ${each[0].prompt.slice(0, 60)}`]), at, (i) => { chosen.tokenGroup = Number(i); draw(); }),
       quantity && select("quantity", "color by", there.map(([name, label]) => [name, label]), quantity[0], (name) => { chosen.quantity = name; draw(); })];
     const prompt = said(group[0].prompt, "div", "said prompt");
     if (!quantity) return [choices, [prompt, scoredPair(group)]];
@@ -644,11 +645,14 @@
 
   function completionBox(sample, i, [name, label], scale, panel, there) {
     const box = el("div", { class: "tokens", role: "listbox", "aria-label": `tokens of ${sample.side ?? `completion ${i + 1}`}`, dir: "auto" });
+    let word = null; // tokens of one word stay on one line where they fit
     sample.tokens.forEach((token, t) => {
+      if (!word || /^\s/.test(token) || /\s$/.test(sample.tokens[t - 1])) word = box.appendChild(el("span", { class: "word" }));
       const value = sample[name]?.[t] ?? null;
       const node = el("span", { class: `token${value === null ? " untrained" : ""}${sample.clipped?.[t] ? " clipped" : ""}`, role: "option", tabindex: t ? -1 : 0, "data-t": t, "aria-selected": "false", dir: "auto", "aria-label": `${show(token)} ${label} ${value === null ? "none" : value}` }, show(token).replace(/\n/g, "↵"));
       if (value !== null) node.style.background = scale.color(value);
-      box.append(node, token.endsWith("\n") ? "\n" : "");
+      word.append(node);
+      if (token.endsWith("\n")) box.append("\n");
     });
     const pick = (node) => {
       if (!node?.dataset?.t) return;
@@ -657,14 +661,14 @@
       for (const other of box.querySelectorAll('.token[tabindex="0"]')) other.tabIndex = -1;
       node.tabIndex = 0;
       node.setAttribute("aria-selected", "true");
-      const rows = there.filter(([key]) => sample[key]).map(([key, , , , title]) => el("tr", { class: key === name ? "now" : null, "data-quantity": key }, el("th", { scope: "row" }, title), el("td", { class: "number" }, sample[key][t] === null ? "–" : String(sample[key][t]))));
+      const rows = there.filter(([key]) => sample[key]).map(([key, , , , title]) => el("tr", { class: key === name ? "now" : null, "data-quantity": key }, el("th", { scope: "row" }, title), el("td", { class: "number" }, typeof sample[key][t] !== "number" ? "–" : plainly(sample[key][t]))));
       const flags = [sample.clipped?.[t] && "ratio clipped", sample[name]?.[t] === null && "not trained on"].filter(Boolean);
       panel.replaceChildren(el("span", { class: "token said", dir: "auto" }, show(sample.tokens[t]).replace(/\n/g, "↵") || "(empty)"), el("div", { class: "soft" }, [`token ${t + 1} of ${sample.tokens.length + (sample.more_tokens ?? 0)}`, ...flags].join(" · ")), el("table", {}, el("tbody", {}, rows)));
     };
     box.addEventListener("mouseover", (event) => pick(event.target));
     box.addEventListener("focusin", (event) => pick(event.target));
     box.addEventListener("keydown", (event) => {
-      const all = [...box.children], now = all.indexOf(document.activeElement), to = { ArrowRight: now + 1, ArrowLeft: now - 1, Home: 0, End: all.length - 1 }[event.key];
+      const all = [...box.querySelectorAll(".token")], now = all.indexOf(document.activeElement), to = { ArrowRight: now + 1, ArrowLeft: now - 1, Home: 0, End: all.length - 1 }[event.key];
       if (all[to]) { all[to].focus(); event.preventDefault(); }
     });
     const sum = ["gradient", "implicit_reward", "kl", "logprob", "ref_logprob", "sampler_logprob", "token_reward"].includes(name);
