@@ -29,6 +29,7 @@ install: .venv/installed  ## the environment only
 	@touch $@
 
 .venv/developed: .venv/installed
+	@command -v chromium >/dev/null || (apt-get update -qq && apt-get install -qq -y chromium) >/dev/null 2>&1 || echo "no chromium: the tests of the page are skipped"
 	@$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv/trl-1.12.0 trl==1.12.0
 	@touch $@

@@ -21,7 +21,7 @@ methods       trivet METHOD --model NAME --data FILE [--out DIR] [options]     (
   pairwise-grpo   Bradley-Terry over every ranked pair of a sampled group, from a reward
 
 looking
-  quickstart      all six on the embedded story model, a few minutes on a laptop; then one table, plots, samples
+  quickstart      all six on the embedded story model, a few minutes on a laptop; then one table, one page
   compare         the same table for any runs: trivet compare RUN RUN ...
   report          one page to read and keep, for any runs: trivet report RUN RUN ...
   watch           the same page, live in the browser while a run goes on: trivet watch RUN

@@ -63,6 +63,7 @@ def quickstart(args: list[str]) -> None:
             _in_process(_train, method, stage_options(method, config), config.scale)
             done += STAGES[method]
     console.rule(f"{len(weights)} of {len(weights)} · evaluation on held-out openings", align="left")
+    from trivet.report.page import write_page
     from trivet.report.plots import draw_quickstart
 
     samples = evaluate_all(out, config, prompts=max(8, round(256 * config.scale)))
@@ -77,9 +78,11 @@ def quickstart(args: list[str]) -> None:
     )
     console.print(samples, markup=False, soft_wrap=True)
     console.print(f"{time.perf_counter() - began:.0f} s in all")
+    page = write_page([out / method for method in STAGES], out / "report.html")
     console.print(
         f"pictures: {', '.join(map(str, pictures))}\nsamples side by side: {out / 'samples.md'}", soft_wrap=True
     )
+    console.print(f"all of it on one page, down to the token: open {page}", style="bold", soft_wrap=True)
 
 
 def stage_options(method: str, config: Config) -> dict[str, Any]:

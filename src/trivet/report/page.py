@@ -38,11 +38,16 @@ def report(args: list[str]) -> None:
         out = runs[0] / "report.html"
     else:
         out = (runs[0].parent if len(parents) == 1 else Path()) / "report.html"
-    out = Path(given.get("out", out))
+    out = write_page(runs, Path(given.get("out", out)))
+    print(f"{out}  ·  {out.stat().st_size / 1e6:.1f} MB")
+
+
+def write_page(runs: list[Path], out: Path) -> Path:
+    """The page of these runs as a file."""
     page = build_page(gather(runs))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page, encoding="utf-8")
-    print(f"{out}  ·  {out.stat().st_size / 1e6:.1f} MB")
+    return out
 
 
 def runs_in(path: Path) -> list[Path]:

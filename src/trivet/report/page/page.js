@@ -349,9 +349,9 @@
     ], 380, (width) => {
       const named = width > 420, right = named ? 110 : 18;
       const svg = Plot.plot({
-        ...plain, width, height: 380, marginTop: 26, marginLeft: 56, marginRight: right, marginBottom: 42, ariaLabel: "Held-out reward against KL, by run",
+        ...plain, width, height: 380, marginTop: 12, marginLeft: 40, marginRight: right, marginBottom: 42, ariaLabel: "Held-out reward against KL, by run",
         x: { ...axis, label: "KL to the start, nats per completion", labelAnchor: "center", grid: true, nice: true, zero: true, ticks: Math.floor(width / 90) },
-        y: { ...axis, label: "held-out reward", grid: true, nice: true, ticks: 6 },
+        y: { ...axis, label: null, grid: true, nice: true, ticks: 6 },
         symbol: { range: ["circle", "square", "triangle", "diamond", "star", "wye", "cross"] },
         marks: [
           trails.map((line) => Plot.line(line.trail, { x: "kl", y: "reward", stroke: line.color, strokeWidth: 1.8, strokeDasharray: line.dash, ariaDescription: line.label })),
@@ -555,7 +555,7 @@
   // ---- 4: the token view
 
   const QUANTITIES = [
-    ["gradient", "push of this step", "−dL/dlog π: how hard this step pushes the token up (blue) or down (orange).", "signed", "push"],
+    ["gradient", "gradient weight", "−dL/dlog π: how hard this step pushes the token up (blue) or down (orange).", "signed", "push"],
     ["implicit_reward", "implicit reward", "β log π/π_ref of the token; summed over a completion it is what preferences are compared by.", "signed", "implicit reward"],
     ["advantage", "advantage", "How much better than expected; above 0 the token is made more likely.", "signed", "advantage"],
     ["kl", "KL contribution", "log π/π_ref of the token; summed over a completion it is the KL to the reference.", "signed", "KL"],
@@ -708,8 +708,9 @@
   // ---- 5: cost
 
   const TINTS = {
-    generation: "#56B4E9", reward: "#E69F00", forward: "#009E73", backward: "#0072B2", weights: "#0072B2", optimizer: "#CC79A7", reference: "#56B4E9",
-    critic: "#009E73", "reward model": "#E69F00", cache: "#F0E442", other: "#999999", "activations and the rest": "#999999",
+    program: "#c9c9c4", generation: "#56B4E9", reward: "#E69F00", forward: "#009E73", backward: "#0072B2", weights: "#0072B2", optimizer: "#CC79A7", reference: "#56B4E9",
+    critic: "#009E73", "reward model": "#E69F00", cache: "#F0E442", gradients: "#D55E00", evaluation: "#D55E00",
+    other: "#8f8f8f", "activations and the rest": "#8f8f8f",
   };
 
   function bars(title, notes, unit, format, rows) {
@@ -746,7 +747,7 @@
     const short3 = (v) => number(v, 3);
     const made = [
       bars("Where the time goes", ["Seconds of all steps together, by part."], "seconds", short3, runs.map((run) => ({ run, parts: run.time }))),
-      bars("What fills the memory", ["At its fullest, by part."], "MiB", (v) => number(v, 3), runs.map((run) => ({ run, parts: Object.fromEntries(Object.entries(run.memory).map(([name, n]) => [name, n / 2 ** 20])) }))),
+      bars("What fills the memory", ["At its fullest, by part. Program: Python and its libraries, before the model was loaded."], "MiB", (v) => number(v, 3), runs.map((run) => ({ run, parts: Object.fromEntries(Object.entries(run.memory).map(([name, n]) => [name, n / 2 ** 20])) }))),
     ].filter(Boolean);
     const lines = runs.map((run, i) => ({ label: run.name, color: color(i), dash: runs.length > 1 ? DASHES[i % 8] : "", points: points(run.speed, "tokens"), per: run.speed.per }));
     const speed = lineChart({ title: "Tokens per second", unit: "Sampled and trained together", notes: [runs.some((run) => run.heldout.steps.length > 1) && "A step that ends with an evaluation counts its time too."], lines, zero: true });
