@@ -555,7 +555,7 @@
   // ---- 4: the token view
 
   const QUANTITIES = [
-    ["gradient", "gradient weight", "−dL/dlog π: how hard this step pushes the token up (blue) or down (orange).", "signed", "push"],
+    ["gradient", "gradient weight", "−dL/dlog π: how hard this step pushes the token up (blue) or down (orange).", "signed", "gradient"],
     ["implicit_reward", "implicit reward", "β log π/π_ref of the token; summed over a completion it is what preferences are compared by.", "signed", "implicit reward"],
     ["advantage", "advantage", "How much better than expected; above 0 the token is made more likely.", "signed", "advantage"],
     ["kl", "KL contribution", "log π/π_ref of the token; summed over a completion it is the KL to the reference.", "signed", "KL"],
