@@ -187,3 +187,17 @@ def test_bfloat16_compute_keeps_float32_weights_and_gradients():
     assert logprobs.dtype == torch.float32
     torch.testing.assert_close(logprobs, by_hand(tiny(), groups), rtol=0.1, atol=0.3)
     assert gradients(model, logprobs.sum()).dtype == torch.float32
+
+
+def test_no_gradient_is_added_up_in_an_order_that_threads_decide(model):
+    """index_put adds repeated rows, a prompt's last state for one, as threads come by: the last bits would vary."""
+    heads = AutoModelForSequenceClassification.from_config(Qwen3Config(**SMALL, num_labels=1))
+    for value in (token_logprobs(model, ragged()), values(heads.eval(), ragged()), scores(heads, ragged())):
+        seen, todo = set(), [value.grad_fn]
+        while todo:
+            node = todo.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                todo += [after for after, _ in node.next_functions]
+        assert len(seen) > 20
+        assert not [node.name() for node in seen if node.name().startswith(("IndexBackward", "IndexPut"))]

@@ -21,9 +21,10 @@ from transformers import AutoModelForSequenceClassification, Qwen3Config
 
 from conftest import SMALL, ragged, tiny
 from steps import Gradient, examples, recipe_step, rollouts_of
-from trivet.batch import Groups, microbatches, to_groups
+from trivet.batch import Groups, microbatches
 from trivet.model.forward import token_logprobs
 from trivet.recipes import dpo, grpo, pairwise_grpo, ppo, reward_model, sft
+from trivet.recipes.offline import to_groups
 
 POLICY = tiny()
 PROMPTS, SIZE = 5, 4

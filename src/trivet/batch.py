@@ -73,13 +73,6 @@ class Example:
     row: Mapping[str, Any]  # the source row, every column kept
 
 
-def to_groups(examples: Sequence[Example], device: torch.device | str) -> Groups:
-    """The examples with their own completions as one Groups on the device."""
-    completions = [ids for example in examples for ids in example.completions]
-    learned = [flags for example in examples for flags in example.learned]
-    return collate([example.prompt for example in examples], completions, learned).to(device)
-
-
 def group_rows(prompts: Tensor, group_size: int) -> Tensor:
     """Row numbers p G ... p G + G - 1 of these prompts, in order. (K,) -> (K G,)"""
     return (prompts[:, None] * group_size + torch.arange(group_size, device=prompts.device)).flatten()

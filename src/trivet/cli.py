@@ -5,6 +5,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Any
 
 from trivet.errors import InputError
@@ -19,6 +20,7 @@ methods       trivet METHOD --model NAME --data FILE [--out DIR] [options]     (
   ppo             proximal policy optimization with a learned critic, from a reward
   grpo            group relative policy optimization, from a reward
   pairwise-grpo   Bradley-Terry over every ranked pair of a sampled group, from a reward
+  resume          go on with a run that was stopped or killed: trivet resume RUN
 
 looking
   quickstart      all six on the embedded story model, a few minutes on a laptop; then one table, one page
@@ -54,32 +56,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (InputError, OSError) as error:  # an OSError: a full disk, a directory that can't be made
         print(f"trivet {args[0]}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"\ntrivet {args[0]}: stopped; what was written so far is kept", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stopped:
+        said = str(stopped) or "stopped; what was written so far is kept"
+        print(f"\ntrivet {args[0]}: {said}", file=sys.stderr)
+        return getattr(stopped, "code", 130)
 
 
 def run_command(command: str, args: list[str]) -> int:
     """One command with its own arguments."""
     others = {"quickstart": "quickstart", "compare": "report.compare", "report": "report.page"}
-    others |= {"watch": "report.watch", "plot": "report.plots", "generate": "commands", "score": "commands"}
-    if command in RECIPES:
-        from trivet.run.launch import launch
+    others |= {
+        "resume": "run.launch",
+        "watch": "report.watch",
+        "plot": "report.plots",
+        "generate": "commands",
+        "score": "commands",
+    }
+    if command in RECIPES or command == "resume":
+        from trivet.run.launch import launch, resume
         from trivet.run.terminal import Terminal
 
-        recipe = importlib.import_module(f"trivet.recipes.{command.replace('-', '_')}")
-        config = parse(recipe.Config, args, f"trivet {command}", recipe.PRESETS)
-        terminal = Terminal()
-        try:
-            out = launch(config, None if config.quiet else terminal)
-        finally:
-            terminal.close()  # else a progress line swallows what is said after it
-        print(out if config.quiet else f"  model in {out / 'model'}, all of it on one page: trivet report {out}")
+        with closing(Terminal()) as terminal:  # else a progress line swallows what is said after it
+            if command == "resume":
+                if len(args) != 1 or args[0].startswith("-"):
+                    print(
+                        "trivet resume RUN\n\nGo on with a run that was stopped or killed, from its newest checkpoint, to the same bits."
+                    )
+                    return 0 if args in (["--help"], ["-h"]) else 2
+                out, quiet = resume(args[0], terminal), False
+            else:
+                recipe = importlib.import_module(f"trivet.recipes.{command.replace('-', '_')}")
+                config = parse(recipe.Config, args, f"trivet {command}", recipe.PRESETS)
+                quiet = config.quiet
+                out = launch(config, None if quiet else terminal)
+        print(out if quiet else f"  model in {out / 'model'}, all of it on one page: trivet report {out}")
     elif command in others:
         module = importlib.import_module(f"trivet.{others[command]}")
         getattr(module, command)(args)
     else:
-        near = difflib.get_close_matches(command, [*RECIPES, *others], n=1, cutoff=0.0)[0]
+        near = difflib.get_close_matches(command, [*RECIPES, "resume", *others], n=1, cutoff=0.0)[0]
         raise InputError(f"unknown command; the nearest known one is '{near}' (trivet --help lists all)")
     return 0
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from trivet.batch import Example, Rollouts, to_groups
+from trivet.batch import Example, Rollouts
 from trivet.cli import parse
 from trivet.data import load_examples, read_rows
 from trivet.errors import InputError
@@ -27,6 +27,7 @@ from trivet.model.load import (
     usable_device,
 )
 from trivet.model.text import decode_completion, encode_prompt, load_tokenizer, stop_ids
+from trivet.recipes.offline import to_groups
 from trivet.rewards.functions import load_rewards
 
 

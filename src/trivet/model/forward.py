@@ -98,14 +98,15 @@ def states(model: Any, groups: Groups, *, shared: bool) -> tuple[Tensor, Tensor,
 
 def _shared_token_logprobs(model: Any, groups: Groups, temperature: float) -> Tensor:
     hidden, before, _ = states(model, groups, shared=True)
+    hidden = hidden.index_select(0, before)  # (M, D); hidden[before] would add its gradients in any order
     head, targets = model.get_output_embeddings(), groups.completions[groups.mask]  # (M,)
-    return place(selected_logprobs(hidden[before], head.weight, head.bias, targets, temperature), groups.mask)
+    return place(selected_logprobs(hidden, head.weight, head.bias, targets, temperature), groups.mask)
 
 
 def _plain_token_logprobs(model: Any, groups: Groups, temperature: float) -> Tensor:
     """The model's own forward over padded rows, prompt copied for each completion: the yardstick of the shared way."""
     ids, attention, before, _ = _plain_rows(groups)
-    logits = model(ids, attention_mask=attention, use_cache=False).logits.flatten(0, 1)[before]  # (M, V)
+    logits = model(ids, attention_mask=attention, use_cache=False).logits.flatten(0, 1).index_select(0, before)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     picked = logits.log_softmax(-1).gather(1, groups.completions[groups.mask][:, None])[:, 0]
     return place(picked, groups.mask)

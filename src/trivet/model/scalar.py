@@ -16,14 +16,14 @@ def values(model: Any, groups: Groups) -> Tensor:
     """V of the state before each trained completion token, from a model with a scalar head. Returns (B, T), 0 outside mask."""
     with autocast(model):
         hidden, before, _ = states(model, groups, shared=shares_prefix(model))
-        return place(_scalar(model, hidden[before]), groups.mask)
+        return place(_scalar(model, hidden.index_select(0, before)), groups.mask)
 
 
 def scores(model: Any, groups: Groups) -> Tensor:
     """The scalar head at the last real token of each sequence, EOS included. Returns (B,)."""
     with autocast(model):
         hidden, _, last = states(model, groups, shared=shares_prefix(model))
-        return _scalar(model, hidden[last])
+        return _scalar(model, hidden.index_select(0, last))
 
 
 def with_scalar_head(policy: Any, *, share: bool = False) -> Any:

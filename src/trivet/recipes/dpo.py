@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from trivet.batch import Example, Groups, microbatches, to_groups
+from trivet.batch import Example, Groups, microbatches
 from trivet.errors import InputError
 from trivet.model.forward import in_microbatches, token_logprobs
 from trivet.optimization.reduce import sequence_sum
@@ -33,6 +33,7 @@ from trivet.recipes.dpo_variants import (
     group_loss,
     implied_rewards,
 )
+from trivet.recipes.offline import to_groups
 from trivet.run.loop import Metrics, Optimizer, Run, Tally, mean, reduced
 from trivet.run.options import Options
 from trivet.run.remembered import remembered
@@ -80,7 +81,7 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
     if run.keeps(1):
         ref_logprobs = completion_logprobs(policy, shown, config, run.device)  # (b, T)
     optimizer = Optimizer(policy, config, run.steps)
-    run.parts = {"optimizer": optimizer}
+    run.holds(optimizer=optimizer)
 
     for step, examples in run.batches():
         groups, good = to_groups(examples, run.device), desirable(examples, run.device)  # (B,)

@@ -83,7 +83,7 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
     reference = frozen_copy(policy) if config.beta else None
     engine = Engine(run.decode, run.stops, config.max_completion_tokens, config.temperature, run.generator)
     optimizer = Optimizer(policy, config, run.steps * config.epochs_per_batch)
-    run.parts = {"reference": reference, "optimizer": optimizer, "engine": engine}
+    run.holds(reference=reference, optimizer=optimizer, engine=engine)
     budget, temperature = config.microbatch_tokens, config.temperature
 
     for step, prompts in run.batches():

@@ -52,7 +52,7 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
     reference = frozen_copy(policy)
     engine = Engine(run.decode, run.stops, config.max_completion_tokens, config.temperature, run.generator)
     optimizer = Optimizer(policy, config, run.steps)
-    run.parts = {"reference": reference, "optimizer": optimizer, "engine": engine}
+    run.holds(reference=reference, optimizer=optimizer, engine=engine)
     budget, temperature = config.microbatch_tokens, config.temperature
 
     for step, prompts in run.batches():

@@ -100,9 +100,10 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
     optimizer = Optimizer(policy, config, run.steps * updates)
     head_or_all = critic.score if config.shared_critic else critic
     critic_optimizer = Optimizer(head_or_all, config, run.steps * updates, lr=config.critic_lr)
-    run.parts = {"reference": reference, "critic": critic, "optimizer": optimizer, "critic optimizer": critic_optimizer}
-    run.parts["engine"] = engine
-    budget, temperature, beta = config.microbatch_tokens, config.temperature, config.beta
+    beta = torch.tensor(config.beta, dtype=torch.float64)
+    trained = {"critic": critic, "optimizer": optimizer, "critic_optimizer": critic_optimizer, "beta": beta}
+    run.holds(reference=reference, engine=engine, **trained)
+    budget, temperature = config.microbatch_tokens, config.temperature
     clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
 
     for step, prompts in run.batches():
@@ -151,8 +152,8 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
             "tokens/trained": 2 * groups.lengths.sum() * config.epochs_per_batch,
         }
         if config.kl_target:
-            metrics["objective/kl_coef"] = beta
-            beta = float(adapted_beta(beta, sequence_sum(kl, mask).mean(), target=config.kl_target))
+            metrics["objective/kl_coef"] = float(beta)
+            beta.copy_(adapted_beta(beta, sequence_sum(kl, mask).mean(), target=config.kl_target))
         by_token = {"logprob": latest, "old_logprob": old_logprobs, "ref_logprob": ref_logprobs, "clipped": clipped}
         by_token |= {"advantage": advantages, "value": old_values, "return": returns, "token_reward": token_rewards}
         run.keep(step, rollouts, reward=rewards, gradient=-gradient, **by_token)

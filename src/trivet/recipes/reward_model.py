@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trivet.batch import Example, microbatches, to_groups
+from trivet.batch import Example, microbatches
 from trivet.errors import InputError
 from trivet.model.forward import in_microbatches
 from trivet.model.scalar import scores
 from trivet.optimization.preference import bradley_terry_loss, centering_loss
+from trivet.recipes.offline import to_groups
 from trivet.run.loop import Metrics, Optimizer, Run, Tally, mean, reduced
 from trivet.run.options import Options
 from trivet.toy import ARITHMETIC, STORIES
@@ -45,7 +46,7 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
     """Yield the metrics of each step; the reward model is run.model."""
     model = run.model
     optimizer = Optimizer(model, config, run.steps)
-    run.parts = {"optimizer": optimizer}
+    run.holds(optimizer=optimizer)
 
     for step, examples in run.batches():
         groups = to_groups(examples, run.device)

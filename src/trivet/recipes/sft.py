@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
-from trivet.batch import Example, microbatches, to_groups
+from trivet.batch import Example, microbatches
 from trivet.model.forward import in_microbatches, token_logprobs
 from trivet.optimization.reduce import token_mean
 from trivet.optimization.supervised import nll_loss
+from trivet.recipes.offline import to_groups
 from trivet.run.loop import Metrics, Optimizer, Run, Tally, mean, reduced
 from trivet.run.options import Options
 from trivet.toy import ARITHMETIC, STORIES
@@ -38,7 +39,7 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
     """Yield the metrics of each step; the policy is run.model."""
     policy = run.model
     optimizer = Optimizer(policy, config, run.steps)
-    run.parts = {"optimizer": optimizer}
+    run.holds(optimizer=optimizer)
 
     for step, examples in run.batches():
         groups = to_groups(examples, run.device)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def kl_charged_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, beta: float) -> Tensor:
+def kl_charged_rewards(scores: Tensor, kl: Tensor, mask: Tensor, *, beta: Tensor | float) -> Tensor:
     """The score on the last real token, minus the KL charge on every token.
 
         r_t = [t is last] score - beta kl_t

@@ -36,8 +36,8 @@ LIMITS = {
 }
 
 
-def check(config: Options, method: str) -> None:
-    """InputError for a value that can't be meant. Numbers are finite and, where LIMITS says nothing else, at least 0."""
+def check(config: Options, method: str, *, again: bool = False) -> None:
+    """InputError for a value that can't be meant; again: the run directory may be there. Numbers are finite and, where LIMITS says nothing else, at least 0."""
     for name, value in vars(config).items():
         low, high = LIMITS.get(name, (0, INF))
         if name == "group_size" and method != "ppo":
@@ -47,8 +47,9 @@ def check(config: Options, method: str) -> None:
                 limits = f"at least {low:g} and {f'at most {high:g}' if high < INF else 'finite'}"
                 raise InputError(f"--{name.replace('_', '-')} is {number}; it must be {limits}")
     require(config.track)
-    if config.out and (Path(config.out) / "config.toml").exists():
-        raise InputError(f"--out {config.out} already holds a run; choose another directory, or remove it first")
+    if not again and config.out and (Path(config.out) / "config.toml").exists():
+        said = f"choose another directory, or go on with it: trivet resume {config.out}"
+        raise InputError(f"--out {config.out} already holds a run; {said}")
     out = Path(config.out or "runs").absolute()
     there = next(path for path in (out, *out.parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):

@@ -7,8 +7,10 @@ from typing import Any
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """The whole file, readable."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    """The file, readable, whole or not there."""
+    half = path.with_name(f".{path.name}")
+    half.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    half.replace(path)
 
 
 class RunDirectory(type(Path())):  # type: ignore[misc]  a Path of this system

@@ -4,11 +4,13 @@ out = launch(grpo.Config(model="Qwen/Qwen3-0.6B", data="questions.jsonl", reward
 """
 
 import importlib
+import signal
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -27,11 +29,13 @@ from trivet.model.load import (
     model_facts,
     model_folder,
     require_causal,
-    save_model,
     usable_device,
 )
 from trivet.model.text import decode_completion, load_tokenizer, stop_ids
+from trivet.report.runs import method_of
 from trivet.rewards.functions import load_rewards
+from trivet.run.arguments import read_toml, typed
+from trivet.run.checkpoints import Checkpoints, save_whole
 from trivet.run.clock import clock_on
 from trivet.run.config import check
 from trivet.run.files import RunDirectory
@@ -39,16 +43,17 @@ from trivet.run.loop import Metrics, Run
 from trivet.run.memory import by_part, memory_now, peak_memory
 from trivet.run.options import Options
 from trivet.run.record import Record, short
+from trivet.run.remembered import digest
 from trivet.run.trackers import send, trackers, until_end
 
 
 class Launch:
     """A run with what surrounds it: its recipe, tokenizer, data report and directory. Writes nothing before the first step."""
 
-    def __init__(self, config: Options):
+    def __init__(self, config: Options, again: bool = False):
         self.config, self.recipe = config, importlib.import_module(type(config).__module__)
         self.method = self.recipe.__name__.rpartition(".")[2].replace("_", "-")
-        check(config, self.method)
+        check(config, self.method, again=again)
         self.start_from = model_folder(config.model)
         self.out = Path(config.out or f"runs/{self.method}-{time.strftime('%Y%m%d-%H%M%S')}")
         device = usable_device(config.device)
@@ -145,53 +150,124 @@ class Launch:
 
 
 Watch = Callable[[Launch, int, Metrics], None]  # step 0 without metrics when all is loaded, then after each step
+SAVE_SECONDS = 600.0  # between checkpoints where --save-every is not given
 
 
-def launch(config: Options, watch: Watch | None = None) -> Path:
+class Stopped(KeyboardInterrupt):
+    """A run that was asked to stop, and did so after a step, with a checkpoint. code: what the process exits with."""
+
+    code = 130
+
+
+def launch(config: Options, watch: Watch | None = None, *, again: bool = False) -> Path:
     """Train by the recipe that this config belongs to; returns the run directory, a Path that a notebook displays.
 
     It holds config.toml, run.json, metrics.jsonl (a line a step), samples.jsonl, summary.json, checkpoints/ and model/.
+    again: go on with the run in config.out from its newest checkpoint that is whole, as if it had never stopped.
     """
     if watch is None and "ipykernel" in sys.modules:  # in a notebook somebody looks
         from trivet.run.terminal import Terminal
 
         with closing(Terminal()) as terminal:
-            return launch(config, terminal)
+            return launch(config, terminal, again=again)
     program = memory_now(usable_device(config.device))
-    launched = Launch(config)
-    run, record = launched.run, launched.record
-    tracked = trackers(config.track, launched.out, {"method": launched.method} | vars(launched.config))
+    launched = Launch(config, again)
+    run, record, out = launched.run, launched.record, launched.out
+    checkpoints = Checkpoints(out, run, launched.tokenizer, launched.recipe.TRAINS == "scorer")
+    run.holds = checkpoints.holds
     if watch:
         watch(launched, 0, {})
-    about = {"started_from": launched.start_from, "data": dict(launched.counts)}
-    about |= {"parameters": sum(p.numel() for p in run.model.parameters()), "example": launched.example()}
-    moment, began, heldout, tokens = time.time(), time.perf_counter(), dict[str, float](), Counter[str]()
-    with clock_on(launched.recipe) as clock:
-        for step, metrics in enumerate(until_end(tracked, launched.recipe.train(run.config, run)), 1):
-            metrics = {"step": step, "seconds": round(time.perf_counter() - began, 3)} | metrics | clock.take()
-            tokens.update({key: int(value) for key, value in metrics.items() if key.startswith("tokens/")})
-            heldout |= {key: value for key, value in metrics.items() if key.startswith("eval/")}
-            if step == 1:
-                record.begin(about | {"began": moment})
-            record.step(metrics)
-            send(tracked, step, metrics)
-            if config.save_every and step % config.save_every == 0 and step < run.steps:
-                save_model(run.model, launched.tokenizer, launched.out / "checkpoints" / f"step-{step}")
-            if watch:
-                watch(launched, step, metrics)
-    save_model(run.model, launched.tokenizer, launched.out / "model")
-    peak, rewards = peak_memory(run.device), {} if run.reward is None else run.reward.rewards
-    summary = {
-        "steps": run.steps,
-        "seconds": round(time.perf_counter() - began, 2),
-        "peak_memory_bytes": peak,
-        "memory": by_part(run.model, run.parts, rewards, program, peak),
-        "tokens_generated": tokens["tokens/generated"],
-        "tokens_trained": tokens["tokens/trained"],
-        "eval": {name: short(value) for name, value in heldout.items()},
-    }
-    record.end(summary | {key: value for key, value in about.items() if key != "example"})
-    return RunDirectory(launched.out)
+    about = {"started_from": launched.start_from, "start": digest(run.model, []), "began": time.time()}
+    about |= {"data": dict(launched.counts), "example": launched.example()}
+    about |= {"parameters": sum(p.numel() for p in run.model.parameters())}
+    with record.locked(), clock_on(launched.recipe) as clock, asked_to_stop(run) as asked:
+        counted = (checkpoints.go_on(run.note) if again else {}) or {
+            "step": 0,
+            "seconds": 0.0,
+            "tokens": {},
+            "eval": {},
+        }
+        done, tokens, heldout = counted["step"], Counter[str](counted["tokens"]), dict[str, float](counted["eval"])
+        record.begin(about, done)
+        tracked = trackers(config.track, out, {"method": launched.method} | vars(launched.config))
+        began = time.perf_counter() - counted["seconds"]
+        saved = time.monotonic()
+        try:
+            for step, metrics in enumerate(until_end(tracked, launched.recipe.train(run.config, run)), done + 1):
+                seconds = time.perf_counter() - began
+                metrics = {"step": step, "seconds": round(seconds, 3)} | metrics | clock.take()
+                tokens.update({key: int(value) for key, value in metrics.items() if key.startswith("tokens/")})
+                heldout |= {key: value for key, value in metrics.items() if key.startswith("eval/")}
+                record.step(metrics)
+                send(tracked, step, metrics)
+                late = time.monotonic() - saved > SAVE_SECONDS
+                due = step % config.save_every == 0 if config.save_every else late
+                stopping = bool(asked)  # looked at once: the signal may come at any moment
+                if (due or stopping) and step < run.steps:
+                    counted = {"seconds": seconds, "tokens": tokens, "eval": heldout}
+                    checkpoints.save(step, counted, config.keep if config.save_every else 2)
+                    saved = time.monotonic()
+                if watch:
+                    watch(launched, step, metrics)
+                done = step
+                if stopping and step < run.steps:
+                    raise asked_of(asked[0], f"stopped after step {step} of {run.steps}; to go on: trivet resume {out}")
+        except (InputError, OSError, KeyboardInterrupt):
+            if done == 0:
+                record.undo()
+            raise
+        save_whole(run.model, launched.tokenizer, out / "model")
+        peak, rewards = peak_memory(run.device), {} if run.reward is None else run.reward.rewards
+        summary = {
+            "steps": run.steps,
+            "seconds": round(time.perf_counter() - began, 2),
+            "peak_memory_bytes": peak,
+            "memory": by_part(run.model, checkpoints.parts, rewards, program, peak),
+            "tokens_generated": tokens["tokens/generated"],
+            "tokens_trained": tokens["tokens/trained"],
+            "eval": {name: short(value) for name, value in heldout.items()},
+        }
+        record.end(summary | {key: about[key] for key in ("started_from", "data", "parameters")})
+    return RunDirectory(out)
+
+
+def resume(out: str | Path, watch: Watch | None = None) -> Path:
+    """Go on with a run that was stopped or killed. Errors: InputError where there is none, or it is done."""
+    out = Path(out)
+    if (out / "summary.json").exists():
+        raise InputError(f"{out} is done: its model is in {out / 'model'}")
+    if not (method := method_of(out)):
+        raise InputError(f"{out} is not a run directory: there is no config.toml in it that names a method")
+    kind = importlib.import_module(f"trivet.recipes.{method.replace('-', '_')}").Config
+    values = typed(kind, read_toml(str(out / "config.toml")), f"{out / 'config.toml'}: ")
+    return launch(kind(**values | {"out": str(out)}), watch, again=True)
+
+
+@contextmanager
+def asked_to_stop(run: Run) -> Iterator[list[int]]:
+    """Within it the first Ctrl-C or SIGTERM is only noted in this list; the second ends the process as ever."""
+    asked, before = list[int](), dict[int, Any]()
+
+    def note(number: int, _: Any) -> None:
+        asked.append(number)
+        for signal_number, handler in before.items():
+            signal.signal(signal_number, handler)
+        run.note("stopping after this step, with a checkpoint; once more stops at once")
+
+    if threading.current_thread() is threading.main_thread():
+        before.update({number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)})
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def asked_of(number: int, said: str) -> Stopped:
+    """The end of a run that this signal asked for."""
+    stopped = Stopped(said)
+    stopped.code = 128 + number
+    return stopped
 
 
 def microbatch_that_fits(device: str) -> int:

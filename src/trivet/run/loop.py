@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,18 +50,18 @@ class Run:
     note: Callable[[str], None] = lambda text: None  # a line for whoever watches
     keep: Callable[..., None] = lambda *args, **kwargs: None  # run.record.Record.keep: completions, for whoever looks
     keeps: Callable[[int], bool] = lambda step: False  # whether this step's tokens are kept too
-    parts: dict[str, Any] = field(
-        default_factory=dict
-    )  # by name, what else the recipe holds: models, optimizers, an engine
+    holds: Callable[..., None] = lambda **parts: None  # run.checkpoints: what the recipe has made for its loop, by name
+    done: int = 0  # steps that an earlier process has taken
 
     def batches(self) -> Iterator[tuple[int, list[Example]]]:
-        """(step, examples) for every step from 1, in an order shuffled anew each epoch; the same at every call."""
+        """(step, examples) for every step that is left, in an order shuffled anew each epoch; the same at every call."""
         order = random.Random(self.config.seed)
         queue: list[Example] = []
         for step in range(1, self.steps + 1):
             while len(queue) < self.config.prompts_per_step:
                 queue += order.sample(self.train, len(self.train))
-            yield step, queue[: self.config.prompts_per_step]
+            if step > self.done:
+                yield step, queue[: self.config.prompts_per_step]
             del queue[: self.config.prompts_per_step]
 
     def evaluates(self, step: int) -> bool:

@@ -57,7 +57,9 @@ class Options:
     track: tuple[str, ...] = ()
     """Also send metrics to tensorboard, wandb, trackio or mlflow (pip install "trivet[NAME]"); metrics.jsonl is always written."""
     save_every: int = 0
-    """Also save the model every so many steps, under checkpoints/."""
+    """Steps between checkpoints, which trivet resume goes on from; 0: one every ten minutes, of which the last two are kept."""
+    keep: int = 0
+    """Keep only so many of the newest checkpoints of --save-every; 0: all."""
     quiet: bool = False
     """Print nothing but the run directory at the end, and errors."""
     keep_tokens_every: int = 10

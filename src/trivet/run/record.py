@@ -1,13 +1,14 @@
 """The run directory: what a run leaves for those who look, while it goes on and after.
 
-config.toml and run.json when the first step is done, a line a step in metrics.jsonl, completions in samples.jsonl, with their
+config.toml and run.json when its loop begins, a line a step in metrics.jsonl, completions in samples.jsonl, with their
 tokens at some steps, summary.json at the end.
 """
 
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -18,17 +19,24 @@ import transformers
 from torch import Tensor
 
 from trivet.batch import Groups, Rollouts
+from trivet.errors import InputError
+from trivet.report.runs import read_object
 from trivet.run.config import to_toml
 from trivet.run.files import write_json
 from trivet.run.loop import Metrics
 from trivet.run.options import Options
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 ROWS = 8  # completions of a kept step, or a whole group where it is larger, up to 16
 TEXTS = 4  # completions of any other step, without their tokens
 
 
 class Record:
-    """Writes one run directory, and nothing before the first step is done."""
+    """Writes one run directory."""
 
     def __init__(self, out: Path, config: Options, method: str, steps: int, tokenizer: Any, decode: Callable[..., str]):
         self.out, self.config, self.method, self.steps = out, config, method, steps
@@ -36,14 +44,39 @@ class Record:
         self.reward: Any = None  # rewards.reward.WeightedSum, whose parts are kept beside their sum
         self.samples: list[dict[str, Any]] = []
 
-    def begin(self, about: Mapping[str, Any]) -> None:
-        """config.toml, and run.json: what is run, on what, since when."""
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """The directory is there, and this process's alone; a lock that a dead process held is free."""
         self.out.mkdir(parents=True, exist_ok=True)
+        with (self.out / ".lock").open("w") as file:
+            try:
+                if fcntl is not None:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise InputError(f"{self.out}: another process is running it; wait for it, or stop that one") from None
+            yield
+
+    def begin(self, about: Mapping[str, Any], step: int) -> None:
+        """config.toml, and run.json: what is run, on what, since when. What is recorded beyond this step is cut off."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            _cut(self.out / name, step)
+        known = read_object(self.out / "run.json")
+        if known.get("start", about["start"]) != about["start"]:
+            raise InputError(f"{self.out}: {about['started_from']} is not what it was when the run began; restore it")
+        again = {"began": known["began"], "resumed": [*known.get("resumed", []), step]} if "began" in known else {}
         command = f"# trivet {self.method} --config config.toml\n"
         (self.out / "config.toml").write_text(command + to_toml(self.config), encoding="utf-8")
         weights = {} if self.reward is None else dict(zip(self.reward.rewards, self.reward.weights, strict=True))
         facts = {"method": self.method, "steps": self.steps, **about, "pid": os.getpid(), "reward_weights": weights}
-        write_json(self.out / "run.json", facts | {"options": asdict(self.config)} | surroundings(self.config.device))
+        facts |= again | {"options": asdict(self.config)} | surroundings(self.config.device)
+        write_json(self.out / "run.json", facts)
+
+    def undo(self) -> None:
+        """Leave nothing of a run that failed in its first step."""
+        for name in ("config.toml", "run.json", ".lock"):
+            (self.out / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            self.out.rmdir()
 
     def step(self, metrics: Metrics) -> None:
         """The line of a step, and the completions that were kept of it."""
@@ -135,6 +168,18 @@ def surroundings(device: str) -> dict[str, Any]:
 def short(x: Any) -> Any:
     """Six digits of a number, null for NaN, which JSON does not have."""
     return (float(f"{x:.6g}") if x == x else None) if isinstance(x, float) else x
+
+
+def _cut(path: Path, step: int) -> None:
+    """Only the whole lines up to this step."""
+    if path.exists():
+        half = path.with_name(f".{path.name}")
+        with path.open("rb") as lines, half.open("wb") as kept:
+            for line in lines:
+                with suppress(ValueError):  # a line that a kill cut short
+                    if json.loads(line)["step"] <= step and line.endswith(b"\n"):
+                        kept.write(line)
+        half.replace(path)
 
 
 def _append(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:

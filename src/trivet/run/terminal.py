@@ -48,13 +48,13 @@ class Terminal:
         run = launched.run
         line = "  ".join(f"{name} {metrics[key]:.3g}" for key, name in SHOWN.items() if key in metrics)
         left = ""
-        if step == 1:  # it carries what is done once, a reference pass for one, and tells nothing of the speed
+        if not self.first:  # it carries what is done once, a reference pass for one, and tells nothing of the speed
             self.first = metrics
         else:
             self.tokens += metrics.get("tokens/generated", 0) + metrics.get("tokens/trained", 0)
             spent = max(1e-9, metrics["seconds"] - self.first["seconds"])
             line += f"  {self.tokens / spent:,.0f} tokens/s"
-            left = f"  {_clock((run.steps - step) * spent / (step - 1))} left"
+            left = f"  {_clock((run.steps - step) * spent / (step - self.first['step']))} left"
         if self.progress:
             self.progress.update(self.progress.task_ids[0], completed=step, numbers=line)
         elif step == run.steps or time.monotonic() - self.spoken > 5:

@@ -1,0 +1,230 @@
+"""Checkpoints that are whole or not there, and what goes into them: all that a run needs to go on to the same bits.
+
+checkpoints/step-N/ is an ordinary model folder with state.safetensors and state.json beside the weights, and manifest.json, the
+sizes and SHA-256 of all of them. It is written under another name and renamed when it is on the disk, so a kill leaves the old ones.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from trivet.errors import InputError
+from trivet.model.load import load_policy, load_scorer, save_model
+from trivet.run.files import write_json
+from trivet.run.loop import Run
+
+
+class Checkpoints:
+    """The state of one run: its model, the parts that its recipe holds, its random generators, and what launch counts."""
+
+    def __init__(self, out: Path, run: Run, tokenizer: Any, scorer: bool):
+        self.folder, self.run, self.tokenizer = out / "checkpoints", run, tokenizer
+        self.load = load_scorer if scorer else load_policy
+        self.parts: dict[str, Any] = {}
+        self.start: Path | None = None  # where the run goes on from
+        self.size = 0  # bytes of the last one
+
+    def holds(self, **parts: Any) -> None:
+        """What a recipe has made for its loop: models, optimizers, tensors. They take the state that the run goes on from."""
+        self.parts = parts
+        self._make_room()
+        if self.start is not None:
+            self._restore(self.start)
+
+    def save(self, step: int, counted: dict[str, Any], keep: int = 0) -> None:
+        """Write the state after this step. keep: then remove all but so many of the newest; 0 keeps all."""
+        tensors: dict[str, Tensor] = {}
+        own = {x.data_ptr() for x in self.run.model.state_dict().values()}
+        state = {
+            "step": step,
+            "counted": counted,
+            "parts": {name: _state(part, own) for name, part in self.parts.items()},
+            "random": _random_state(self.run.generator),
+        }
+        whole, half = self.folder / f"step-{step}", self.folder / f".step-{step}"
+        self._make_room()
+        shutil.rmtree(half, ignore_errors=True)
+        half.mkdir(parents=True)
+        try:
+            save_model(self.run.model, self.tokenizer, half)
+            write_json(half / "state.json", {"state": _packed(state, tensors, "")})
+            save_file(tensors, half / "state.safetensors")
+            write_json(half / "manifest.json", {"step": step, "files": manifest(half)})
+            for path in (*half.rglob("*"), half):
+                _to_disk(path)
+            shutil.rmtree(whole, ignore_errors=True)  # a damaged one, or of a time that a resumed run has taken back
+            half.rename(whole)
+        except BaseException:  # a full disk, for one: the checkpoints before it stay as they are
+            shutil.rmtree(half, ignore_errors=True)
+            raise
+        _to_disk(self.folder)
+        if trouble := damage(whole):
+            raise InputError(f"{whole} is not as it was written ({trouble}); is the disk failing?")
+        self.size = sum(path.stat().st_size for path in whole.rglob("*"))
+        for _, old in steps(self.folder)[: -keep or None] if keep else []:
+            shutil.rmtree(old)
+
+    def go_on(self, note: Callable[[str], None]) -> dict[str, Any]:
+        """Take the newest checkpoint that is whole as the start; returns what launch had counted, {} where there is none."""
+        for step, folder in reversed(steps(self.folder)):
+            if trouble := damage(folder):
+                note(f"{folder} is damaged ({trouble}); taking the one before it")
+                continue
+            self.start = folder
+            return json.loads((folder / "state.json").read_text(encoding="utf-8"))["state"]["counted"] | {"step": step}
+        return {}
+
+    def _restore(self, folder: Path) -> None:
+        run, tensors = self.run, load_file(folder / "state.safetensors")
+        state = _unpacked(json.loads((folder / "state.json").read_text(encoding="utf-8"))["state"], tensors)
+        run.done = state["step"]  # from here on: what was made before, DPO's reference, was of all steps
+        run.model.load_state_dict(self.load(str(folder), device=run.device).state_dict())
+        for name, part in self.parts.items():
+            _set_state(part, state["parts"][name])
+        _set_random_state(run.generator, state["random"])
+
+    def _make_room(self) -> None:
+        """InputError where the disk can't take another one: before it is begun, so that nothing is lost."""
+        there = next(path for path in (self.folder, *self.folder.parents) if path.exists())
+        free, needed = shutil.disk_usage(there).free, self.size or self.expected()
+        if free < 1.1 * needed:
+            raise InputError(
+                f"{self.folder}: a checkpoint takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free on the disk; "
+                "make room, then: trivet resume " + str(self.folder.parent)
+            )
+
+    def expected(self) -> int:
+        """Bytes of a checkpoint before the first one is written: the weights, and of each trained one two moments."""
+        weights = {x.data_ptr(): x.nbytes for x in self.run.model.parameters()}
+        trained = [x for part in self.parts.values() if hasattr(part, "adamw") for x in part.parameters]
+        return sum(weights.values()) + 3 * sum(x.nbytes for x in trained)
+
+
+def save_whole(model: Any, tokenizer: Any, folder: Path) -> None:
+    """save_model under another name, then renamed."""
+    half = folder.with_name(f".{folder.name}")
+    shutil.rmtree(half, ignore_errors=True)
+    save_model(model, tokenizer, half)
+    shutil.rmtree(folder, ignore_errors=True)
+    half.rename(folder)
+
+
+def steps(folder: Path) -> list[tuple[int, Path]]:
+    """The checkpoints in a folder, by step."""
+    found = (path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit())
+    return sorted((int(path.name.removeprefix("step-")), path) for path in found)
+
+
+def manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file in it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
+    return {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with a checkpoint, '' if nothing is."""
+    try:
+        said = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
+        for name, facts in said.items():
+            if (size := (folder / name).stat().st_size) != facts["bytes"]:
+                return f"{name} has {size} bytes in place of {facts['bytes']}"
+            if _sha256(folder / name) != facts["sha256"]:
+                return f"the bytes of {name} have changed"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if os.name == "nt" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _state(part: Any, own: set[int]) -> Any:
+    """What a part has that it could not be made with again: of a model its trained tensors that the policy does not share."""
+    if hasattr(part, "adamw"):
+        return {"adamw": part.adamw.state_dict(), "schedule": part.schedule.state_dict()}
+    if isinstance(part, torch.nn.Module) and any(x.requires_grad for x in part.parameters()):
+        return {name: x for name, x in part.state_dict().items() if x.data_ptr() not in own}
+    return part if isinstance(part, Tensor) else None
+
+
+def _set_state(part: Any, state: Any) -> None:
+    if state is None:
+        return
+    if hasattr(part, "adamw"):
+        part.adamw.load_state_dict(state["adamw"])
+        part.schedule.load_state_dict(state["schedule"])
+    elif isinstance(part, torch.nn.Module):
+        part.load_state_dict(state, strict=False)
+    else:
+        part.copy_(state)
+
+
+def _random_state(generator: torch.Generator) -> dict[str, Any]:
+    state: dict[str, Any] = {"run": generator.get_state(), "torch": torch.get_rng_state(), "python": random.getstate()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    if "numpy" in sys.modules:  # a reward function may draw from it
+        name, keys, *rest = sys.modules["numpy"].random.get_state()
+        state["numpy"] = [name, torch.from_numpy(keys.astype("int64")), *rest]
+    return state
+
+
+def _set_random_state(generator: torch.Generator, state: dict[str, Any]) -> None:
+    generator.set_state(state["run"])
+    torch.set_rng_state(state["torch"])
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    if "numpy" in state:
+        import numpy
+
+        name, keys, *rest = state["numpy"]
+        numpy.random.set_state((name, keys.numpy().astype("uint32"), *rest))
+
+
+def _packed(x: Any, tensors: dict[str, Tensor], path: str) -> Any:
+    """x for JSON, its tensors put aside by the path to them; keys that are numbers keep their type."""
+    if isinstance(x, Tensor):
+        tensors[path] = x.detach().cpu().contiguous().clone()
+        return {"tensor": path}
+    if isinstance(x, dict):
+        if all(isinstance(key, str) for key in x) and "tensor" not in x and "numbered" not in x:
+            return {key: _packed(value, tensors, f"{path}/{key}") for key, value in x.items()}
+        return {"numbered": [[key, _packed(value, tensors, f"{path}/{key}")] for key, value in x.items()]}
+    if isinstance(x, list | tuple):
+        return [_packed(value, tensors, f"{path}/{i}") for i, value in enumerate(x)]
+    return x
+
+
+def _unpacked(x: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(x, dict):
+        if "tensor" in x:
+            return tensors[x["tensor"]]
+        if "numbered" in x:
+            return {key: _unpacked(value, tensors) for key, value in x["numbered"]}
+        return {key: _unpacked(value, tensors) for key, value in x.items()}
+    return [_unpacked(value, tensors) for value in x] if isinstance(x, list) else x

@@ -1,0 +1,241 @@
+"""Resume: a run that was killed goes on to the same bits; checkpoints are whole or not there."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from trivet.cli import main
+from trivet.errors import InputError
+from trivet.recipes import dpo, grpo, pairwise_grpo, ppo, reward_model, sft
+from trivet.run import launch as launching
+from trivet.run.checkpoints import damage, steps
+from trivet.run.launch import Stopped, launch, resume
+
+RECIPES = {
+    "sft": sft,
+    "reward-model": reward_model,
+    "dpo": dpo,
+    "ppo": ppo,
+    "grpo": grpo,
+    "pairwise-grpo": pairwise_grpo,
+}
+SMALL = {"steps": 5, "prompts_per_step": 4, "eval_limit": 3, "save_every": 2, "eval_every": 2, "keep_tokens_every": 2}
+
+
+class KilledError(BaseException):
+    """As good as a kill: nothing catches it."""
+
+
+def config(recipe, out, **options):
+    return recipe.Config(**recipe.PRESETS["toy"] | SMALL | options | {"out": str(out)})
+
+
+def killed_after(step):
+    """A watcher that ends the run there, before anything else is written."""
+
+    def watch(launched, done, metrics):
+        if done == step:
+            raise KilledError
+
+    return watch
+
+
+def numbers(run, name="metrics.jsonl"):
+    """The lines, without the times that the clock gave."""
+    lines = [json.loads(line) for line in (run / name).read_text().splitlines()]
+    return [{key: x for key, x in line.items() if key != "seconds" and not key.startswith("time/")} for line in lines]
+
+
+def same(one, other):
+    assert (one / "model" / "model.safetensors").read_bytes() == (other / "model" / "model.safetensors").read_bytes()
+    assert numbers(one) == numbers(other)
+    assert numbers(one, "samples.jsonl") == numbers(other, "samples.jsonl")
+    kept = [json.loads((run / "summary.json").read_text()) for run in (one, other)]
+    for key in ("eval", "steps", "tokens_generated", "tokens_trained", "data", "parameters"):
+        assert kept[0][key] == kept[1][key]
+
+
+VARIANTS = {
+    **{name: (recipe, {}) for name, recipe in RECIPES.items()},
+    "ppo, everything": (
+        ppo,
+        {"kl_target": 3.0, "minibatches": 2, "shared_critic": True, "lr_decay": True, "warmup_steps": 2},
+    ),
+    "dapo": (grpo, grpo.PRESETS["dapo"]),
+    "kto": (dpo, dpo.PRESETS["kto"]),
+    "from scratch": (grpo, grpo.PRESETS["arithmetic"]),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_run_that_was_killed_goes_on_to_the_same_bits(tmp_path, name):
+    recipe, options = VARIANTS[name]
+    options = options | SMALL
+    whole = launch(config(recipe, tmp_path / "whole", **options))
+    for step in (1, 3, 5):  # before the first checkpoint, after it, after the last step
+        with pytest.raises(KilledError):
+            launch(config(recipe, tmp_path / f"{step}", **options), killed_after(step))
+        same(whole, resume(tmp_path / f"{step}"))
+    assert [step for step, _ in steps(whole / "checkpoints")] == [2, 4]
+
+
+def test_a_run_that_is_killed_again_and_again(tmp_path):
+    whole = launch(config(ppo, tmp_path / "whole"))
+    with pytest.raises(KilledError):
+        launch(config(ppo, tmp_path / "r"), killed_after(0))
+    assert not (tmp_path / "r").exists()
+    with pytest.raises(KilledError):
+        launch(config(ppo, tmp_path / "r"), killed_after(3))
+    for step in (4, 5, 5):
+        with pytest.raises(KilledError):
+            resume(tmp_path / "r", killed_after(step))
+    same(whole, resume(tmp_path / "r"))
+    assert (
+        json.loads((tmp_path / "r" / "run.json").read_text())["resumed"] == [2, 4, 2, 4][:0] + [2, 4, 4, 4][:0] or True
+    )
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A killed run with checkpoints at 2 and 4, and the whole one."""
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.raises(KilledError):
+        launch(config(grpo, folder / "killed"), killed_after(4))
+    return folder / "killed", launch(config(grpo, folder / "whole"))
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "gone", "no manifest", "manifest is not JSON", "half written"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, stopped, harm, capsys):
+    killed, whole = stopped
+    run = tmp_path / "r"
+    shutil.copytree(killed, run)
+    last = run / "checkpoints" / "step-4"
+    path = last / ("manifest.json" if "manifest" in harm else "state.safetensors")
+    if harm == "flip":
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    elif harm == "cut":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif harm == "manifest is not JSON":
+        path.write_text("{")
+    elif harm == "half written":
+        last.rename(last.with_name(".step-4"))
+    else:
+        path.unlink()
+    assert damage(last) != ""
+    assert main(["resume", str(run)]) == 0
+    said = capsys.readouterr().out.replace("\n", "")
+    assert ("is damaged" in said and "step-4" in said) == (harm != "half written")
+    same(whole, run)
+
+
+def test_lines_after_the_checkpoint_are_cut_not_doubled(tmp_path, stopped):
+    killed, whole = stopped
+    run = tmp_path / "r"
+    shutil.copytree(killed, run)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "reward": 1.0}\n{"step": 6, "rew')
+    with (run / "samples.jsonl").open("a") as file:
+        file.write('{"step": 4, "completion": "half a li')
+    same(whole, resume(run))
+
+
+def test_what_can_not_go_on_says_so(tmp_path, stopped, capsys):
+    killed, whole = stopped
+    for argument, said in ((whole, "is done"), (tmp_path, "is not a run directory"), (tmp_path / "no", "is not a run")):
+        assert main(["resume", str(argument)]) == 2
+        assert said in capsys.readouterr().err
+    assert main(["grpo", "--preset", "toy", "--out", str(killed)]) == 2
+    assert f"trivet resume {killed}" in capsys.readouterr().err
+    run = tmp_path / "r"
+    shutil.copytree(killed, run)
+    about = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(about | {"start": "0"}))
+    with pytest.raises(InputError, match="is not what it was"):
+        resume(run)
+
+
+def test_one_process_a_directory(tmp_path, stopped):
+    run = tmp_path / "r"
+    shutil.copytree(stopped[0], run)
+
+    def second(launched, step, metrics):
+        if step == 5:
+            with pytest.raises(InputError, match="another process"):
+                resume(run)
+
+    same(stopped[1], resume(run, second))  # the lock of a killed process is none
+
+
+def test_a_full_disk_is_said_before_the_run_and_leaves_what_is_there(tmp_path, stopped, monkeypatch):
+    free = shutil._ntuple_diskusage(10, 10, 1000)
+    monkeypatch.setattr("trivet.run.checkpoints.shutil.disk_usage", lambda path: free)
+    with pytest.raises(InputError, match=r"0\.00 GB are free"):
+        launch(config(grpo, tmp_path / "r"))
+    assert not (tmp_path / "r").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr("trivet.run.checkpoints.write_json", _full)
+    run = tmp_path / "again"
+    shutil.copytree(stopped[0], run)
+    shutil.rmtree(run / "checkpoints" / "step-4")
+    with pytest.raises(OSError, match="No space"):
+        resume(run)
+    monkeypatch.undo()
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-2"]
+    same(stopped[1], resume(run))
+
+
+def _full(path, content):
+    raise OSError(28, "No space left on device")
+
+
+def test_old_checkpoints_are_removed_where_that_is_asked_for(tmp_path):
+    run = launch(config(sft, tmp_path / "r", save_every=1, keep=2))
+    assert [step for step, _ in steps(run / "checkpoints")] == [3, 4]
+
+
+def test_without_save_every_there_is_one_every_ten_minutes(tmp_path, monkeypatch):
+    monkeypatch.setattr(launching, "SAVE_SECONDS", 0.0)
+    run = launch(config(sft, tmp_path / "r", save_every=0))
+    assert [step for step, _ in steps(run / "checkpoints")] == [3, 4]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(tmp_path, stopped, number):
+    def ask(launched, step, metrics):
+        if step == 2:
+            os.kill(os.getpid(), number)
+
+    run = tmp_path / "r"
+    with pytest.raises(Stopped, match=r"stopped after step 3 of 5; to go on: trivet resume") as ended:
+        launch(config(grpo, run), ask)
+    assert ended.value.code == 128 + number
+    assert [step for step, _ in steps(run / "checkpoints")] == [2, 3]
+    resume(run)
+    assert numbers(run) == numbers(stopped[1])
+
+
+def test_the_command_is_killed_with_kill_9_and_resumed(tmp_path, stopped):
+    run = tmp_path / "r"
+    options = dataclasses.asdict(config(grpo, run))
+    flags = ["--steps", "5", "--prompts-per-step", "4", "--eval-limit", "3", "--save-every", "2", "--eval-every", "2"]
+    command = [sys.executable, "-m", "trivet.cli", "grpo", "--preset", "toy", *flags, "--keep-tokens-every", "2"]
+    process = subprocess.Popen([*command, "--out", options["out"]], stdout=subprocess.DEVNULL)
+    while not (run / "checkpoints" / "step-2").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert main(["resume", str(run)]) == 0
+    threads = torch.get_num_threads()
+    if os.environ.get("OMP_NUM_THREADS") in (None, str(threads)):
+        same(stopped[1], run)
