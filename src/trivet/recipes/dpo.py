@@ -32,6 +32,7 @@ from trivet.recipes.dpo_variants import (
     exchanged,
     group_loss,
     implied_rewards,
+    show,
 )
 from trivet.recipes.offline import to_groups
 from trivet.run.loop import Metrics, Optimizer, Run, Tally, mean, reduced
@@ -99,7 +100,8 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
         metrics = feedback_metrics(config, result, ref_logprob, groups, good, kl) | optimizer.step()
         metrics["tokens/trained"] = groups.lengths.sum()
         if run.keeps(step):
-            show(run, config, step, shown, ref_logprobs, kl)
+            logprobs = completion_logprobs(policy, shown, config, run.device)  # (b, T)
+            show(run, config, step, shown, logprobs, ref_logprobs, kl)
         if run.evaluates(step):
             metrics |= evaluate(policy, run.heldout, reference, config, run.device)
         yield reduced(metrics)
@@ -140,20 +142,6 @@ def completion_logprob(policy: Any, examples: Sequence[Example], config: Config,
 def completion_logprobs(policy: Any, examples: Sequence[Example], config: Config, device: str) -> Tensor:
     """The same by token. (B, T)"""
     return in_microbatches(token_logprobs, policy, to_groups(examples, device), config.microbatch_tokens)
-
-
-def show(run: Run, config: Config, step: int, examples: Sequence[Example], ref_logprobs: Tensor, kl: Tensor) -> None:
-    """Keep the tokens of these examples, the same at every kept step, with the gradient that the loss has there."""
-    groups, good = to_groups(examples, run.device), desirable(examples, run.device)
-    logprobs = completion_logprobs(run.model, examples, config, run.device).requires_grad_()  # (b, T)
-    ref_logprob, logprob, tokens = ref_logprobs.sum(1), logprobs.sum(1), groups.mask.sum(1)  # (b,) each
-    loss = group_loss(config, logprob, ref_logprob, tokens, good, kl, groups.group_size)
-    (gradient,) = torch.autograd.grad(loss.mean(), logprobs)  # (b, T)
-    kept = {"logprob": logprobs.detach(), "gradient": -gradient, "chosen": good}
-    if config.loss not in REFERENCE_FREE:
-        kept |= {"ref_logprob": ref_logprobs, "implicit_reward": config.beta * (logprobs.detach() - ref_logprobs)}
-    kept["reward"] = implied_rewards(config, logprob.detach(), ref_logprob, tokens)
-    run.keep(step, groups, rows=[example.row for example in examples], heldout=bool(run.heldout), **kept)
 
 
 def exchanged_kl(policy: Any, examples: Sequence[Example], reference: Table, config: Config, device: str) -> Tensor:

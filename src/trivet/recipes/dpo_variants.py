@@ -19,6 +19,8 @@ from trivet.optimization.preference_variants import (
     robust_loss,
     simpo_loss,
 )
+from trivet.recipes.offline import to_groups
+from trivet.run.loop import Run
 
 VARIANTS: dict[str, dict[str, Any]] = {  # published ones with their papers' numbers, as presets
     "ipo": {"loss": "ipo", "length_normalize": True},
@@ -104,3 +106,19 @@ def exchanged(examples: Sequence[Example]) -> list[Example]:
     """Each prompt with the completions of the row before it: samples that are nobody's answer, for the KL of kto."""
     before = [examples[-1], *examples[:-1]]
     return [replace(a, completions=b.completions, learned=b.learned) for a, b in zip(examples, before, strict=True)]
+
+
+def show(
+    run: Run, config: Any, step: int, examples: Sequence[Example], logprobs: Tensor, ref_logprobs: Tensor, kl: Tensor
+) -> None:
+    """Keep the tokens of these examples, the same at every kept step, with the gradient that the loss has there."""
+    groups, good = to_groups(examples, run.device), desirable(examples, run.device)
+    logprobs = logprobs.requires_grad_()  # (b, T)
+    ref_logprob, logprob, tokens = ref_logprobs.sum(1), logprobs.sum(1), groups.mask.sum(1)  # (b,) each
+    loss = group_loss(config, logprob, ref_logprob, tokens, good, kl, groups.group_size)
+    (gradient,) = torch.autograd.grad(loss.mean(), logprobs)  # (b, T)
+    kept = {"logprob": logprobs.detach(), "gradient": -gradient, "chosen": good}
+    if config.loss not in REFERENCE_FREE:
+        kept |= {"ref_logprob": ref_logprobs, "implicit_reward": config.beta * (logprobs.detach() - ref_logprobs)}
+    kept["reward"] = implied_rewards(config, logprob.detach(), ref_logprob, tokens)
+    run.keep(step, groups, rows=[example.row for example in examples], heldout=bool(run.heldout), **kept)
