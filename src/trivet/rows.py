@@ -122,6 +122,7 @@ class Table:
             raise InputError(f"{self.where(row)}: can't be read: {first_line(error)}") from None
 
     def where(self, row: int) -> str:
+        """The data set and the row."""
         return f"{self.path} row {row + 1}"
 
 

@@ -126,7 +126,8 @@ class Launch:
         self.counts["for training"], self.counts["held out"] = len(train), len(heldout)
         if not heldout:
             self.counts["evaluations (nothing is held out: --eval-fraction, --eval-data)"] = 0
-        plain = 0 if isinstance(train, LazyExamples) else sum(isinstance(x.row.get("prompt"), str) for x in train)
+        looked_at = train[:1000] if isinstance(train, LazyExamples) else train
+        plain = sum(isinstance(example.row.get("prompt"), str) for example in looked_at)
         if self.tokenizer.chat_template and plain:
             self.counts["prompts taken as plain text, though the model has a chat template"] = plain
         return train, list(heldout[: config.eval_limit])
