@@ -233,8 +233,12 @@ def _object(row: Any, kind: str) -> Row:
 
 
 def _unreadable(where: str, kind: str, error: Exception) -> InputError:
+    if isinstance(error, InputError):
+        return error
     said = "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
-    return error if isinstance(error, InputError) else InputError(f"{where}: can't be read as {kind}: {said}")
+    if isinstance(error, json.JSONDecodeError) and kind == ".jsonl":  # its own line number is that inside the row
+        said = f"{error.msg} at character {error.pos + 1}"
+    return InputError(f"{where}: can't be read as {kind}: {said}")
 
 
 @functools.lru_cache(maxsize=2)
