@@ -103,7 +103,7 @@ ODD = [
     ),
     ("mixed.jsonl", GOOD + b'{"text": "abc"}\n{"chosen": "a b", "rejected": "a c"}\n', 3),
     ("mixed-up.jsonl", GOOD + b'{"text": "abc"}\n{"question": "a"}\n', "line 3: needs text, messages or prompt"),
-    ("long.jsonl", GOOD + json.dumps({"text": "word " * 1_000_000}).encode(), 2),
+    ("long.jsonl", GOOD + json.dumps({"text": "word " * 100_000}).encode(), 2),
     ("a.jsonl.zst", bytes(zst(GOOD * 3)), 3),
     ("two-frames.jsonl.zst", bytes(zst(GOOD)) + bytes(zst(GOOD)), 2),
     ("two-members.jsonl.gz", gzip.compress(GOOD) + gzip.compress(GOOD), 2),

@@ -153,4 +153,9 @@ def test_a_run_opens_no_connection(tmp_path, command):
 
 
 def test_a_connection_would_be_seen(tmp_path):
-    assert "AssertionError" in watched("sft", "--data", "somebody/something", "--preset", "toy").stderr
+    body = (
+        "import socket\ndef r(completions, **k):\n    socket.socket(type=socket.SOCK_DGRAM).connect(('127.0.0.1', 9))"
+    )
+    (tmp_path / "mine.py").write_text(body)
+    command = ["grpo", "--preset", "arithmetic", "--steps", "1", "--reward", f"{tmp_path / 'mine.py'}:r"]
+    assert "AssertionError: [('socket.connect'" in watched(*command, "--out", str(tmp_path / "run")).stderr

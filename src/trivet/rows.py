@@ -183,15 +183,15 @@ def _opened(path: str) -> Any:
 def _spooled(path: str, kind: str) -> IO[bytes]:
     """The rows as plain JSON lines in a temporary file, which goes when it is closed."""
     file = tempfile.TemporaryFile()  # noqa: SIM115  Lines closes it
-    if kind == ".csv":
-        file.writelines(json.dumps(row).encode() + b"\n" for row in read_rows(path))
-        return file
     try:
-        with _opened(path) as data:
-            shutil.copyfileobj(data, file, BLOCK)
-    except Exception as error:  # a damaged archive: the slow way finds the line
+        if kind == ".csv":
+            file.writelines(json.dumps(row).encode() + b"\n" for row in read_rows(path))
+        else:
+            with _opened(path) as data:
+                shutil.copyfileobj(data, file, BLOCK)
+    except Exception as error:
         file.close()
-        for _ in read_rows(path):
+        for _ in read_rows(path):  # a damaged archive: the slow way finds the line
             pass
         raise _unreadable(path, kind, error) from None
     return file
