@@ -86,6 +86,7 @@ ODD = [
         "line 1: can't be read as .jsonl: its text is not",
     ),
     ("surrogate.json", b'[{"text": "abc", "x": "\\ud800"}]', "can't be read as .json: its text is not valid"),
+    ("raw-surrogate.json", b'[{"text": "\xed\xa0\x80"}]', "can't be read as .json: 'utf-8' codec"),
     ("raw-surrogate.jsonl", GOOD.replace(b"c", b"\xed\xa0\x80"), "line 1: can't be read as .jsonl: 'utf-8' codec"),
     ("emoji.jsonl", b'{"text": "\\ud83d\\ude00 and more"}\n', 1),
     ("same-key.jsonl", b'{"prompt": "a", "prompt": "b", "completion": "c"}\n', 1),  # the last one counts, as in JSON
@@ -179,6 +180,9 @@ def test_lines_over_the_borders_of_blocks(tmp_path, monkeypatch):
         assert [found[i] for i in range(len(found))] == columns
         before = b"".join(lines[:200]).count(b"\n")
         assert found.where(200).endswith(f" line {before + 1}")
+        (tmp_path / "b.jsonl").write_bytes(b"".join(lines[:200]) + b'{"text": "x\n')
+        with pytest.raises(InputError, match=rf"b\.jsonl line {before + 1}: can't be read"):
+            Lines(str(tmp_path / "b.jsonl"), (tmp_path / "b.jsonl").open("rb"))
 
 
 def test_only_large_files_are_read_lazily_and_only_where_asked_for(tmp_path, monkeypatch):

@@ -207,7 +207,7 @@ def _file_rows(data: Any, kind: str) -> Iterator[Any]:
         yield from csv.DictReader((line.decode("utf-8-sig") for line in data), strict=True)
     else:
         text = data.read()
-        rows = json.loads(text)
+        rows = json.loads(text.decode(json.detect_encoding(text)))
         yield from (_encodable(row, text) for row in (rows if isinstance(rows, list) else [rows]))
 
 
