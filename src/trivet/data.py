@@ -55,11 +55,6 @@ def load_examples(
             counts[f"left out: {reason}"] += 1
             return None
         example = _encode_example(tokenizer, stops, prompt, completions, row)
-        if (
-            highest := max((*example.prompt, *(i for ids in example.completions for i in ids)), default=0)
-        ) >= vocabulary:
-            said = f"its tokenizer gives token id {highest}, but its model has {vocabulary} ids"
-            raise InputError(f"{tokenizer.name_or_path}: {said}; take a tokenizer and a model that belong together")
         longer = sum(len(ids) > max_completion for ids in example.completions)
         for part in (*example.completions, *example.learned):
             del part[max_completion:]
@@ -69,6 +64,9 @@ def load_examples(
         if reason := _useless_tokens(example, max_prompt):
             counts[f"left out: {reason}"] += 1
             return None
+        if (highest := max(max(ids) for ids in (example.prompt, *example.completions))) >= vocabulary:
+            said = f"its tokenizer gives token id {highest}, but its model has {vocabulary} ids"
+            raise InputError(f"{tokenizer.name_or_path}: {said}; take a tokenizer and a model that belong together")
         if longer:
             counts[f"cut: completion over {max_completion} tokens (its EOS is not learned)"] += longer
         counts["examples"] += 1

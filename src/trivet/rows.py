@@ -37,7 +37,9 @@ def numbered_rows(path: str) -> Iterator[tuple[str, Row]]:
     """The same, each with its place: the file, and the line or row."""
     file, kind = _file(path)
     if file is None:
-        yield from ((f"{path} row {number}", row) for number, row in enumerate(_hub(path), 1))
+        table = _hub(path)
+        _hub.cache_clear()  # it serves many_rows and us, not the next run: a folder may have changed by then
+        yield from ((f"{path} row {number}", row) for number, row in enumerate(table, 1))
         return
     number, unit = 0, "line" if kind == ".jsonl" else "row"
     try:
@@ -59,7 +61,11 @@ def many_rows(path: str) -> "Lines | Table | None":
     """The rows by number where there are too many to hold, else None. A .json file is read whole, so always None."""
     file, kind = _file(path)
     if file is None:
-        return Table(path, _hub(path)) if len(_hub(path)) > MANY else None
+        table = _hub(path)
+        if len(table) <= MANY:
+            return None  # and numbered_rows takes what is loaded
+        _hub.cache_clear()
+        return Table(path, table)
     if file.stat().st_size < SMALL or kind == ".json":
         return None
     if kind == ".parquet":
@@ -241,7 +247,7 @@ def _unreadable(where: str, kind: str, error: Exception) -> InputError:
     return InputError(f"{where}: can't be read as {kind}: {said}")
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=1)
 def _hub(name: str) -> Any:
     """The train split of a hub data set, or of a folder of files: kept on disk by `datasets`, read row by row."""
     import datasets
