@@ -189,6 +189,8 @@ GOOD_FLAGS = [
     "--epochs=2",
     "--seed=7",
     "--data=\ud800",
+    "--model=\U00010000",
+    "--chat-template=\x7f",
 ]
 WORD = st.one_of(FLAG, FLAG.map(lambda flag: flag.replace("_", "-")), TEXT, SCALAR)
 

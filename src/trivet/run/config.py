@@ -18,7 +18,8 @@ def to_toml(config: Any) -> str:
     lines = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        lines.append(f"{field.name} = {json.dumps(list(value) if isinstance(value, tuple) else value)}")
+        written = json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)
+        lines.append(f"{field.name} = {written}".replace("\x7f", "\\u007f"))  # TOML has JSON's strings, but for this
     return "\n".join(lines) + "\n"
 
 
