@@ -13,9 +13,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from trivet.batch import Example
 from trivet.cli import main
-from trivet.data import load_examples, read_rows, split_by_prompt
+from trivet.data import load_examples, split_by_prompt
 from trivet.model.text import PLAIN_TEMPLATE, encode_completion, encode_prompt, load_tokenizer, stop_ids
 from trivet.recipes.offline import to_groups
+from trivet.rows import read_rows
 
 EOS = 0
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}

@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for input that can't be used (said in one sentence), 130 for Ctrl-C."""
     args = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if "OMP_WAIT_POLICY" not in os.environ:  # threads that spin for long are slow where another process wants a core
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     if not args or args[0] in ("-h", "--help", "help"):
@@ -106,11 +107,16 @@ def parse(kind: type[Any], args: list[str], program: str, presets: dict[str, dic
     presets, extra = presets or {}, ""
     if presets:
         extra = f" --preset (one or more of {', '.join(presets)}) and --config FILE.toml set several options; flags go on top."
+    if hasattr(kind, "model"):
+        extra += " --trust-remote-code runs Python code and reads pickles that come with a model."
     if {"-h", "--help"} & set(args):
         import tyro
 
         tyro.cli(kind, args=["--help"], prog=program, description=(kind.__doc__ or "") + extra)
-    flags = read_flags(kind, args, {"preset": tuple[str, ...], "config": str} if presets else {})
+    others: dict[str, Any] = {"trust_remote_code": bool} if hasattr(kind, "model") else {}
+    flags = read_flags(kind, args, others | ({"preset": tuple[str, ...], "config": str} if presets else {}))
+    if flags.pop("trust-remote-code", False):
+        os.environ["TRIVET_TRUST_REMOTE_CODE"] = "1"
     path, values = flags.pop("config", None), dict[str, Any]()
     for preset in flags.pop("preset", ()):
         if preset not in presets:

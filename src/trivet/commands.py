@@ -14,7 +14,7 @@ import torch
 
 from trivet.batch import Example, Rollouts
 from trivet.cli import parse
-from trivet.data import load_examples, read_rows
+from trivet.data import load_examples
 from trivet.errors import InputError
 from trivet.generation.engine import Engine
 from trivet.model.load import (
@@ -29,6 +29,7 @@ from trivet.model.load import (
 from trivet.model.text import decode_completion, encode_prompt, load_tokenizer, stop_ids
 from trivet.recipes.offline import to_groups
 from trivet.rewards.functions import load_rewards
+from trivet.rows import read_rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,32 +1,28 @@
-"""Rows to examples: files and hub data sets, the formats of the field, a split by prompt, and a count of what was left out.
+"""Rows to examples: the formats of the field, a split by prompt, and a count of what was left out.
 
 Formats: text · messages · prompt + completion · prompt + chosen + rejected (strings or conversations, the prompt also
-implicit) · prompt + completion + label · prompt plus any columns.
+implicit) · prompt + completion + label · prompt plus any columns. Files and hub data sets are read in rows.py.
 """
 
-import csv
-import gzip
-import io
 import json
-import sys
+import random
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from trivet.batch import Example
-from trivet.errors import InputError, first_line
+from trivet.errors import InputError
 from trivet.model.text import encode_completion, encode_prompt, is_conversation
+from trivet.rows import Lines, Place, Row, Table, many_rows, numbered_rows
 
-Row = dict[str, Any]
 NEEDS = {
     "supervised": "text, messages or prompt and completion",
     "preference": "chosen and rejected",
     "feedback": "chosen and rejected (or, for --loss kto, prompt, completion and label)",
     "prompts": "prompt",
 }
-KINDS = (".jsonl", ".json", ".csv", ".parquet")
+Encode = Callable[[Row, "Counter[str]"], Example | None]  # counts what it leaves out
 
 
 def load_examples(
@@ -39,27 +35,26 @@ def load_examples(
     max_completion: int,
     counts: Counter[str],
     truncate_prompts: bool = False,
-) -> list[Example]:
+    vocabulary: int = 1 << 60,
+    lazily: bool = False,
+) -> Sequence[Example]:
     """Read, check and tokenize the rows of a file or hub data set.
 
     truncate_prompts: keep the end of a prompt over max_prompt tokens rather than leave its row out.
     form: 'supervised', 'preference', 'feedback' (preferences, or completions with a label) or 'prompts'. counts: gets what was left out or cut, by reason.
+    vocabulary: ids that the model has. lazily: LazyExamples where there are too many rows to hold.
     Errors: InputError that names the file and row where a row can't be understood or none is left.
     """
-    examples: list[Example] = []
-    for number, row in enumerate(read_rows(path), 1):
-        where = f"{path} row {number}"
+
+    def encode(row: Row, counts: Counter[str]) -> Example | None:
         counts["rows read"] += 1
-        prompt, completions = _sides(row, form, where)
+        prompt, completions = _sides(row, form)
         if form == "feedback" and len(completions) == 1:
-            row = row | {"label": _label(row, where)}
+            row = row | {"label": _label(row)}
         if reason := _useless(prompt, completions):
             counts[f"left out: {reason}"] += 1
-            continue
-        try:
-            example = _encode_example(tokenizer, stops, prompt, completions, row)
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from None
+            return None
+        example = _encode_example(tokenizer, stops, prompt, completions, row)
         longer = sum(len(ids) > max_completion for ids in example.completions)
         for part in (*example.completions, *example.learned):
             del part[max_completion:]
@@ -68,80 +63,113 @@ def load_examples(
             counts[f"cut: prompt over {max_prompt} tokens (its end is kept)"] += 1
         if reason := _useless_tokens(example, max_prompt):
             counts[f"left out: {reason}"] += 1
-            continue
+            return None
+        if (highest := max(max(ids) for ids in (example.prompt, *example.completions))) >= vocabulary:
+            said = f"its tokenizer gives token id {highest}, but its model has {vocabulary} ids"
+            raise InputError(f"{tokenizer.name_or_path}: {said}; take a tokenizer and a model that belong together")
         if longer:
             counts[f"cut: completion over {max_completion} tokens (its EOS is not learned)"] += longer
         counts["examples"] += 1
-        examples.append(example)
+        return example
+
+    if lazily and (rows := many_rows(path)):
+        return LazyExamples(rows, encode, counts, keep=form == "feedback")
+    examples = [example for place, row in numbered_rows(path) if (example := _located(encode, row, counts, place))]
     if not counts["rows read"]:
         raise InputError(f"{path}: the data set is empty; it needs at least one row")
     if not examples:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items() if reason.startswith("left out"))
         raise InputError(
-            f"{path}: no usable row is left ({reasons}); see --max-prompt-tokens and the format of your rows"
+            f"{path}: no usable row is left ({_left_out(counts)}); see --max-prompt-tokens and the format of your rows"
         )
     return examples
 
 
-def split_by_prompt(examples: list[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Hold out about this fraction of the prompts: all rows of one prompt fall on the same side, whatever their order."""
+class LazyExamples(Sequence[Example]):
+    """Examples of more rows than are held: each is read, checked and tokenized when it is asked for, and only then counted.
+
+    In the place of a row that is left out stands another, drawn by its number, so a number is the same example in every run.
+    keep: hold every example that was asked for, as dpo needs, which knows them by identity.
+    """
+
+    def __init__(self, rows: Lines | Table, encode: Encode, counts: Counter[str], *, keep: bool, checked: int = 1000):
+        self.rows, self.encode, self.counts = rows, encode, counts
+        self.counted, self.heldout, self.seed = bytearray(len(rows)), set[str](), 0
+        self.kept: dict[int, Example] | None = {} if keep else None
+        counts["rows in all, read as they are needed (what follows is of those read so far)"] = len(rows)
+        for row in (*range(min(checked, len(rows))), len(rows) - 1):  # what is wrong with all rows shows at once
+            self._read(row)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        if self.kept is None:
+            return self._usable(index)
+        if index not in self.kept:
+            self.kept[index] = self._usable(index)
+        return self.kept[index]
+
+    def hold_out(self, fraction: float, seed: int, limit: int) -> list[Example]:
+        """This share of the rows, at most limit of them, at random; from now on no row of their prompts is among the others."""
+        count = min(limit, round(fraction * len(self)))
+        heldout = [self._usable(row) for row in random.Random(seed).sample(range(len(self)), count)]
+        self.heldout, self.seed = {_split_key(example, seed) for example in heldout}, seed
+        return heldout
+
+    def _usable(self, row: int, tries: int = 1000) -> Example:
+        draw = random.Random(row)
+        for _ in range(tries):
+            example = self._read(row)
+            if example and not (self.heldout and _split_key(example, self.seed) in self.heldout):
+                return example
+            row = draw.randrange(len(self))
+        raise InputError(
+            f"{self.rows.path}: among {tries:,} rows none is usable ({_left_out(self.counts) or 'nothing left out'}; the others "
+            "have a prompt that is held out); see --max-prompt-tokens, --eval-fraction and the format of your rows"
+        )
+
+    def _read(self, row: int) -> Example | None:
+        counts = Counter[str]() if self.counted[row] else self.counts
+        self.counted[row] = 1
+        return _located(self.encode, self.rows[row], counts, Place(self.rows, row))
+
+
+def split_by_prompt(
+    examples: Sequence[Example], fraction: float, seed: int, limit: int = 1 << 60
+) -> tuple[Sequence[Example], list[Example]]:
+    """Hold out about this fraction of the prompts: all rows of one prompt fall on the same side, whatever their order.
+
+    limit: at most so many are held out where there are too many rows to look at all.
+    """
+    if isinstance(examples, LazyExamples):
+        return examples, examples.hold_out(fraction, seed, limit)
     sides: tuple[list[Example], list[Example]] = ([], [])
     for example in examples:
-        key = zlib.crc32(json.dumps([seed, example.prompt]).encode()) / 2**32
-        sides[key < fraction].append(example)
+        sides[zlib.crc32(_split_key(example, seed).encode()) / 2**32 < fraction].append(example)
     return sides
 
 
-def read_rows(path: str) -> Iterator[Row]:
-    """The rows of a .jsonl, .json, .csv or .parquet file (.gz too), or of a hub data set's train split."""
-    if not path:
-        raise InputError(
-            "no data was named: give --data a file (.jsonl, .json, .csv, .parquet) or a hub name (or use --preset toy)"
-        )
-    file, kind = Path(path), Path(path.lower().removesuffix(".gz")).suffix
-    if file.is_dir() or (not file.exists() and kind not in KINDS):
-        yield from _hub_rows(path)
-        return
-    if not file.exists():
-        raise InputError(f"{path}: no such file")
-    if kind not in KINDS:
-        raise InputError(f"{path}: unknown kind of file; use {', '.join(KINDS)}, each also as .gz")
-    number = 0
+def _split_key(example: Example, seed: int) -> str:
+    """What the split goes by: the prompt; all of a text, whose first token alone is given, and the same in many."""
+    whole = example.completions[0] if example.row["prompt"] is None else []
+    return json.dumps([seed, example.prompt + whole])
+
+
+def _located(encode: Encode, row: Row, counts: Counter[str], place: object) -> Example | None:
+    """encode(row, counts), its errors with the row's place: something that str() says."""
     try:
-        with gzip.open(file) if path.lower().endswith(".gz") else file.open("rb") as data:
-            for row in _file_rows(data, kind):
-                if not isinstance(row, dict) or None in row:  # csv keeps cells beyond the header under None
-                    raise ValueError("more cells than its header" if kind == ".csv" else "not an object with columns")
-                number += 1
-                yield row
-    except Exception as error:  # the readers raise many kinds
-        where = "" if kind == ".parquet" or (kind == ".json" and not number) else f" row {number + 1}"
-        raise InputError(f"{path}{where}: can't be read as {kind}: {error}") from None
+        return encode(row, counts)
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from None
+    except RecursionError:
+        raise InputError(f"{place}: nested too deeply") from None
 
 
-def _file_rows(data: Any, kind: str) -> Iterator[Any]:
-    if kind == ".parquet":
-        import pyarrow.parquet as parquet
-
-        yield from parquet.read_table(io.BytesIO(data.read())).to_pylist()
-    elif kind == ".csv":
-        csv.field_size_limit(sys.maxsize)
-        yield from csv.DictReader((line.decode("utf-8-sig") for line in data), strict=True)
-    elif kind == ".json":
-        rows = json.load(data)
-        yield from rows if isinstance(rows, list) else [rows]
-    else:
-        yield from (json.loads(line) for line in data if line.strip())
-
-
-def _hub_rows(name: str) -> Iterator[Row]:
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        yield from datasets.load_dataset(name, split="train")  # type: ignore[misc]
-    except Exception as error:  # the hub client raises many kinds
-        raise InputError(f"{name}: neither a file here nor a data set from the hub: {first_line(error)}") from None
+def _left_out(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in counts.items() if reason.startswith("left out"))
 
 
 def _useless(prompt: Any, completions: list[Any]) -> str:
@@ -163,7 +191,7 @@ def _useless_tokens(example: Example, max_prompt: int) -> str:
     return "" if all(map(any, example.learned)) else "nothing to learn"
 
 
-def _sides(row: Row, form: str, where: str) -> tuple[Any, list[Any]]:
+def _sides(row: Row, form: str) -> tuple[Any, list[Any]]:
     """Prompt and completions of a row in whichever of the formats it is; prompt None where there is none to split off."""
 
     def get(column: str) -> Any:
@@ -171,9 +199,7 @@ def _sides(row: Row, form: str, where: str) -> tuple[Any, list[Any]]:
         if value is None or (isinstance(value, str) and column != "messages") or is_conversation(value):
             return value
         expected = "messages" if column == "messages" else "a string or messages"
-        raise InputError(
-            f"{where}: {column} is {value!r:.60}; expected {expected}, each with a role and content, strings"
-        )
+        raise InputError(f"{column} is {value!r:.60}; expected {expected}, each with a role and content, strings")
 
     prompt: Any = get("prompt")
     if form == "prompts" and (prompt is not None or row.get("messages") is not None):
@@ -185,7 +211,7 @@ def _sides(row: Row, form: str, where: str) -> tuple[Any, list[Any]]:
     ]
     if len(sides) == 2 or ((form == "supervised" or labelled) and sides and prompt is not None):
         if isinstance(sides[0], str) != isinstance(sides[-1], str):
-            raise InputError(f"{where}: of chosen and rejected one is a string, one messages; make them the same kind")
+            raise InputError("of chosen and rejected one is a string, one messages; make them the same kind")
         prompt, sides = _split(prompt, sides)
         return prompt, {"supervised": sides[:1], "prompts": []}.get(form, sides)
     if form == "supervised" and row.get("messages") is not None:
@@ -193,14 +219,14 @@ def _sides(row: Row, form: str, where: str) -> tuple[Any, list[Any]]:
     if form == "supervised" and isinstance(get("text"), str):
         return None, [row["text"]]
     has = ", ".join(column if value is not None else f"{column} (null)" for column, value in row.items())
-    raise InputError(f"{where}: needs {NEEDS[form]}; it has {has or 'no columns'}")
+    raise InputError(f"needs {NEEDS[form]}; it has {has or 'no columns'}")
 
 
-def _label(row: Row, where: str) -> bool:
+def _label(row: Row) -> bool:
     """Whether a labelled completion is good: true or false, 1 or 0, also as a CSV file spells them."""
     said = str(row["label"]).strip().lower()
     if said not in ("true", "1", "1.0", "false", "0", "0.0"):
-        raise InputError(f"{where}: label is {row['label']!r:.60}; expected true (a good completion) or false")
+        raise InputError(f"label is {row['label']!r:.60}; expected true (a good completion) or false")
     return said in ("true", "1", "1.0")
 
 

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from trivet.errors import InputError, first_line
+from trivet.model.trust import refusal, trusted
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 disable_progress_bar()
@@ -22,7 +23,7 @@ def load_policy(name: str, *, device: str = "cpu", precision: str = "float32", f
     from_scratch: random weights in the shape of its config.json. Errors: InputError where there is no such model.
     """
     if from_scratch:
-        model = _reading(name, lambda: AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name)).float())
+        model = _reading(name, lambda: _from_config(name, AutoModelForCausalLM))
     else:
         model = _with_weights(name, AutoModelForCausalLM)
     return _prepare(model, device, PRECISIONS[precision])
@@ -32,7 +33,7 @@ def load_scorer(name: str, *, device: str = "cpu", precision: str = "float32", f
     """A model with a scalar head, `score`, as load_policy does it; on a language model the head is new, and starts at zero."""
     kind, new_head = AutoModelForSequenceClassification, from_scratch or not is_scorer(name)
     if from_scratch:
-        model = _reading(name, lambda: kind.from_config(AutoConfig.from_pretrained(name, num_labels=1)).float())
+        model = _reading(name, lambda: _from_config(name, kind, num_labels=1))
     else:
         model = _with_weights(name, kind, may_lack=("score",) if new_head else (), num_labels=1)
     if not hasattr(model, "score"):
@@ -57,7 +58,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
 
 def model_facts(name: str) -> tuple[str, int, int]:
     """What config.json says: the model's class ('' where it doesn't say), how many positions it has, how many token ids."""
-    config = _reading(name, lambda: AutoConfig.from_pretrained(name))
+    config = _reading(name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=trusted()))
     text, unlimited = config.get_text_config(), 1 << 30
     positions, vocabulary = (getattr(text, key, 0) or unlimited for key in ("max_position_embeddings", "vocab_size"))
     return (config.architectures or [""])[0], positions, vocabulary
@@ -90,9 +91,16 @@ def model_folder(name: str) -> str:
     return str(Path(name) / "model") if (Path(name) / "model" / "config.json").exists() else name
 
 
+def _from_config(name: str, kind: Any, **options: Any) -> Any:
+    """The model in float32 with random weights."""
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trusted(), **options)
+    return kind.from_config(config, trust_remote_code=trusted()).float()
+
+
 def _with_weights(name: str, kind: Any, may_lack: tuple[str, ...] = (), **options: Any) -> Any:
     """The model in float32, all of its weights from its files: transformers alone would fill in random ones."""
     options |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    options |= {"trust_remote_code": trusted(), "use_safetensors": None if trusted() else True}
     model, info = _reading(name, lambda: kind.from_pretrained(name, **options))
     absent = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     if absent := sorted(key for key in absent if not key.startswith(may_lack)):
@@ -111,4 +119,4 @@ def _reading(name: str, load: Callable[[], Any]) -> Any:
     try:
         return load()
     except Exception as error:  # transformers, safetensors and the hub client raise many kinds
-        raise InputError(f"model {name} can't be loaded: {first_line(error)}") from error
+        raise InputError(f"model {name} can't be loaded: {refusal(error) or first_line(error)}") from error

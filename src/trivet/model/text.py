@@ -7,6 +7,7 @@ from typing import Any
 from transformers import AutoTokenizer, GenerationConfig
 
 from trivet.errors import InputError, first_line
+from trivet.model.trust import refusal, trusted
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ '\n\n' if not loop.first else '' }}{{ message['role'] | capitalize + ':' }}"
@@ -18,10 +19,12 @@ PLAIN_TEMPLATE = (
 def load_tokenizer(name: str, chat_template: str = "") -> Any:
     """The tokenizer of a model folder or hub name. chat_template: 'plain' (Role: text) or a Jinja file, to replace its own."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trusted())
     except Exception as error:  # transformers and tokenizers raise many kinds
         raise InputError(
-            f"{name}: no tokenizer there ({first_line(error)}); add it with tokenizer.save_pretrained"
+            f"tokenizer of {name}: {refusal(error)}"
+            if refusal(error)
+            else f"{name}: no tokenizer there ({first_line(error)}); add it with tokenizer.save_pretrained"
         ) from error
     if chat_template == "plain":
         tokenizer.chat_template = PLAIN_TEMPLATE

@@ -71,7 +71,7 @@ class Config(Options):
 def train(config: Config, run: Run) -> Iterator[Metrics]:
     """Yield the metrics of each step; the policy is run.model."""
     policy = run.model
-    sizes = {len(example.completions) for example in run.train + run.heldout}
+    sizes = {len(row.completions) for seen in (*(rows for _, rows in run.batches()), run.heldout) for row in seen}
     if len(sizes) > 1 or (1 in sizes and config.loss != "kto"):
         mixed = "rows of both kinds, pairs and labels" if len(sizes) > 1 else "rows with a label, not pairs"
         raise InputError(

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ def to_toml(config: Any) -> str:
     lines = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        lines.append(f"{field.name} = {json.dumps(list(value) if isinstance(value, tuple) else value)}")
+        written = json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)
+        lines.append(f"{field.name} = {written}".replace("\x7f", "\\u007f"))  # TOML has JSON's strings, but for this
     return "\n".join(lines) + "\n"
 
 
@@ -43,6 +45,10 @@ def check(config: Options, method: str, *, again: bool = False) -> None:
         if name == "group_size" and method != "ppo":
             low = 2  # the completions of a prompt are compared with each other
         for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, str) and re.search("[\0\ud800-\udfff]", number):
+                raise InputError(
+                    f"--{name.replace('_', '-')} is {number!a:.80}, which is not valid UTF-8 text; rename it"
+                )
             if not isinstance(number, str) and not (low <= number <= high and math.isfinite(number)):
                 limits = f"at least {low:g} and {f'at most {high:g}' if high < INF else 'finite'}"
                 raise InputError(f"--{name.replace('_', '-')} is {number}; it must be {limits}")

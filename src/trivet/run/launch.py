@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from trivet.batch import Example
-from trivet.data import load_examples, split_by_prompt
+from trivet.data import LazyExamples, load_examples, split_by_prompt
 from trivet.errors import InputError
 from trivet.model.load import (
     load_policy,
@@ -101,7 +101,7 @@ class Launch:
                 completions[-1].append(("…", False))
         return {"prompt": cut + self.tokenizer.decode(example.prompt[-most:]), "completions": completions}
 
-    def _examples(self) -> tuple[list[Example], list[Example]]:
+    def _examples(self) -> tuple[Sequence[Example], list[Example]]:
         config, room = self.config, self.context - self.config.max_completion_tokens
         if room < 1:
             raise InputError(
@@ -109,18 +109,15 @@ class Launch:
                 f"{config.model} ({self.context} tokens); lower it"
             )
 
-        def load(path: str, counts: Counter[str]) -> list[Example]:
+        def load(path: str, counts: Counter[str]) -> Sequence[Example]:
             limits: dict[str, Any] = {
                 "max_prompt": min(config.max_prompt_tokens, room),
                 "max_completion": config.max_completion_tokens,
                 "truncate_prompts": config.truncate_prompts,
+                "vocabulary": self.vocabulary,
+                "lazily": True,
             }
-            examples = load_examples(path, self.tokenizer, self.stops, self.recipe.ROWS, counts=counts, **limits)
-            highest = max(max(ids) for example in examples for ids in (example.prompt, *example.completions))
-            if highest >= self.vocabulary:
-                said = f"its tokenizer gives token id {highest}, but its model has {self.vocabulary} ids"
-                raise InputError(f"{config.model}: {said}; take a tokenizer and a model that belong together")
-            return examples
+            return load_examples(path, self.tokenizer, self.stops, self.recipe.ROWS, counts=counts, **limits)
 
         train = load(config.data, self.counts)
         if config.eval_data:
@@ -128,16 +125,17 @@ class Launch:
             heldout = load(config.eval_data, counts)
             self.counts |= {f"held-out data, {key}": n for key, n in counts.items() if key.startswith(("left", "cut"))}
         else:
-            train, heldout = split_by_prompt(train, config.eval_fraction, config.seed)
+            train, heldout = split_by_prompt(train, config.eval_fraction, config.seed, config.eval_limit)
         if not train:
             raise InputError(f"{config.data}: all rows fell into the held-out share; lower --eval-fraction")
         self.counts["for training"], self.counts["held out"] = len(train), len(heldout)
         if not heldout:
             self.counts["evaluations (nothing is held out: --eval-fraction, --eval-data)"] = 0
-        plain = sum(isinstance(example.row.get("prompt"), str) for example in train)
+        looked_at = train[:1000] if isinstance(train, LazyExamples) else train
+        plain = sum(isinstance(example.row.get("prompt"), str) for example in looked_at)
         if self.tokenizer.chat_template and plain:
             self.counts["prompts taken as plain text, though the model has a chat template"] = plain
-        return train, heldout[: config.eval_limit]
+        return train, list(heldout[: config.eval_limit])
 
     def _give_pad_token(self, model: Any) -> None:
         """Record a padding id that ends no sequence, so that transformers too reads the score at the last real token."""
@@ -178,7 +176,7 @@ def launch(config: Options, watch: Watch | None = None, *, again: bool = False) 
     if watch:
         watch(launched, 0, {})
     about = {"started_from": launched.start_from, "start": digest(run.model, []), "began": time.time()}
-    about |= {"data": dict(launched.counts), "example": launched.example()}
+    about |= {"data": launched.counts, "example": launched.example()}
     about |= {"parameters": sum(p.numel() for p in run.model.parameters())}
     with record.locked(), clock_on(launched.recipe) as clock, asked_to_stop(run) as asked:
         counted = (checkpoints.go_on(run.note) if again else {}) or {

@@ -41,7 +41,7 @@ class Run:
     model: Any  # what is trained, and saved at the end: a policy, or a reward model
     decode: Callable[[Sequence[int], Sequence[int]], str]  # (prompt ids, completion ids) -> the completion's text
     stops: Sequence[int]  # ids that end a completion
-    train: list[Example]
+    train: Sequence[Example]
     heldout: list[Example]
     reward: Any = None  # rewards.reward.WeightedSum, where the recipe samples
     steps: int
@@ -55,14 +55,11 @@ class Run:
 
     def batches(self) -> Iterator[tuple[int, list[Example]]]:
         """(step, examples) for every step that is left, in an order shuffled anew each epoch; the same at every call."""
-        order = random.Random(self.config.seed)
-        queue: list[Example] = []
+        rows = shuffled(len(self.train), random.Random(self.config.seed).randrange)
         for step in range(1, self.steps + 1):
-            while len(queue) < self.config.prompts_per_step:
-                queue += order.sample(self.train, len(self.train))
+            numbers = [next(rows) for _ in range(self.config.prompts_per_step)]
             if step > self.done:
-                yield step, queue[: self.config.prompts_per_step]
-            del queue[: self.config.prompts_per_step]
+                yield step, [self.train[number] for number in numbers]
 
     def evaluates(self, step: int) -> bool:
         """Whether this step ends with an evaluation: the last one does, and every eval_every-th."""
@@ -70,13 +67,20 @@ class Run:
         return bool(self.heldout) and (step == self.steps or (every > 0 and step % every == 0))
 
 
+def shuffled(n: int, draw: Callable[[int], int]) -> Iterator[int]:
+    """Every number below n once, in an order drawn as it goes (Fisher-Yates, holding only what was moved); then anew."""
+    for moved in iter(dict[int, int], None):  # an epoch
+        for last in range(n - 1, -1, -1):
+            yield moved.get(i := draw(last + 1), i)
+            moved[i] = moved.pop(last, last)
+
+
 class Optimizer:
     """AdamW with warm-up, linear decay if asked for, and a limit on the gradient's norm."""
 
     def __init__(self, model: Any, config: Options, steps: int, lr: float | None = None):
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        lr = config.lr if lr is None else lr
-        self.adamw = torch.optim.AdamW(self.parameters, lr=lr, weight_decay=0.0, fused=True)
+        self.adamw = torch.optim.AdamW(self.parameters, lr=config.lr if lr is None else lr, weight_decay=0, fused=True)
         self.max_grad_norm, warmup = config.max_grad_norm, config.warmup_steps
 
         def scale(done: int) -> float:

@@ -11,7 +11,7 @@ class Options:
     model: str = ""
     """Hugging Face name or folder of the model to start from."""
     data: str = ""
-    """File (.jsonl, .json, .csv, .parquet, also .gz) or hub name of the training rows."""
+    """File (.jsonl, .json, .csv, .parquet, also .gz, .zst) or hub name of the training rows."""
     out: str = ""
     """Run directory to make; default runs/METHOD-DATE-TIME."""
     eval_data: str = ""

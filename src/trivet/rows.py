@@ -1,0 +1,274 @@
+"""Rows of files and hub data sets: one after the other, or by number where there are too many to hold.
+
+What can't be read is one sentence with the file and the line (of .jsonl) or the row.
+"""
+
+import csv
+import functools
+import gzip
+import io
+import json
+import shutil
+import sys
+import tempfile
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy
+
+from trivet.errors import InputError, first_line
+
+Row = dict[str, Any]
+KINDS = (".jsonl", ".json", ".csv", ".parquet")
+PACKED = (".gz", ".zst")
+SMALL, MANY, LARGE = 4 << 20, 100_000, 200 << 20  # bytes that are never too many, rows and bytes that are not held
+BLOCK = 1 << 24
+
+
+def read_rows(path: str) -> Iterator[Row]:
+    """The rows of a .jsonl, .json, .csv or .parquet file (.gz and .zst too), or of a hub data set's train split."""
+    return (row for _, row in numbered_rows(path))
+
+
+def numbered_rows(path: str) -> Iterator[tuple[str, Row]]:
+    """The same, each with its place: the file, and the line or row."""
+    file, kind = _file(path)
+    if file is None:
+        table = _hub(path)
+        _hub.cache_clear()  # it serves many_rows and us, not the next run: a folder may have changed by then
+        yield from ((f"{path} row {number}", row) for number, row in enumerate(table, 1))
+        return
+    number, unit = 0, "line" if kind == ".jsonl" else "row"
+    try:
+        with _opened(path) as data:
+            rows = map(_parsed, iter(data.readline, b"")) if kind == ".jsonl" else _file_rows(data, kind)
+            while True:
+                number += 1
+                row = next(rows, StopIteration)
+                if row is StopIteration:
+                    return
+                if row is not None:
+                    yield f"{path} {unit} {number}", _object(row, kind)
+    except Exception as error:  # the readers raise many kinds
+        whole = number == 1 and kind in (".parquet", ".json")
+        raise _unreadable(path if whole else f"{path} {unit} {number}", kind, error) from None
+
+
+def many_rows(path: str) -> "Lines | Table | None":
+    """The rows by number where there are too many to hold, else None. A .json file is read whole, so always None."""
+    file, kind = _file(path)
+    if file is None:
+        table = _hub(path)
+        if len(table) <= MANY:
+            return None  # and numbered_rows takes what is loaded
+        _hub.cache_clear()
+        return Table(path, table)
+    if file.stat().st_size < SMALL or kind == ".json":
+        return None
+    if kind == ".parquet":
+        return _parquet_table(path) if file.suffix.lower() == kind else None
+    lines = Lines(path, file.open("rb") if file.suffix.lower() == ".jsonl" else _spooled(path, kind))
+    return lines if len(lines) > MANY or lines.bytes > LARGE else None
+
+
+class Lines:
+    """Rows of a file of JSON lines by number. One pass over its bytes finds where they begin, and no more than that is held."""
+
+    def __init__(self, path: str, file: IO[bytes]):
+        self.path, self.file = path, file
+        weakref.finalize(self, file.close)
+        self.starts, self.bytes = _line_starts(path, file)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, row: int) -> Row:
+        try:
+            self.file.seek(int(self.starts[row]))
+            return _object(_parsed(self.file.readline()), ".jsonl")
+        except Exception as error:
+            raise _unreadable(self.where(row), ".jsonl", error) from None
+
+    def where(self, row: int) -> str:
+        """The file and the line; empty lines count too, so that an editor finds it."""
+        self.file.seek(0)
+        left, number = int(self.starts[row]), 1
+        while left and (block := self.file.read(min(left, BLOCK))):
+            left, number = left - len(block), number + block.count(b"\n")
+        return f"{self.path} line {number}"
+
+
+@dataclass
+class Place:
+    """Where a row stands, found only if somebody asks: the file, and the line or row."""
+
+    rows: "Lines | Table"
+    row: int
+
+    def __str__(self) -> str:
+        return self.rows.where(self.row)
+
+
+class Table:
+    """Rows of a data set that `datasets` keeps on disk, by number."""
+
+    def __init__(self, path: str, table: Any):
+        self.path, self.table = path, table
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, row: int) -> Row:
+        try:
+            return self.table[row]
+        except Exception as error:  # arrow and the decoders of features raise many kinds
+            raise InputError(f"{self.where(row)}: can't be read: {first_line(error)}") from None
+
+    def where(self, row: int) -> str:
+        """The data set and the row."""
+        return f"{self.path} row {row + 1}"
+
+
+def _line_starts(path: str, file: IO[bytes]) -> tuple[Any, int]:
+    """Where each line that is not empty begins, and the size of the file.
+
+    Errors: InputError for a line that is no whole {...}: cut short, zeros of a crash, something else. Its inside is not looked at.
+    """
+    starts, size, lines = [], 0, 0
+    file.seek(0)
+    while block := file.read(BLOCK) + file.readline():
+        letters = numpy.frombuffer(block, numpy.uint8)
+        ends = numpy.flatnonzero(letters == ord("\n"))
+        if not block.endswith(b"\n"):
+            ends = numpy.append(ends, len(block))
+        begins = numpy.concatenate(([0], ends[:-1] + 1))
+        last = letters[ends - 1]
+        returns = last == ord("\r")
+        last[returns] = letters[ends[returns] - 2]
+        odd = (letters[begins] != ord("{")) | (last != ord("}"))
+        for line in numpy.flatnonzero(odd):
+            try:
+                row = _parsed(block[begins[line] : ends[line]])
+                odd[line] = row is None or _object(row, ".jsonl") is None
+            except Exception as error:
+                raise _unreadable(f"{path} line {lines + line + 1}", ".jsonl", error) from None
+        starts.append(size + begins[~odd])
+        size, lines = size + len(block), lines + len(ends)
+    return numpy.concatenate(starts or [numpy.zeros(0, numpy.int64)]), size
+
+
+def _file(path: str) -> tuple[Path | None, str]:
+    """The file of this name and its kind; no file where the name is that of a folder or a hub data set."""
+    if not path:
+        raise InputError(
+            "no data was named: give --data a file (.jsonl, .json, .csv, .parquet) or a hub name (or use --preset toy)"
+        )
+    file, packed = Path(path), Path(path.lower()).suffix
+    kind = Path(path.lower().removesuffix(packed if packed in PACKED else "")).suffix
+    if file.is_dir() or (not file.exists() and kind not in KINDS):
+        return None, kind
+    if not file.exists():
+        raise InputError(f"{path}: no such file")
+    if kind not in KINDS:
+        raise InputError(f"{path}: unknown kind of file; use {', '.join(KINDS)}, each also as .gz or .zst")
+    return file, kind
+
+
+def _opened(path: str) -> Any:
+    packed = Path(path.lower()).suffix
+    if packed == ".zst":
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(path), "zstd"))
+    return gzip.open(path) if packed == ".gz" else open(path, "rb")
+
+
+def _spooled(path: str, kind: str) -> IO[bytes]:
+    """The rows as plain JSON lines in a temporary file, which goes when it is closed."""
+    file = tempfile.TemporaryFile()  # noqa: SIM115  Lines closes it
+    try:
+        if kind == ".csv":
+            file.writelines(json.dumps(row).encode() + b"\n" for row in read_rows(path))
+        else:
+            with _opened(path) as data:
+                shutil.copyfileobj(data, file, BLOCK)
+    except Exception as error:
+        file.close()
+        for _ in read_rows(path):  # a damaged archive: the slow way finds the line
+            pass
+        raise _unreadable(path, kind, error) from None
+    return file
+
+
+def _file_rows(data: Any, kind: str) -> Iterator[Any]:
+    if kind == ".parquet":
+        import pyarrow.parquet as parquet
+
+        yield from parquet.read_table(io.BytesIO(data.read())).to_pylist()
+    elif kind == ".csv":
+        csv.field_size_limit(sys.maxsize)
+        yield from csv.DictReader((line.decode("utf-8-sig") for line in data), strict=True)
+    else:
+        text = data.read()
+        rows = json.loads(text.decode(json.detect_encoding(text)))
+        yield from (_encodable(row, text) for row in (rows if isinstance(rows, list) else [rows]))
+
+
+def _parsed(line: bytes) -> Any:
+    """What a line of JSON holds, None where it is empty."""
+    return _encodable(json.loads(line.decode("utf-8-sig")), line) if line.strip() else None
+
+
+def _encodable(row: Any, text: bytes) -> Any:
+    """The row; ValueError where half of a surrogate pair is in it, which could be read and never written."""
+    if b"\\ud" in text or b"\\uD" in text:
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("its text is not valid Unicode (half of a surrogate pair); repair or remove it") from None
+    return row
+
+
+def _object(row: Any, kind: str) -> Row:
+    if not isinstance(row, dict) or None in row:  # csv keeps cells beyond the header under None
+        raise ValueError("more cells than its header" if kind == ".csv" else "not an object with columns")
+    return row
+
+
+def _unreadable(where: str, kind: str, error: Exception) -> InputError:
+    if isinstance(error, InputError):
+        return error
+    said = "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
+    if isinstance(error, json.JSONDecodeError) and kind == ".jsonl":  # its own line number is that inside the row
+        said = f"{error.msg} at character {error.pos + 1}"
+    return InputError(f"{where}: can't be read as {kind}: {said}")
+
+
+@functools.lru_cache(maxsize=1)
+def _hub(name: str) -> Any:
+    """The train split of a hub data set, or of a folder of files: kept on disk by `datasets`, read row by row."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(name, split="train")
+    except Exception as error:  # the hub client raises many kinds
+        raise InputError(f"{name}: neither a file here nor a data set from the hub: {first_line(error)}") from None
+
+
+def _parquet_table(path: str) -> Table | None:
+    import datasets
+    import pyarrow.parquet as parquet
+
+    try:
+        facts = parquet.read_metadata(path)
+        size = sum(facts.row_group(group).total_byte_size for group in range(facts.num_row_groups))
+        if facts.num_rows <= MANY and size <= LARGE:
+            return None
+        datasets.disable_progress_bars()
+        return Table(path, datasets.Dataset.from_parquet(path))
+    except Exception as error:
+        raise _unreadable(path, ".parquet", error) from None

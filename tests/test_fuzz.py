@@ -1,0 +1,10 @@
+"""A small number of cases of each target of fuzz.py."""
+
+import pytest
+
+from fuzz import targets
+
+
+@pytest.mark.parametrize("target", ["files", "TOML", "flags"])
+def test_anything_is_taken_or_refused_in_a_sentence(target):
+    targets(cases=150)[target]()
