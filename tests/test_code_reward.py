@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from test_rewards import rollouts
+from trivet.cli import main
 from trivet.errors import InputError
 from trivet.rewards import code
 from trivet.rewards.code import CodeReward, _NotApartError, code_of
@@ -433,3 +434,13 @@ print(json.dumps([reward._passed("print(1)", {"expected_output": "1"}), *outputs
     born, number = bomb.split()
     assert (passed, wrote, held) == (1, "no\n", "1000 -1\n")
     assert (int(born) <= 8, number) == (True, "11")
+
+
+def test_a_run_is_rewarded_for_code(apart, tmp_path):
+    rows = [{"prompt": f"One day, {name}", "tests": "pass"} for name in ("Nora", "Ben", "Tim", "Lily")]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = "grpo --preset toy --steps 1 --prompts-per-step 2 --group-size 2 --max-completion-tokens 8 --reward code"
+    limits = f"--eval-fraction 0 --quiet --data {tmp_path}/data.jsonl --out {tmp_path}/run"
+    assert main([*words.split(), *limits.split()]) == 0
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert (line["rewards/code/mean"], line["rewards/code/out_of_time"]) == (0.0, 0.0)

@@ -200,7 +200,22 @@ def flaky(failures: int, how: Callable[[], Any]) -> Callable[..., Any]:
     return f
 
 
-HOWS = [lambda: 1 / 0, lambda: [NAN] * 4, lambda: [math.inf] * 4, lambda: [1.0], lambda: None, lambda: sys.exit(1)]
+class Awkward(float):
+    """A number that can't be compared."""
+
+    def __abs__(self):
+        raise RuntimeError("no")
+
+
+HOWS = [
+    lambda: [Awkward(1)] * 4,
+    lambda: 1 / 0,
+    lambda: [NAN] * 4,
+    lambda: [math.inf] * 4,
+    lambda: [1.0],
+    lambda: None,
+    lambda: sys.exit(1),
+]
 
 
 @pytest.mark.parametrize("how", HOWS)
@@ -231,7 +246,7 @@ def test_skipping_leaves_only_the_groups_unscored_in_which_it_fails_and_counts_t
     assert_close(made(rollouts()), torch.tensor([1.0, 1.0, NAN, NAN]), equal_nan=True)
     assert made.logged == {"rewards/f/failed": 2.0}
     assert re.fullmatch(
-        r"reward mine.py:f raised ValueError in its line \d+: not this one; 2 of 4 completions go unscored",
+        r"reward mine.py:f raised ValueError in its line \d+: not this one and more; 2 of 4 completions go unscored",
         made.notes[0],  # type: ignore[attr-defined]
     )
     assert made(rollouts([{"prompt": "a"}])).tolist() == [1.0, 1.0]

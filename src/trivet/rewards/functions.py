@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from trivet.batch import Rollouts
-from trivet.errors import InputError, first_line
+from trivet.errors import InputError
 from trivet.rewards.guard import Heard, OutOfTime, pause, settled, within
 from trivet.rewards.learned import load_learned_reward
 from trivet.rewards.reward import Reward, WeightedSum
@@ -104,17 +104,17 @@ class FunctionReward:
                 result = within(self.timeout, call)
             result = result.tolist() if hasattr(result, "tolist") else result  # an array or tensor
             result = [x.tolist() if hasattr(x, "tolist") else x for x in result] if isinstance(result, list) else result
-        except KeyboardInterrupt:
+            values = self._checked(result, end - start)
+        except (KeyboardInterrupt, _FailureError):
             raise
         except OutOfTime:
             told = f"reward {self.spec} did not return within {self.timeout:g} seconds"
             raise _FailureError(told, slow=True) from None
         except BaseException as error:  # anything can go wrong in there
-            told = f"raised {type(error).__name__} in its line {self._line(error)}: {first_line(error)}"
-            raise _FailureError(f"reward {self.spec} {told}") from error
+            told = f"raised {type(error).__name__} in its line {self._line(error)}: {' '.join(str(error).split())}"
+            raise _FailureError(f"reward {self.spec} {told:.500}") from error
         finally:
             self._tell(heard.text)
-        values = self._checked(result, end - start)
         self.logged = logged
         return values
 

@@ -116,6 +116,10 @@ class Heard(io.TextIOBase):
             self.text += text[: self.most - len(self.text)]
         return len(text)
 
+    def fileno(self) -> int:
+        """That of the real one, for a program that is started with it."""
+        return self.rich_proxied_file.fileno()
+
     def writable(self) -> bool:
         """It is."""
         return True
