@@ -7,6 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -29,11 +31,11 @@ def made(**settings: Any) -> CodeReward:
 
 @pytest.fixture(scope="module")
 def apart() -> CodeReward:
-    """The reward, where this machine can keep programs apart."""
-    try:
-        return made()
-    except InputError as error:
-        pytest.skip(str(error))
+    """The reward, where this machine has namespaces."""
+    command = ["unshare", "--net", "--pid", "--mount", "--fork", *(["--user"] if os.getuid() else []), "true"]
+    if not shutil.which("unshare") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("there are no namespaces here")
+    return made()
 
 
 def said(reward: CodeReward, source: str, given: str = "") -> str:
@@ -242,6 +244,21 @@ def test_nothing_can_be_written_outside_its_folder(apart, tmp_path):
     assert said(apart, source) == ""
 
 
+@pytest.mark.skipif(not os.access("/usr/bin/python3", os.X_OK), reason="needs the system's Python")
+def test_what_it_sees_is_read_only_even_where_anybody_may_write(apart, tmp_path, monkeypatch):
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open" / "file").write_text("ours")
+    for path in (tmp_path, tmp_path / "open", tmp_path / "open" / "file"):
+        path.chmod(0o777)
+    monkeypatch.setattr(sys, "executable", "/usr/bin/python3")
+    monkeypatch.setattr(sys, "base_prefix", str(tmp_path))  # which is shown
+    path = str(tmp_path / "open" / "file")
+    assert (
+        said(apart, f"print(open({path!r}).read())\ntry: open({path!r}, 'w')\nexcept OSError as e: print(e.errno)")
+        == "ours\n30\n"
+    )
+
+
 def test_the_machine_s_files_are_out_of_sight(apart, tmp_path):
     (tmp_path / "secret").write_text("answers")
     paths = [tmp_path / "secret", __file__, "/etc/passwd", "/etc/shadow", "/proc/self/environ", "/proc/1/environ", "/sys/kernel", "/var", "/home"]  # fmt: skip
@@ -356,6 +373,18 @@ reward._passed("import time; time.sleep(40)", {{"expected_output": "x"}})
     assert gone("confined.py")
 
 
+def test_ctrl_c_waits_for_no_program(apart):
+    given = rollouts([{"prompt": "p", "tests": "import time\ntime.sleep(60)"}] * 4)
+    given = type(given)(**{name: getattr(given, name) for name in given.__slots__} | {"texts": [""] * 8})
+    reward = made(wall_seconds=30.0)
+    threading.Timer(0.7, os.kill, (os.getpid(), signal.SIGINT)).start()
+    began = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        reward(given)
+    assert time.perf_counter() - began < 3
+    assert gone("confined.py")
+
+
 # Machines that can't keep programs apart ----------------------------------------------------------------------------
 
 
@@ -387,6 +416,18 @@ def test_where_there_are_no_namespaces_it_is_refused_unless_allowed(without_name
         assert said(reward, BOMB).endswith(" 11\n")
         assert said(reward, f"import os\ntry: os.kill({before}, 0)\nexcept PermissionError: print('no')") == "no\n"
         assert gone("solution.py")
+
+
+def test_where_namespaces_are_granted_but_do_not_hold_it_is_refused(apart, monkeypatch):
+    with_network = code.CONFINED.read_text().replace("NEWPID | NEWNET |", "NEWPID |")
+    for kept in (with_network, code.CONFINED.read_text().replace("    os.chroot(folder)", "    os.chroot('/')")):
+        assert kept != code.CONFINED.read_text()
+        with tempfile.NamedTemporaryFile("w", suffix=".py") as file, monkeypatch.context() as patch:
+            file.write(kept)
+            file.flush()
+            patch.setattr("trivet.rewards.code.CONFINED", Path(file.name))
+            with pytest.raises(InputError, match=r"apart on this machine|raise memory_mb"):
+                made()
 
 
 def test_a_launcher_that_fails_later_is_no_wrong_answer(apart, monkeypatch, tmp_path):

@@ -115,7 +115,7 @@ def test_each_completion_is_scored_by_the_first_model_of_the_server(server):
     assert made(rollouts()).tolist() == pytest.approx([0.0, 0.2, 0.4, 0.6])
     assert {body["model"] for body in server.asked} == {"first"}
     assert server.asked[0]["temperature"] == 0
-    assert "<prompt>\na\n</prompt>" in server.asked[0]["messages"][0]["content"]
+    assert sum("<prompt>\na\n</prompt>" in body["messages"][0]["content"] for body in server.asked) == 2
     assert {headers["Authorization"] for headers in server.headers} == {f"Bearer {KEY}"}
     assert made.logged == {
         "rewards/judge/calls": 4.0,
@@ -224,10 +224,15 @@ def drips(handler: Any) -> None:
 
 
 def floods(handler: Any) -> None:
+    """A GiB, or as much of it as is taken."""
     handler.send_response(200)
     handler.end_headers()
-    for _ in range(1000):
+    for taken in range(1, 1001):
         handler.wfile.write(b" " * 2**20)
+        TAKEN[:] = [taken]
+
+
+TAKEN = [0]  # MiB of the last flood
 
 
 HALF = b'HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n{"choices": [{"mess'
@@ -257,8 +262,10 @@ MISBEHAVIOR = {
 @pytest.mark.parametrize("how", MISBEHAVIOR)
 def test_what_goes_wrong_once_is_asked_again(server, how):
     server.say = in_turn(MISBEHAVIOR[how], "Score: 7")
-    made = judge(server, timeout=0.5 if "slow" in how else 5.0)
+    made, began = judge(server, timeout=0.5 if "slow" in how else 5.0), time.perf_counter()
     assert made(rollouts([{"prompt": "a"}], 1)).tolist() == pytest.approx([0.7])
+    assert time.perf_counter() - began < 3
+    assert TAKEN[0] < 100
     assert made.logged["rewards/judge/retries"] == 1.0
     assert made.logged["rewards/judge/calls"] == 2.0
 

@@ -1,4 +1,4 @@
-"""A reward for code: what the model wrote is run against the tests of its row, apart from this machine as far as Linux allows."""
+"""A reward for code: what the model wrote is run against the tests of its row, apart from this machine."""
 
 import json
 import os
@@ -24,6 +24,11 @@ from trivet.errors import InputError
 
 BLOCK = re.compile(r"```(?:python3?|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 CONFINED = Path(__file__).with_name("confined.py")
+HOLDS = """
+import os, socket
+assert os.getpid() < 10 and not os.path.exists("/proc") and not os.access("/usr", os.W_OK)
+assert socket.socket().connect_ex(("127.0.0.1", 9)) == 101  # the network is unreachable
+"""  # what is true of a program that is apart
 COLUMNS = "tests (or test_list, or test with entry_point), or stdin and expected_output"
 
 
@@ -31,9 +36,9 @@ COLUMNS = "tests (or test_list, or test with entry_point), or stdin and expected
 class CodeReward:
     """1 where the code in a completion passes all tests of its row, else 0; NaN for a row that has none.
 
-    The code is the last fenced block, or the whole completion where there is none. Tests are Python statements that raise when they
-    fail (`tests`, a text or a list; MBPP's `test_list` and HumanEval's `test` with `entry_point` too), run after the code
-    in one process; or `stdin` and `expected_output` (texts, or lists of as many), compared line by line, white space at the ends aside.
+    The code is the last fenced block, or the whole completion where there is none. Tests are Python statements that raise
+    when they fail (`tests`, a text or a list; MBPP's `test_list` and HumanEval's `test` with `entry_point` too), run after
+    the code in one process; or `stdin` and `expected_output` (texts, or lists of as many), compared line by line.
     """
 
     cpu_seconds: int = 10
@@ -55,22 +60,26 @@ class CodeReward:
     name: str = "code"
     logged: dict[str, float] = field(default_factory=dict[str, float], init=False)
     late: list[int] = field(default_factory=list[int], init=False)  # one for each program that was out of time
+    running: set[Any] = field(default_factory=set[Any], init=False)  # launchers
 
     def __post_init__(self) -> None:
-        """InputError where programs can't be run apart, found by running one."""
+        """InputError where programs can't be run apart, found by running one that looks around."""
         if not sys.platform.startswith("linux"):
             raise InputError("reward code needs Linux: only there can it keep the model's code from your machine")
         self.at_once = self.at_once or len(os.sched_getaffinity(0))
+        trial, told = {"tests": ["assert answer == 42", "" if self.unconfined else HOLDS]}, ""
         try:
-            alive = self._passed("answer = 42", {"tests": "assert answer == 42"}) == 1
+            passed = self._passed("answer = 42", trial)
         except _NotApartError as error:
             if self.unconfined:
                 raise InputError(f"reward code can't start a program on this machine: {error}") from None
+            passed, told = 0.5, f" ({error})"
+        if passed == 0.5:
             raise InputError(
-                f"reward code can't keep the model's code apart on this machine ({error}); run where namespaces are allowed, or "
-                "set unconfined = true in a .toml, and the code sees your files and your network"
-            ) from None
-        if not alive:
+                f"reward code can't keep the model's code apart on this machine{told}; run where namespaces are "
+                "allowed, or set unconfined = true in a .toml, and the code sees your files and your network"
+            )
+        if passed < 1:
             raise InputError("reward code: a program of one line does not run within the limits; raise memory_mb")
 
     def __call__(self, rollouts: Rollouts) -> Tensor:
@@ -79,15 +88,17 @@ class CodeReward:
         if not any(_has_tests(row) for row in rows):
             raise InputError(f"reward code: the data has no tests; it needs a column {COLUMNS}")
         with ThreadPoolExecutor(self.at_once) as pool:
-            jobs = [
-                pool.submit(self._passed, code_of(text), row) for text, row in zip(rollouts.texts, rows, strict=True)
-            ]
+            codes = [code_of(text) for text in rollouts.texts]
+            jobs = [pool.submit(self._passed, code, row) for code, row in zip(codes, rows, strict=True)]
             try:
                 shares = [job.result() for job in jobs]
-            except _NotApartError as error:
-                raise InputError(f"reward code could not start a program: {error}") from None
-            finally:
+            except BaseException as error:  # Ctrl-C too: wait for no program
                 pool.shutdown(wait=False, cancel_futures=True)
+                for process in list(self.running):
+                    process.kill()
+                if isinstance(error, _NotApartError):
+                    raise InputError(f"reward code could not start a program: {error}") from None
+                raise
         self.logged = {f"rewards/{self.name}/out_of_time": len(self.late) / len(rows)}
         values = [share if self.partial or share != share else float(share == 1) for share in shares]
         return torch.tensor(values, dtype=torch.float32, device=rollouts.groups.prompts.device)
@@ -99,7 +110,7 @@ class CodeReward:
         if (tests := tests_of(row)) is not None:
             word = secrets.token_hex(16)
             said, passed = self._output({"source": source, "tests": tests, "word": word, "stdin": ""}).split(" "), 0
-            if len(said) == 2 and said[0] == word and said[1].isdecimal():
+            if len(said) == 2 and said[0] == word:
                 passed = int(said[1])
             return passed / len(tests)
         inputs, outputs = _listed(row.get("stdin") or ""), _listed(row["expected_output"])
@@ -115,7 +126,10 @@ class CodeReward:
         return passed / len(outputs)
 
     def _output(self, job: dict[str, Any]) -> str:
-        """What a program writes to stdout; '' where it fails, by its exit code or by the limits. _NotApartError if it can't be run."""
+        """What a program writes to stdout; '' where its exit code or a limit says that it failed.
+
+        Errors: _NotApartError where it could not be started.
+        """
         limits = {"cpu_seconds": self.cpu_seconds, "memory": self.memory_mb << 20, "file_size": self.file_mb << 20}
         job |= limits | {"processes": self.processes, "unconfined": self.unconfined, "parent": os.getpid()}
         job |= {"python": sys.executable, "seen": [sys.prefix, sys.base_prefix]}
@@ -126,11 +140,13 @@ class CodeReward:
             command = [sys.executable, "-I", "-S", str(CONFINED)]
             streams: Any = {"stdin": given, "stdout": out, "stderr": errors}
             process = subprocess.Popen(command, **streams, env={}, cwd="/", start_new_session=True)
+            self.running.add(process)
             try:
                 ended = _ends(process.pid, self.wall_seconds)
             finally:
                 os.killpg(process.pid, signal.SIGKILL)  # it is not reaped yet, so the number is still its own
                 process.wait()
+                self.running.discard(process)
             if not ended:
                 self.late.append(1)
                 return ""

@@ -1,9 +1,10 @@
-"""Runs one program of a stranger's apart from the machine. A script by itself: code.py starts it, and hands it the job as JSON.
+"""Runs one program of a stranger's apart from the machine. A script by itself: code.py starts it and hands it the job.
 
-It makes the namespaces, in which there are no other processes, no network, and no files but Python's and the system's, read-only,
-and /box, a small folder in memory. Then it forks: this process waits outside; the child is the first process inside, with whose end the
-kernel ends all others there; its child gives up what rights are left, takes on the limits, and becomes the program. Each dies
-with its parent. What goes wrong before the program begins is said on stderr, which the program itself does not have.
+It makes the namespaces, in which there are no other processes, no network, and no files but Python's and the system's,
+read-only, and /box, a small folder in memory. Then it forks: this process waits outside; the child is the first process
+inside, with whose end the kernel ends all others there; its child gives up what rights are left, takes on the limits, and
+becomes the program. Each dies with its parent. What goes wrong before the program begins is said on stderr, which the
+program itself does not have.
 """
 
 import ctypes
@@ -23,7 +24,7 @@ SEEN = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/etc/alternatives", "/etc/l
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 INSIDE = 1000  # who the program is to itself
 
-# The program of a job with tests: the tests run after the source, in its names. The verdict goes where only this can easily write.
+# The program of a job with tests: they run after the source, in its names. The verdict goes where print does not reach.
 HARNESS = """
 import json, os
 verdict = os.dup(1)

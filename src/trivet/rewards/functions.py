@@ -1,4 +1,4 @@
-"""Rewards from names: a built-in, a function in a file or module, a judge's URL, a reward model, or a file of settings."""
+"""Rewards from names: a built-in, a function in a file or module, a judge's URL, a reward model, a file of settings."""
 
 import contextlib
 import copy
@@ -39,9 +39,10 @@ class FunctionReward:
     """A Python function f(prompts, completions, **columns) -> list[float | None], called once with all of a step.
 
     prompts and completions are strings, or lists of messages where the prompt is a conversation; every column of the
-    source rows comes repeated per completion. `completion_ids` and `log_metric(name, value)` are given if asked for. What it is
-    given is its own: changing it changes nothing else. An async function is awaited; what is printed is kept from the screen, its
-    first lines are shown. A call fails when it takes too long, raises, or returns anything but a number or None per completion.
+    source rows comes repeated per completion. `completion_ids` and `log_metric(name, value)` are given if asked for. What
+    it is given is its own: changing it changes nothing else. An async function is awaited; what is printed is kept from the
+    screen, its first lines are told. A call fails when it takes too long, raises, or returns anything but a number or None
+    per completion.
     """
 
     function: Callable[..., Any]
@@ -189,11 +190,11 @@ def load_rewards(
     like: Any,
     note: Callable[[str], None] = on_stderr,
 ) -> WeightedSum:
-    """Rewards from their names: a built-in, `file.py:function`, `module:function`, a judge's URL, a reward model's folder or hub
-    name, or a .toml file that holds one of these under `reward`, and settings for it.
+    """Rewards from their names: a built-in, `file.py:function`, `module:function`, a judge's URL, a reward model's folder or
+    hub name, or a .toml file that holds one of these under `reward`, and settings for it.
 
-    tokenizer: the policy's. like: the policy; reward models go to its device and compute in its precision. note: takes a line for
-    whoever watches.
+    tokenizer: the policy's. like: the policy; reward models go to its device and compute in its precision. note: takes a
+    line for whoever watches.
     """
     if not all(specs) or not specs:
         raise InputError(

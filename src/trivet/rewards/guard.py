@@ -21,10 +21,10 @@ class OutOfTime(BaseException):
 def within(seconds: float, call: Callable[[], T]) -> T:
     """call(), or OutOfTime when it takes longer.
 
-    In the main thread an alarm interrupts it where it stands, in a loop, a sleep, a socket, a lock or a regular expression, and
-    nothing of it goes on. In another thread, and on Windows, there are no alarms: it runs in a daemon thread, which is left to
-    itself when its time is up. What an alarm can't end: a call into C that never looks at signals, and code that catches
-    everything for ever. Code that sets an alarm of its own takes ours off.
+    In the main thread an alarm interrupts it where it stands, in a loop, a sleep, a socket, a lock or a regular expression,
+    and nothing of it goes on. In another thread, and on Windows, there are no alarms: it runs in a daemon thread, which is
+    left to itself when its time is up. What an alarm can't end: a call into C that never looks at signals, and code that
+    catches everything for ever. Code that sets an alarm of its own takes ours off.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
         return _within_a_thread(seconds, call)
@@ -72,8 +72,8 @@ _loops: list[asyncio.AbstractEventLoop] = []  # the one loop, once there is one
 def settled(awaitable: Awaitable[T]) -> T:
     """What an awaitable comes to, in an event loop of our own that lives as long as the process.
 
-    One loop, so that a client which async code keeps from call to call stays usable; in a thread, so that it works where a loop
-    runs already, as in a notebook. Whatever ends the wait, OutOfTime or Ctrl-C, cancels the task.
+    One loop, so that a client which async code keeps from call to call stays usable; in a thread, so that it works where a
+    loop runs already, as in a notebook. Whatever ends the wait, OutOfTime or Ctrl-C, cancels the task.
     """
     if not _loops:
         _loops.append(asyncio.new_event_loop())
@@ -126,6 +126,6 @@ class Heard(io.TextIOBase):
 
 
 def pause(attempt: int, longest: float = 60.0) -> float:
-    """Seconds to wait after this many failed attempts: about 1, 2, 4, ... up to `longest`, spread by half so that many who
-    failed together do not come back together."""
+    """Seconds to wait after this many failed attempts: about 1, 2, 4, ... up to `longest`, spread by half so that many
+    who failed together do not come back together."""
     return min(2.0 ** (attempt - 1), longest) * _draw.uniform(0.5, 1.0)

@@ -1,7 +1,7 @@
 """A language model behind an OpenAI-compatible endpoint as a judge, of one completion at a time or of two.
 
-Given as the URL up to its /v1, with #MODEL where the server has several: --reward http://127.0.0.1:8000/v1#qwen3. The key, where it
-asks for one, is in the environment, and nowhere else.
+Given as the URL up to its /v1, with #MODEL where the server has several: --reward http://127.0.0.1:8000/v1#qwen3. The
+key, where it asks for one, is in the environment, and nowhere else.
 """
 
 import asyncio
@@ -36,8 +36,8 @@ LARGEST, LONGEST_WAIT = 4 << 20, 300.0  # bytes of an answer; seconds that a ser
 class Judge:
     """The score that a judge gives, from 0 to 1, or the share of its comparisons in the group that a completion wins.
 
-    NaN where the judge has no opinion: its answer holds no score from 0 to 10, no winner, or there is nobody to compare with. Calls
-    that fail for now (no connection, too slow, 408, 409, 429, 5xx, an answer that is not as it should be) are made again.
+    NaN where the judge has no opinion: its answer holds no score from 0 to 10, no winner, or there is nobody to compare
+    with. Calls that fail for now (no connection, too slow, 408, 409, 429, 5xx, an answer in another form) are made again.
     """
 
     url: str
@@ -202,7 +202,10 @@ class Judge:
         raise AssertionError
 
     async def _told(self, client: httpx.AsyncClient, how: str, what: str, body: Any = None) -> Any:
-        """The JSON that the server answers with. Errors: _NoAnswerError for what may go better another time, else InputError."""
+        """The JSON that the server answers with.
+
+        Errors: _NoAnswerError for what may go better another time, else InputError.
+        """
         try:
             async with asyncio.timeout(self.timeout):
                 async with client.stream(how, f"{self.url}/{what}", json=body) as response:

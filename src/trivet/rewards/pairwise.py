@@ -5,8 +5,8 @@ from collections.abc import Iterable
 
 
 def matches(group_size: int, opponents: int = 0) -> list[tuple[int, int]]:
-    """Who is compared with whom, (first shown, second shown): everybody with everybody once, or with this many neighbors in a
-    ring on each side. Each is shown first about as often as second, as judges favor a place.
+    """Who is compared with whom, (first shown, second shown): everybody with everybody once, or with this many neighbors
+    in a ring on each side. Each is shown first about as often as second, as judges favor a place.
 
         3 in a group: (0, 1), (1, 2), (2, 0)
     """
