@@ -245,7 +245,7 @@ MUTANTS: list[Mutant] = [
         ("the alarm rings once", "signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN)", "signal.setitimer(signal.ITIMER_REAL, seconds)"),
         ("the alarm is left on", "signal.setitimer(signal.ITIMER_REAL, 0)", "pass"),
         ("the live line is drawn into the ear", "self.rich_proxied_file =", "self.proxied_file =")),
-    *planted("rewards/confined.py", "test_code_reward.py -k 'share or network or bomb or rights or outside or killing or files or environment or count'",
+    *planted("rewards/confined.py", "test_code_reward.py -k 'share or network or bomb or rights or outside or killing or files or environment or count or sees'",
         ("code has the network", "NEWPID | NEWNET | (", "NEWPID | ("),
         ("code sees the machine's files", "os.chroot(folder)", "os.chdir(folder)"),
         ("what code sees it can write", "else READ_ONLY | NO_SUID", "else NO_SUID"),
