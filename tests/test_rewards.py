@@ -288,7 +288,7 @@ def test_the_same_reward_named_twice_counts_twice_or_is_refused():
         ([""], [], "no reward was named"),
         (["brevity"], [1.0, 2.0], "--reward-weights has 2 numbers for 1 rewards"),
         (["brevity", "brevity"], [0.0, 0.0], "not all 0"),
-        (["brevty"], [], r"reward brevty: not a built-in \(exact_match, last_number, brevity\)"),
+        (["brevty"], [], r"reward brevty: not a built-in \(exact_match, last_number, brevity, code\)"),
         (["absent.py:f"], [], "reward absent.py:f: no file absent.py"),
         (["absent_module:f"], [], "reward absent_module:f: no module absent_module"),
         (["trivet.rewards.rules:f"], [], "has no function f; it has text_of, exact_match, last_number, brevity"),

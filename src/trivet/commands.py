@@ -71,7 +71,7 @@ class ScoreConfig:
     data: str = ""
     """Rows with prompt and completion, or with chosen and rejected."""
     reward: tuple[str, ...] = ()
-    """Built-in name, file.py:function, module:function, or a reward model's run directory, folder or hub name; several add up."""
+    """Built-in name, file.py:function, module:function, reward model (run, folder, hub name), judge (URL), or .toml; several add up."""
     reward_weights: tuple[float, ...] = ()
     """One weight per reward."""
     model: str = ""

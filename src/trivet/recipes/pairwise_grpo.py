@@ -35,7 +35,7 @@ class Config(Options):
     """Pairwise GRPO: Bradley-Terry over all ranked pairs of each sampled group."""
 
     reward: tuple[str, ...] = ()
-    """Built-in name, file.py:function, module:function, or a reward model's run directory, folder or hub name; several add up."""
+    """Built-in name, file.py:function, module:function, reward model (run, folder, hub name), judge (URL), or .toml; several add up."""
     reward_weights: tuple[float, ...] = ()
     """One weight per reward; a weight of 0 only logs it."""
     group_size: int = 8

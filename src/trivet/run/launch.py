@@ -74,6 +74,7 @@ class Launch:
         else:
             model.generation_config.eos_token_id = self.stops  # what is saved ends where it was taught to end
         names, weights = getattr(config, "reward", None), getattr(config, "reward_weights", ())
+        own: dict[str, Any] = {"like": model, "note": lambda text: self.run.note(text)}
         self.run = Run(
             config=config,
             model=model,
@@ -81,7 +82,7 @@ class Launch:
             stops=self.stops,
             train=train,
             heldout=heldout,
-            reward=None if names is None else load_rewards(names, weights, self.tokenizer, like=model),
+            reward=None if names is None else load_rewards(names, weights, self.tokenizer, **own),
             steps=config.steps or max(1, round(config.epochs * len(train) / config.prompts_per_step)),
             device=device,
             generator=torch.Generator(device).manual_seed(config.seed),

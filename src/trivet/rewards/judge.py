@@ -1,0 +1,272 @@
+"""A language model behind an OpenAI-compatible endpoint as a judge, of one completion at a time or of two.
+
+Given as the URL up to its /v1, with #MODEL where the server has several: --reward http://127.0.0.1:8000/v1#qwen3. The
+key, where it asks for one, is in the environment, and nowhere else.
+"""
+
+import asyncio
+import email.utils
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import httpx
+import torch
+from torch import Tensor
+
+from trivet.batch import Rollouts
+from trivet.errors import InputError, first_line
+from trivet.rewards.guard import pause, settled
+from trivet.rewards.pairwise import matches, win_rates
+
+SCORE = re.compile(r"score\W{0,6}?(-?\d+(?:\.\d+)?)", re.IGNORECASE)
+WINNER = re.compile(r"winner\W{0,6}(?:answer\s+)?(a|b|tie)\b", re.IGNORECASE)
+PLACE = re.compile(r"\{([A-Za-z_]\w*)\}")  # {prompt}, {completion}, {a}, {b}, or any column
+LARGEST, LONGEST_WAIT = 4 << 20, 300.0  # bytes of an answer; seconds that a server may ask to wait
+
+
+@dataclass
+class Judge:
+    """The score that a judge gives, from 0 to 1, or the share of its comparisons in the group that a completion wins.
+
+    NaN where the judge has no opinion: its answer holds no score from 0 to 10, no winner, or there is nobody to compare
+    with. Calls that fail for now (no connection, too slow, 408, 409, 429, 5xx, an answer in another form) are made again.
+    """
+
+    url: str
+    model: str = ""
+    """The judge's name on its server; without it, the first that the server lists."""
+    compare: bool = False
+    """Compare the completions of a group with each other, and reward the share of comparisons that each wins."""
+    opponents: int = 0
+    """Compare with so many neighbors on each side only; 0: with all."""
+    prompt: str = ""
+    """File with what to ask; {prompt}, {completion} (or {a} and {b}) and {any_column} stand for the row's."""
+    request: dict[str, Any] = field(default_factory=lambda: {"temperature": 0, "max_tokens": 1024})
+    """What else to send with each request."""
+    timeout: float = 120.0
+    """Seconds until an answer must be complete."""
+    retries: int = 5
+    """Ask again so many times, after pauses of about 1, 2, 4, ... seconds, or what the server says in Retry-After."""
+    at_once: int = 16
+    """Requests under way at a time."""
+    on_failure: Literal["stop", "skip"] = "stop"
+    """Then end the run in one sentence, or leave the completion unscored."""
+    key_variable: str = "OPENAI_API_KEY"
+    """The environment variable that holds the key."""
+    name: str = "judge"
+    note: Callable[[str], None] = print
+    logged: dict[str, float] = field(default_factory=dict[str, float], init=False)
+
+    def __post_init__(self) -> None:
+        """InputError for what can be seen to be wrong before the first step."""
+        self.url, _, named = self.url.partition("#")
+        self.url, self.model = self.url.rstrip("/").removesuffix("/chat/completions"), self.model or named
+        try:
+            address = urlsplit(self.url).netloc
+        except ValueError:
+            raise InputError(f"reward {self.name}: {self.url} is no URL") from None
+        if "@" in address:
+            raise InputError(
+                f"reward {self.name}: no password in the URL, where it would be kept; set {self.key_variable}"
+            )
+        if not (self.timeout and self.at_once):
+            raise InputError(f"reward {self.name}: timeout and at_once must be above 0")
+        default = Path(__file__).with_name("judge_compare.txt" if self.compare else "judge_score.txt")
+        try:
+            self.template = (Path(self.prompt) if self.prompt else default).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"reward {self.name}: prompt {self.prompt}: {first_line(error)}") from None
+        needed = ("a", "b") if self.compare else ("completion",)
+        if absent := [name for name in needed if name not in PLACE.findall(self.template)]:
+            raise InputError(f"reward {self.name}: prompt {self.prompt} does not show the judge {{{absent[0]}}}")
+        self.key = os.environ.get(self.key_variable, "").strip()
+        if not (self.key.isascii() and self.key.isprintable()):
+            raise InputError(f"reward {self.name}: what stands in {self.key_variable} can't be a key")
+        self.totals = dict.fromkeys(("calls", "retries", "prompt_tokens", "completion_tokens"), 0)
+        self.model = self.model or settled(self._first_model())
+
+    def __call__(self, rollouts: Rollouts) -> Tensor:
+        self.failures, self.mute, self.last = 0, 0, ""
+        size, texts = rollouts.groups.group_size, rollouts.texts
+        questions: list[str] = []
+        pairs = matches(size, self.opponents)
+        for p, row in enumerate(rollouts.rows):
+            answers = texts[p * size : (p + 1) * size]
+            if self.compare:
+                questions += [self._asked(row, a=answers[i], b=answers[j]) for i, j in pairs]
+            else:
+                questions += [self._asked(row, completion=answer) for answer in answers]
+        said = settled(self._answers(questions))
+        if self.compare:
+            shares = [{"a": 1.0, "b": 0.0, "tie": 0.5}.get(self._read(WINNER, text).lower()) for text in said]
+            rated = [
+                rate
+                for p in range(len(rollouts.rows))
+                for rate in win_rates(size, [(i, j, shares[p * len(pairs) + k]) for k, (i, j) in enumerate(pairs)])
+            ]
+        else:
+            scores = [float(self._read(SCORE, text) or "nan") for text in said]
+            rated = [score / 10 if 0 <= score <= 10 else math.nan for score in scores]
+        self.logged = {f"rewards/{self.name}/{key}": float(value) for key, value in self.totals.items()}
+        if self.failures:
+            self.logged[f"rewards/{self.name}/failed"] = float(self.failures)
+            self.note(
+                f"reward {self.name}: {self.failures} of {len(said)} calls came to nothing, the last one: {self.last}"
+            )
+        return torch.tensor(rated, dtype=torch.float32, device=rollouts.groups.prompts.device)
+
+    def _asked(self, row: Mapping[str, Any], **given: str) -> str:
+        """The template with its places filled, in one go: what stands in a completion is filled into nothing."""
+        known = {**row, **given}
+
+        def fill(place: re.Match[str]) -> str:
+            if place[1] not in known:
+                have = ", ".join(sorted(known))
+                raise InputError(f"reward {self.name}: its prompt asks for {{{place[1]}}}, but there is: {have}")
+            value = known[place[1]]
+            if isinstance(value, list) and all(isinstance(x, dict) and "content" in x for x in value):
+                return "\n".join(f"{x.get('role', '')}: {x['content']}" for x in value)
+            return str(value)
+
+        return PLACE.sub(fill, self.template)
+
+    def _read(self, form: re.Pattern[str], text: str | None) -> str:
+        """The last thing of this form in an answer, '' where there is none."""
+        return found[-1] if text and (found := form.findall(text)) else ""
+
+    async def _answers(self, questions: list[str]) -> list[str | None]:
+        """What the judge says to each; None for one that failed, where that is to be skipped."""
+        answers: list[str | None] = [None] * len(questions)
+        waiting, self.resume, self.down = iter(enumerate(questions)), 0.0, False
+        async with self._client() as client:
+
+            async def ask() -> None:
+                for number, question in waiting:
+                    try:
+                        answers[number] = await self._answer(client, question)
+                    except _NoAnswerError as error:
+                        if self.on_failure == "stop":
+                            raise InputError(f"reward {self.name}: {error}") from None
+                        self.failures, self.last = self.failures + 1, str(error)
+
+            workers = [asyncio.create_task(ask()) for _ in range(min(self.at_once, len(questions)))]
+            try:
+                await asyncio.gather(*workers)
+            finally:
+                for worker in workers:
+                    worker.cancel()
+                await asyncio.gather(*workers, return_exceptions=True)
+        return answers
+
+    def _client(self) -> httpx.AsyncClient:
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        return httpx.AsyncClient(headers=headers, timeout=self.timeout)
+
+    async def _answer(self, client: httpx.AsyncClient, question: str) -> str | None:
+        body = {"model": self.model, "messages": [{"role": "user", "content": question}], **self.request}
+        for attempt in range(1, self.retries + 2):
+            while (wait := self.resume - time.monotonic()) > 0:  # the server asked for a rest, from all of us
+                await asyncio.sleep(wait)
+            self.totals["calls"] += 1
+            try:
+                told = await self._told(client, "POST", "chat/completions", body)
+                for key in ("prompt_tokens", "completion_tokens"):
+                    usage = told.get("usage")
+                    spent = usage.get(key) if isinstance(usage, dict) else None
+                    self.totals[key] += spent if isinstance(spent, int) else 0
+                content = told["choices"][0]["message"]["content"]
+                if content is not None and not isinstance(content, str):
+                    raise TypeError
+                self.down = False
+                return content
+            except (LookupError, TypeError, AttributeError):
+                error = _NoAnswerError(f"{self.url} answers in another form than an OpenAI-compatible server")
+            except _NoAnswerError as failure:
+                error = failure
+            if attempt > self.retries or self.down:
+                self.down = True  # where failures are skipped, do not wait as long again for each of the others
+                times = f" ({attempt} times in a row)" if attempt > 1 else ""
+                raise _NoAnswerError(f"{error}{times}")
+            self.totals["retries"] += 1
+            if error.wait is not None:
+                self.resume = max(self.resume, time.monotonic() + min(error.wait, LONGEST_WAIT))
+            await asyncio.sleep(0 if error.wait else pause(attempt))
+        raise AssertionError
+
+    async def _told(self, client: httpx.AsyncClient, how: str, what: str, body: Any = None) -> Any:
+        """The JSON that the server answers with.
+
+        Errors: _NoAnswerError for what may go better another time, else InputError.
+        """
+        try:
+            async with asyncio.timeout(self.timeout):
+                async with client.stream(how, f"{self.url}/{what}", json=body) as response:
+                    text = bytearray()
+                    async for part in response.aiter_bytes():
+                        text += part
+                        if len(text) > LARGEST:
+                            raise _NoAnswerError(f"{self.url} answers with more than {LARGEST >> 20} MiB")
+        except (TimeoutError, httpx.TimeoutException):
+            raise _NoAnswerError(f"{self.url} gives no answer within {self.timeout:g} seconds") from None
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol, UnicodeError) as error:
+            raise InputError(f"reward {self.name}: {self.url} is no URL: {self._without_key(error)}") from None
+        except httpx.HTTPError as error:
+            raise _NoAnswerError(f"{self.url} can't be reached or breaks off: {self._without_key(error)}") from None
+        code = response.status_code
+        if code in (408, 409, 429) or code >= 500:
+            raise _NoAnswerError(
+                f"{self.url} answers with HTTP {code}", wait=_wait(response.headers.get("retry-after"))
+            )
+        if code != 200:
+            said = self._without_key(text[:300].decode(errors="replace") or "nothing more")
+            hint = f"; the key is taken from {self.key_variable}" if code in (401, 403) else ""
+            raise InputError(f"reward {self.name}: {self.url} answers with HTTP {code}: {said}{hint}")
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            raise _NoAnswerError(f"{self.url} answers with something that is not JSON") from None
+
+    async def _first_model(self) -> str:
+        async with self._client() as client:
+            try:
+                return str((await self._told(client, "GET", "models"))["data"][0]["id"])
+            except (LookupError, TypeError, _NoAnswerError) as error:
+                told = error if isinstance(error, _NoAnswerError) else f"{self.url} does not say which models it has"
+                raise InputError(
+                    f"reward {self.name}: {told}; start the server, or name the model: URL#MODEL"
+                ) from None
+
+    def _without_key(self, said: object) -> str:
+        """In one line; servers have been seen to repeat the key they were sent."""
+        line = " ".join(str(said).split()) or type(said).__name__
+        return line.replace(self.key, "(the key)") if self.key else line
+
+
+class _NoAnswerError(Exception):
+    """A call that came to nothing, said in a sentence; wait: seconds that the server asks for."""
+
+    def __init__(self, told: str, *, wait: float | None = None):
+        super().__init__(told)
+        self.wait = wait
+
+
+def _wait(header: str | None) -> float | None:
+    """Seconds of a Retry-After, which is a number or a date."""
+    if not header:
+        return None
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
+        except (ValueError, TypeError):
+            return None
+    return max(0.0, seconds) if math.isfinite(seconds) else None
