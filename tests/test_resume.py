@@ -1,13 +1,17 @@
 """Resume: a run that was killed goes on to the same bits; checkpoints are whole or not there."""
 
 import dataclasses
+import gzip
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +22,7 @@ from trivet.recipes import dpo, grpo, pairwise_grpo, ppo, reward_model, sft
 from trivet.run import launch as launching
 from trivet.run.checkpoints import damage, steps
 from trivet.run.launch import Stopped, launch, resume
+from trivet.toy import STORIES
 
 RECIPES = {
     "sft": sft,
@@ -34,8 +39,21 @@ class KilledError(BaseException):
     """As good as a kill: nothing catches it."""
 
 
+@cache
+def few_rows():
+    """The first rows of the stories: loading all of them would take longer than the runs."""
+    path = Path(tempfile.mkdtemp()) / "few.jsonl"
+    path.write_text("".join(read_lines(STORIES["data"])[:80]))
+    return str(path)
+
+
+def read_lines(path):
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return file.readlines()
+
+
 def config(recipe, out, **options):
-    return recipe.Config(**recipe.PRESETS["toy"] | SMALL | options | {"out": str(out)})
+    return recipe.Config(**recipe.PRESETS["toy"] | {"data": few_rows()} | SMALL | options | {"out": str(out)})
 
 
 def killed_after(step):
@@ -228,7 +246,8 @@ def test_the_command_is_killed_with_kill_9_and_resumed(tmp_path, stopped):
     run = tmp_path / "r"
     options = dataclasses.asdict(config(grpo, run))
     flags = ["--steps", "5", "--prompts-per-step", "4", "--eval-limit", "3", "--save-every", "2", "--eval-every", "2"]
-    command = [sys.executable, "-m", "trivet.cli", "grpo", "--preset", "toy", *flags, "--keep-tokens-every", "2"]
+    command = [sys.executable, "-m", "trivet.cli", "grpo", "--preset", "toy", "--data", options["data"], *flags]
+    command += ["--keep-tokens-every", "2"]
     process = subprocess.Popen([*command, "--out", options["out"]], stdout=subprocess.DEVNULL)
     while not (run / "checkpoints" / "step-2").exists():
         assert process.poll() is None
