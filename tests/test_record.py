@@ -76,9 +76,10 @@ def test_numbers_of_tokens_agree_with_each_other(runs, method):
     config = json.loads((runs[method] / "run.json").read_text())["options"]
     for line in (line for line in lines(runs[method]) if "tokens" in line):
         policy, reference = torch.tensor(line["logprob"]), torch.tensor(line["ref_logprob"])
-        assert torch.allclose(torch.tensor(line["kl"]), policy - reference, atol=2e-5)
+        written = 1e-5 * (1 + policy.abs() + reference.abs())  # six digits of each
+        assert ((torch.tensor(line["kl"]) - (policy - reference)).abs() < written).all()
         if line["step"] == 1 and method != "ppo":  # ppo keeps the second pass over the batch
-            assert torch.allclose(policy, torch.tensor(line["sampler_logprob"]), atol=1e-4)
+            assert torch.allclose(policy, torch.tensor(line["sampler_logprob"]), rtol=2e-5, atol=1e-4)
             assert not torch.tensor(line["kl"]).any()
         if method == "grpo":
             assert line["ratio"] == [1.0] * len(policy)
@@ -86,7 +87,7 @@ def test_numbers_of_tokens_agree_with_each_other(runs, method):
             assert isinstance(line["advantage"], float)
         if method == "ppo":
             ratio = (policy - torch.tensor(line["sampler_logprob"])).exp()
-            assert torch.allclose(torch.tensor(line["ratio"]), ratio, rtol=1e-3)
+            assert torch.allclose(torch.tensor(line["ratio"]), ratio, rtol=2e-3)
             assert not torch.tensor(line["gradient"])[torch.tensor(line["clipped"])].any()
         if method == "pairwise-grpo":
             assert torch.allclose(
@@ -121,7 +122,7 @@ def test_the_charge_of_ppo_and_its_score_add_up_to_the_reward_of_each_token(runs
         charge = beta * (torch.tensor(line["sampler_logprob"]) - torch.tensor(line["ref_logprob"]))
         expected = -charge
         expected[-1] += line["reward"]
-        assert torch.allclose(torch.tensor(line["token_reward"]), expected, atol=1e-4)
+        assert torch.allclose(torch.tensor(line["token_reward"]), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_both_sides_of_dpo_with_the_same_pairs_at_every_kept_step(runs):
