@@ -98,9 +98,8 @@ def stage_options(method: str, config: Config) -> dict[str, Any]:
         options["model"] = str(out / "sft")
     if method in ("ppo", "grpo", "pairwise-grpo"):
         options |= {"reward": (str(out / "reward-model"), GOLD), "reward_weights": (1.0, 0.0)}
-    options["save_every"] = {"dpo": 45, "sft": 0, "reward-model": 0}.get(
-        method, 10
-    )  # judged afterwards, for the frontier
+    own = {"dpo": 45, "sft": 0, "reward-model": 0}
+    options["save_every"] = own.get(method, 10)  # judged afterwards, for the frontier
     return options | {"eval_limit": max(8, round(600 * config.scale))}
 
 
