@@ -11,25 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from test_resume import few_rows
+from test_resume import RECIPES, few_rows
 from trivet.model.load import load_policy
 from trivet.model.text import load_tokenizer
 from trivet.optimization.advantages import group_advantages
-from trivet.recipes import dpo, grpo, pairwise_grpo, ppo, reward_model, sft
+from trivet.recipes import grpo, sft
 from trivet.run.clock import clock_on
 from trivet.run.launch import launch
 from trivet.run.loop import mean, reduced
 from trivet.run.memory import by_part
 from trivet.run.record import spelled
-
-RECIPES = {
-    "sft": sft,
-    "reward-model": reward_model,
-    "dpo": dpo,
-    "ppo": ppo,
-    "grpo": grpo,
-    "pairwise-grpo": pairwise_grpo,
-}
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,6 @@ def run_command(command: str, args: list[str]) -> int:
     """One command with its own arguments."""
     others = {"quickstart": "quickstart", "compare": "report.compare", "report": "report.page"}
     others |= {
-        "resume": "run.launch",
         "watch": "report.watch",
         "plot": "report.plots",
         "generate": "commands",

@@ -156,6 +156,7 @@ def evaluate_all(out: Path, config: Config, prompts: int, each: int = 4) -> str:
     from trivet.optimization.reduce import sequence_sum
     from trivet.recipes import reward_model
     from trivet.rewards.functions import load_rewards
+    from trivet.run.checkpoints import steps as saved_steps
     from trivet.run.launch import Launch
     from trivet.toy import STORIES
 
@@ -190,7 +191,7 @@ def evaluate_all(out: Path, config: Config, prompts: int, each: int = 4) -> str:
     start: list[dict[str, float]] = []
     for method in COMPARED:
         trail = start.copy()
-        for step, folder in _checkpoints(out / method):
+        for step, folder in saved_steps(out / method / "checkpoints"):
             trail.append({"step": step} | judged(folder, heldout[: max(8, len(heldout) // 4)])[0])
         numbers, results[method], texts[method] = judged(out / method / "model", heldout)
         trail.append({"step": read_summary(out / method)["steps"]} | numbers)
@@ -215,11 +216,6 @@ def evaluate_all(out: Path, config: Config, prompts: int, each: int = 4) -> str:
         "# The same openings, told by every method\n\nOne random sample each, at temperature 1.\n\n" + "\n".join(blocks)
     )
     return blocks[0]
-
-
-def _checkpoints(run: Path) -> list[tuple[int, Path]]:
-    """The models that a run saved on its way, by step."""
-    return sorted((int(path.name.removeprefix("step-")), path) for path in (run / "checkpoints").glob("step-*"))
 
 
 def _record(run: Path, numbers: dict[str, float]) -> None:
