@@ -382,11 +382,20 @@ def test_ctrl_c(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run(refused, tmp_path, capsys):
+def test_weights_that_are_not_finite_are_refused(refused, tmp_path, capsys):
     path = weights(folder(tmp_path), lambda t: {k: torch.full_like(v, torch.nan) for k, v in t.items()})
     capsys.readouterr()
     options = ["--model", path, "--data", ARITHMETIC["data"], "--max-completion-tokens", "2", "--steps", "1"]
-    assert "gradient is not finite" in refused("sft", *options)
+    assert "tensors hold values that are not finite numbers" in refused("sft", *options)
+
+
+def test_a_run_without_a_finite_gradient_is_no_run(tmp_path, capsys):
+    path = weights(folder(tmp_path), lambda t: {k: torch.full_like(v, 1e37) for k, v in t.items()})
+    options = ["--model", path, "--data", ARITHMETIC["data"], "--max-completion-tokens", "2", "--steps", "2"]
+    assert main(["sft", *options, "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert "2 steps in a row, from step 1 on, had a gradient that is not finite" in said
+    assert "trivet replay" in said
 
 
 def test_degenerate_rows_are_counted_and_the_run_goes_on(counted, tmp_path):

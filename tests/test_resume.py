@@ -116,9 +116,7 @@ def test_a_run_that_is_killed_again_and_again(tmp_path):
         with pytest.raises(KilledError):
             resume(tmp_path / "r", killed_after(step))
     same(whole, resume(tmp_path / "r"))
-    assert (
-        json.loads((tmp_path / "r" / "run.json").read_text())["resumed"] == [2, 4, 2, 4][:0] + [2, 4, 4, 4][:0] or True
-    )
+    assert json.loads((tmp_path / "r" / "run.json").read_text())["resumed"] == [2, 4, 4, 4]
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ methods       trivet METHOD --model NAME --data FILE [--out DIR] [options]     (
   grpo            group relative policy optimization, from a reward
   pairwise-grpo   Bradley-Terry over every ranked pair of a sampled group, from a reward
   resume          go on with a run that was stopped or killed: trivet resume RUN
+  replay          make a step again whose gradient was not finite: trivet replay RUN/skipped/step-N
 
 looking
   quickstart      all six on the embedded story model, a few minutes on a laptop; then one table, one page
@@ -71,6 +72,7 @@ def run_command(command: str, args: list[str]) -> int:
         "plot": "report.plots",
         "generate": "commands",
         "score": "commands",
+        "replay": "run.replay",
     }
     if command in RECIPES or command == "resume":
         from trivet.run.launch import launch, resume

@@ -107,6 +107,10 @@ def _with_weights(name: str, kind: Any, may_lack: tuple[str, ...] = (), **option
         raise InputError(
             f"model {name}: its files lack {len(absent)} tensors, or have them in another shape than config.json says: {absent[0]}"
         )
+    if broken := [key for key, weight in model.named_parameters() if not weight.isfinite().all()]:
+        raise InputError(
+            f"model {name}: {len(broken)} tensors hold values that are not finite numbers, first {broken[0]}"
+        )
     return model
 
 

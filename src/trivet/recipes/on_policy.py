@@ -16,12 +16,11 @@ from trivet.run.loop import Run, Tally, mean
 
 def rollout_metrics(rollouts: Rollouts, rewards: Tensor, reward: WeightedSum) -> Tally:
     """The step's rollouts in the field's names: reward, lengths, how many were cut, groups that teach nothing."""
-    groups, size = rollouts.groups, rollouts.groups.group_size
-    grouped = rewards.view(-1, size)
+    groups, grouped = rollouts.groups, rewards.view(len(rollouts.rows), -1)  # (P, G)
     return {
         "reward": mean(rewards),
         "reward_std": (rewards - rewards.nanmean()).square().nanmean().sqrt(),
-        "frac_reward_zero_std": mean((grouped == grouped[:, :1]).all(1)) if size > 1 else 0.0,
+        "frac_reward_zero_std": mean((grouped == grouped[:, :1]).all(1)) if grouped.shape[1] > 1 else 0.0,
         "completions/mean_length": mean(groups.present.sum(1)),
         "completions/clipped_ratio": mean(~rollouts.finished),
         "entropy": mean(-rollouts.logprobs, groups.mask),

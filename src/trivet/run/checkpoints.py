@@ -31,6 +31,7 @@ class Checkpoints:
         self.folder, self.run, self.tokenizer = out / "checkpoints", run, tokenizer
         self.load = load_scorer if scorer else load_policy
         self.parts: dict[str, Any] = {}
+        self.before: dict[str, Any] = {}  # what the step now going on began with, but for weights and optimizers
         self.start: Path | None = None  # where the run goes on from
         self.size = 0  # bytes of the last one
 
@@ -40,16 +41,41 @@ class Checkpoints:
         self._make_room()
         if self.start is not None:
             self._restore(self.start)
+        self.step_begins()
 
-    def save(self, step: int, counted: dict[str, Any], keep: int = 0) -> None:
-        """Write the state after this step. keep: then remove all but so many of the newest; 0 keeps all."""
+    def step_begins(self) -> None:
+        """Remember the small things that the next step will change."""
+        tensors = {name: part.clone() for name, part in self.parts.items() if isinstance(part, Tensor)}
+        self.before = {"updates": self._updates(), "tensors": tensors, "random": _random_state(self.run.generator)}
+
+    @property
+    def untouched(self) -> bool:
+        """Whether the step now going on has changed no weights so far, so that its beginning can still be saved."""
+        return bool(self.before) and self.before["updates"] == self._updates()
+
+    def _updates(self) -> list[int]:
+        return [part.schedule.last_epoch for part in self.parts.values() if hasattr(part, "adamw")]
+
+    def save(self, step: int, counted: dict[str, Any], keep: int = 0, *, beginning: bool = False) -> Path:
+        """Write the state after this step; with beginning, that of the beginning of the next one, while it is untouched.
+
+        keep: then remove all but so many of the newest; 0 keeps all.
+        """
+        if not all(bool(x.isfinite().all()) for x in self.run.model.parameters()):
+            saved = [str(number) for number, _ in steps(self.folder)[-1:]]
+            raise InputError(
+                f"the weights after step {step} are not numbers any more, so they are not saved; lower lr in "
+                f"{self.folder.parent / 'config.toml'} and go on from {' '.join(['step', *saved]) if saved else 'the start'}: "
+                f"trivet resume {self.folder.parent}"
+            )
         tensors: dict[str, Tensor] = {}
         own = {x.data_ptr() for x in self.run.model.state_dict().values()}
+        parts = self.parts | (self.before["tensors"] if beginning else {})
         state = {
             "step": step,
             "counted": counted,
-            "parts": {name: _state(part, own) for name, part in self.parts.items()},
-            "random": _random_state(self.run.generator),
+            "parts": {name: _state(part, own) for name, part in parts.items()},
+            "random": self.before["random"] if beginning else _random_state(self.run.generator),
         }
         whole, half = self.folder / f"step-{step}", self.folder / f".step-{step}"
         self._make_room()
@@ -73,6 +99,7 @@ class Checkpoints:
         self.size = sum(path.stat().st_size for path in whole.rglob("*"))
         for _, old in steps(self.folder)[: -keep or None] if keep else []:
             shutil.rmtree(old)
+        return whole
 
     def go_on(self, note: Callable[[str], None]) -> dict[str, Any]:
         """Take the newest checkpoint that is whole as the start; returns what launch had counted, {} where there is none."""
@@ -174,8 +201,13 @@ def _set_state(part: Any, state: Any) -> None:
     if state is None:
         return
     if hasattr(part, "adamw"):
+        base = part.schedule.base_lrs  # of the config, which may have been lowered since
         part.adamw.load_state_dict(state["adamw"])
         part.schedule.load_state_dict(state["schedule"])
+        part.schedule.base_lrs = base
+        for group, lr, scale in zip(part.adamw.param_groups, base, part.schedule.lr_lambdas, strict=True):
+            group["initial_lr"], group["lr"] = lr, lr * scale(part.schedule.last_epoch)
+        part.schedule._last_lr = [group["lr"] for group in part.adamw.param_groups]
     elif isinstance(part, torch.nn.Module):
         part.load_state_dict(state, strict=False)
     else:

@@ -3,6 +3,7 @@
 out = launch(grpo.Config(model="Qwen/Qwen3-0.6B", data="questions.jsonl", reward=("last_number",)))
 """
 
+import gc
 import importlib
 import signal
 import sys
@@ -44,6 +45,7 @@ from trivet.run.memory import by_part, memory_now, peak_memory
 from trivet.run.options import Options
 from trivet.run.record import Record, short
 from trivet.run.remembered import digest
+from trivet.run.rescue import OutOfMemoryError, Skips, halved, is_out_of_memory, save_beginning
 from trivet.run.trackers import send, trackers, until_end
 
 
@@ -169,6 +171,17 @@ def launch(config: Options, watch: Watch | None = None, *, again: bool = False) 
 
         with closing(Terminal()) as terminal:
             return launch(config, terminal, again=again)
+    while True:
+        try:
+            return _launch(config, watch, again)
+        except OutOfMemoryError as error:  # the same step again
+            config, again = replace(config, out=str(error.out), microbatch_tokens=error.microbatch_tokens), True
+        gc.collect()  # what the run held, its model above all
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+
+def _launch(config: Options, watch: Watch | None, again: bool) -> Path:
     program = memory_now(usable_device(config.device))
     launched = Launch(config, again)
     run, record, out = launched.run, launched.record, launched.out
@@ -187,6 +200,7 @@ def launch(config: Options, watch: Watch | None = None, *, again: bool = False) 
             "eval": {},
         }
         done, tokens, heldout = counted["step"], Counter[str](counted["tokens"]), dict[str, float](counted["eval"])
+        skips = Skips(out, run, checkpoints)
         record.begin(about, done)
         tracked = trackers(config.track, out, {"method": launched.method} | vars(launched.config))
         began = time.perf_counter() - counted["seconds"]
@@ -194,7 +208,9 @@ def launch(config: Options, watch: Watch | None = None, *, again: bool = False) 
         try:
             for step, metrics in enumerate(until_end(tracked, launched.recipe.train(run.config, run)), done + 1):
                 seconds = time.perf_counter() - began
-                metrics = {"step": step, "seconds": round(seconds, 3)} | metrics | clock.take()
+                metrics = (
+                    {"step": step, "seconds": round(seconds, 3)} | metrics | skips.look(step, counted) | clock.take()
+                )
                 tokens.update({key: int(value) for key, value in metrics.items() if key.startswith("tokens/")})
                 heldout |= {key: value for key, value in metrics.items() if key.startswith("eval/")}
                 record.step(metrics)
@@ -202,18 +218,26 @@ def launch(config: Options, watch: Watch | None = None, *, again: bool = False) 
                 late = time.monotonic() - saved > SAVE_SECONDS
                 due = step % config.save_every == 0 if config.save_every else late
                 stopping = bool(asked)  # looked at once: the signal may come at any moment
-                if (due or stopping) and step < run.steps:
-                    counted = {"seconds": seconds, "tokens": tokens, "eval": heldout}
+                counted = {"seconds": seconds, "tokens": dict(tokens), "eval": dict(heldout)}
+                if (stopping or (due and not skips.in_a_row)) and step < run.steps:
                     checkpoints.save(step, counted, config.keep if config.save_every else 2)
                     saved = time.monotonic()
                 if watch:
                     watch(launched, step, metrics)
+                skips.enough(step)
                 done = step
+                checkpoints.step_begins()
                 if stopping and step < run.steps:
                     raise asked_of(asked[0], f"stopped after step {step} of {run.steps}; to go on: trivet resume {out}")
-        except (InputError, OSError, KeyboardInterrupt):
-            if done == 0:
+        except BaseException as error:
+            failed = error
+            if is_out_of_memory(error):
+                save_beginning(checkpoints, done, counted)
+                failed = halved(out, run, done + 1, error)
+            if done == 0 and isinstance(failed, InputError | OSError | KeyboardInterrupt):
                 record.undo()
+            if failed is not error:
+                raise failed from None
             raise
         save_whole(run.model, launched.tokenizer, out / "model")
         peak, rewards = peak_memory(run.device), {} if run.reward is None else run.reward.rewards
@@ -235,11 +259,15 @@ def resume(out: str | Path, watch: Watch | None = None) -> Path:
     out = Path(out)
     if (out / "summary.json").exists():
         raise InputError(f"{out} is done: its model is in {out / 'model'}")
+    return launch(replace(config_of(out), out=str(out)), watch, again=True)
+
+
+def config_of(out: Path) -> Options:
+    """The options of the run in this directory. Errors: InputError where it is none."""
     if not (method := method_of(out)):
         raise InputError(f"{out} is not a run directory: there is no config.toml in it that names a method")
     kind = importlib.import_module(f"trivet.recipes.{method.replace('-', '_')}").Config
-    values = typed(kind, read_toml(str(out / "config.toml")), f"{out / 'config.toml'}: ")
-    return launch(kind(**values | {"out": str(out)}), watch, again=True)
+    return kind(**typed(kind, read_toml(str(out / "config.toml")), f"{out / 'config.toml'}: "))
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from trivet.batch import Example
-from trivet.errors import InputError
 from trivet.run.options import Options
 
 Metrics = dict[str, float]
@@ -88,15 +87,16 @@ class Optimizer:
             return min(1.0, (done + 1) / (warmup + 1)) * fall
 
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adamw, scale)
+        self.skipped = 0  # steps that were not taken
 
     def step(self) -> Metrics:
-        """Take the step, clear the gradients; returns the gradient's norm before clipping, and the learning rate."""
+        """Take the step if the gradient is finite, clear it; returns its norm before clipping, and the learning rate."""
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm).item()
-        if not math.isfinite(norm):
-            raise InputError("the gradient is not finite: lower --lr, or check the weights of --model and the rewards")
         lr = float(self.schedule.get_last_lr()[0])
-        self.adamw.step()
-        torch.autograd.graph.increment_version(self.parameters)  # the fused step forgets; casts are kept by version
-        self.schedule.step()
+        if math.isfinite(norm):
+            self.adamw.step()
+            torch.autograd.graph.increment_version(self.parameters)  # the fused step forgets; casts are kept by version
+            self.schedule.step()
+        self.skipped += not math.isfinite(norm)
         self.adamw.zero_grad(set_to_none=True)
         return {"grad_norm": norm, "lr": lr}

@@ -56,6 +56,8 @@ class Options:
     """Start from random weights in the shape of the model's config.json."""
     track: tuple[str, ...] = ()
     """Also send metrics to tensorboard, wandb, trackio or mlflow (pip install "trivet[NAME]"); metrics.jsonl is always written."""
+    max_skipped_steps: int = 3
+    """End the run after so many steps in a row whose gradient was not finite; such a step changes nothing. 0: never."""
     save_every: int = 0
     """Steps between checkpoints, which trivet resume goes on from; 0: one every ten minutes, of which the last two are kept."""
     keep: int = 0

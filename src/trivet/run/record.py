@@ -5,6 +5,7 @@ tokens at some steps, summary.json at the end.
 """
 
 import json
+import math
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -63,7 +64,8 @@ class Record:
         known = read_object(self.out / "run.json")
         if known.get("start", about["start"]) != about["start"]:
             raise InputError(f"{self.out}: {about['started_from']} is not what it was when the run began; restore it")
-        again = {"began": known["began"], "resumed": [*known.get("resumed", []), step]} if "began" in known else {}
+        again = {key: known[key] for key in ("began", "out_of_memory") if key in known}
+        again |= {"resumed": [*known.get("resumed", []), step]} if known else {}
         command = f"# trivet {self.method} --config config.toml\n"
         (self.out / "config.toml").write_text(command + to_toml(self.config), encoding="utf-8")
         weights = {} if self.reward is None else dict(zip(self.reward.rewards, self.reward.weights, strict=True))
@@ -166,8 +168,8 @@ def surroundings(device: str) -> dict[str, Any]:
 
 
 def short(x: Any) -> Any:
-    """Six digits of a number, null for NaN, which JSON does not have."""
-    return (float(f"{x:.6g}") if x == x else None) if isinstance(x, float) else x
+    """Six digits of a number, null for NaN and infinity, which JSON does not have."""
+    return (float(f"{x:.6g}") if math.isfinite(x) else None) if isinstance(x, float) else x
 
 
 def _cut(path: Path, step: int) -> None:
@@ -187,5 +189,5 @@ def _append(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
         return
     with path.open("a", encoding="utf-8") as file:
         for line in lines:
-            known = {key: None if isinstance(x, float) and x != x else x for key, x in line.items()}
+            known = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in line.items()}
             file.write(json.dumps(known, ensure_ascii=False) + "\n")

@@ -1,0 +1,124 @@
+"""trivet replay: a step whose gradient was not finite, made again from what was kept of it, and looked into."""
+
+import json
+import math
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from trivet.errors import InputError
+from trivet.report.runs import read_metrics, read_object
+from trivet.run.checkpoints import Checkpoints, damage
+from trivet.run.launch import Launch, config_of
+from trivet.run.loop import Optimizer
+from trivet.run.remembered import digest
+
+
+@dataclass(kw_only=True)
+class Found:
+    """What a replay has seen."""
+
+    step: int
+    out: Path  # the step's own run directory, with every token's numbers in samples.jsonl
+    then: dict[str, Any]  # metrics as recorded in the run
+    now: dict[str, Any]  # metrics of the replay
+    parameters: list[tuple[str, int, int]] = field(default_factory=list[tuple[str, int, int]])  # name, bad, of how many
+
+    @property
+    def different(self) -> list[str]:
+        """Metrics that are not those of the run, times aside."""
+        names = {name for name in {*self.then, *self.now} if not name.startswith(("time/", "seconds", "skipped"))}
+        return sorted(name for name in names if self.then.get(name) != self.now.get(name))
+
+    @property
+    def tokens(self) -> list[tuple[str, str]]:
+        """(token, completion) where a sampled completion that was kept has a token whose gradient is not a number."""
+        lines = map(json.loads, (self.out / "samples.jsonl").read_text(encoding="utf-8").splitlines())
+        sampled = (line for line in lines if {"gradient", "sampler_logprob"} <= set(line))
+        return [
+            (token, line["completion"])
+            for line in sampled
+            for token, slope in zip(line["tokens"], line["gradient"], strict=True)
+            if slope is None
+        ]
+
+
+def replayed(kept: str | Path) -> Found:
+    """Make the step that was kept in RUN/skipped/step-N again. Errors: InputError where there is none."""
+    kept = Path(kept)
+    facts = read_object(kept / "replay.json")
+    if not facts:
+        raise InputError(f"{kept} holds no step to replay; they are in RUN/skipped/, where a gradient was not finite")
+    run_folder, step, done = kept.resolve().parent.parent, facts["step"], facts["from"]
+    if done and (trouble := damage(kept)):
+        raise InputError(f"{kept} is damaged ({trouble}), so it can't be replayed")
+    out = kept / "replayed"
+    shutil.rmtree(out, ignore_errors=True)
+    config = replace(config_of(run_folder), out=str(out), keep_tokens_every=1, save_every=0, track=())
+    launched = Launch(config)
+    run, record = launched.run, launched.record
+    known = read_object(run_folder / "run.json").get("start")
+    if known != digest(run.model, []):
+        raise InputError(f"{launched.start_from} is not what it was when {run_folder} began; restore it")
+    checkpoints = Checkpoints(out, run, launched.tokenizer, launched.recipe.TRAINS == "scorer")
+    checkpoints.start, run.holds = kept if done else None, checkpoints.holds
+    then = next((line for line in read_metrics(run_folder) if line["step"] == step), {})
+    with record.locked(), gradients_seen(run.model) as seen:
+        record.begin({"started_from": launched.start_from, "start": known, "replays": str(kept)}, done)
+        for number, metrics in enumerate(launched.recipe.train(config, run), done + 1):
+            record.step({"step": number} | metrics)
+            if number == step:
+                break
+    return Found(step=step, out=out, then=then, now=read_metrics(out)[-1], parameters=seen)
+
+
+@contextmanager
+def gradients_seen(model: Any) -> Iterator[list[tuple[str, int, int]]]:
+    """Within it, the parameters of the model whose gradient was not finite at the last step of an optimizer that had such."""
+    seen, original = list[tuple[str, int, int]](), Optimizer.step
+
+    def look(self: Optimizer) -> dict[str, float]:
+        own = {id(parameter) for parameter in self.parameters}
+        bad = [
+            (name, int((~parameter.grad.isfinite()).sum()), parameter.numel())
+            for name, parameter in model.named_parameters()
+            if id(parameter) in own and parameter.grad is not None and not parameter.grad.isfinite().all()
+        ]
+        seen[:] = bad or seen
+        return original(self)
+
+    Optimizer.step = look  # type: ignore[method-assign]
+    try:
+        yield seen
+    finally:
+        Optimizer.step = original  # type: ignore[method-assign]
+
+
+def replay(args: list[str]) -> None:
+    """trivet replay"""
+    if len(args) != 1 or args[0].startswith("-"):
+        print(
+            "trivet replay RUN/skipped/step-N\n\nMake a step again whose gradient was not finite, and say where it is not."
+        )
+        sys.exit(0 if args in (["--help"], ["-h"]) else 2)
+    found = replayed(args[0])
+    norm = found.now.get("grad_norm")
+    print(
+        f"step {found.step} again: the gradient is {'finite' if norm is not None and math.isfinite(norm) else 'not finite'}"
+    )
+    same = (
+        f"other numbers than recorded: {', '.join(found.different)}"
+        if found.different
+        else "the numbers recorded then, to the bit"
+    )
+    print(f"  metrics: {same}")
+    print(f"  parameters with it: {len(found.parameters)}")
+    for name, bad, count in found.parameters[:5]:
+        print(f"    {name}: {bad:,} of {count:,} entries")
+    if found.tokens:
+        print(f"  tokens with it, of the completions kept: {len(found.tokens)}; the first is {found.tokens[0][0]!r}")
+    print(f"  rows: {Path(args[0]) / 'batch.jsonl'}; every token: trivet report {found.out}")
