@@ -393,7 +393,7 @@ def test_a_run_without_a_finite_gradient_is_no_run(tmp_path, capsys):
     path = weights(
         folder(tmp_path), lambda t: {k: torch.full_like(v, 3e38) if "norm" in k else v for k, v in t.items()}
     )
-    options = ["--model", path, "--data", ARITHMETIC["data"], "--max-completion-tokens", "2", "--steps", "2"]
+    options = ["--model", str(path), "--data", str(ARITHMETIC["data"]), "--max-completion-tokens", "2", "--steps", "2"]
     assert main(["sft", *options, "--out", str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err
     assert "2 steps in a row, from step 1 on, had a gradient that is not finite" in said
