@@ -268,6 +268,17 @@ MUTANTS: list[Mutant] = [
         ("columns tiled, not repeated", "[row for row in rollouts.rows for _ in range(size)]", "[row for _ in range(size) for row in rollouts.rows]"),
         ("completion ids with their padding", "line[:n] for line, n", "line for line, n"),
     ),
+    # Steps that go wrong ---------------------------------------------------------------------------------------------
+    *planted("run/loop.py", "test_rescue.py -k 'without_the_step or lower'",
+        ("a step that is not finite is taken", "if math.isfinite(norm):", "if True:"),
+        ("the schedule goes on over a skipped step", "            self.schedule.step()\n", "        self.schedule.step()\n")),
+    *planted("run/checkpoints.py", "test_rescue.py -k 'nothing_and_is_replayed and grpo or lower'",
+        ("a step is replayed with the noise after it", 'self.before["random"] if beginning', 'self.before["random"] if False'),
+        ("a resumed run keeps the old learning rate", "        part.schedule.base_lrs = base\n", "        base = part.schedule.base_lrs\n")),
+    *planted("run/rescue.py", "test_rescue.py -k 'too_many or second_epoch or three'",
+        ("skipped steps in a row are never enough", "self.in_a_row == self.run.config.max_skipped_steps or", "False or"),
+        ("skipped steps are not counted in a row", "            self.in_a_row = 0\n", "            pass\n"),
+        ("weights that moved pass for the step's beginning", "if done and checkpoints.untouched and", "if done and")),
     # The forward: shift, positions, attention ------------------------------------------------------------------------
     *planted("model/attention.py", "test_forward.py -k 'one_sequence_at_a_time'",
         ("next-token shift: predicts itself", "prompt_end, own_start[:, None] + own_column - 1)", "prompt_end, own_start[:, None] + own_column)"),

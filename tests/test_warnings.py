@@ -35,6 +35,15 @@ def test_levels(key, below, above, what):
     assert found(lines(30, **{key: lambda step: above if step == 30 else below})) == []  # a single step says little
 
 
+def test_any_skipped_update_is_told():
+    metrics = lines(5, reward=1.0)
+    metrics[2]["skipped_updates"] = 1
+    (warning,) = warnings({}, metrics)
+    assert warning.what == "Updates were skipped"
+    assert "in 1 of 5 steps, last in step 3" in warning.reason
+    assert "trivet replay" in warning.help
+
+
 def test_kl_per_token_and_doubling():
     assert found(lines(kl=19, completions__mean_length=40)) == []
     assert found(lines(kl=21, completions__mean_length=40)) == ["KL is running away"]

@@ -30,6 +30,7 @@ def warnings(options: dict[str, Any], metrics: Sequence[dict[str, Any]]) -> list
     clipping            now over half of the tokens have a clipped ratio
     critic              now explains less than 0.1 of the returns' variance, and at most 0.05 more than in the first 10 steps
     sampler             now differs from the learner by over 0.05 nats per token
+    skipped updates     any: their gradient was not finite
     """
     found: list[Warning] = []
 
@@ -84,6 +85,10 @@ def warnings(options: dict[str, Any], metrics: Sequence[dict[str, Any]]) -> list
     if apart > 0.05:
         reason = f"log-probabilities of the same tokens differ by {apart:.2g} nats on average"
         add("Sampler and learner disagree", reason, "--precision float32")
+
+    if skipped := [line for line in metrics if line.get("skipped_updates")]:
+        reason = f"the gradient was not finite in {len(skipped)} of {len(metrics)} steps, last in step {skipped[-1].get('step')}"
+        add("Updates were skipped", reason, "trivet replay RUN/skipped/step-N, which says where; then a smaller --lr")
     return found
 
 
