@@ -205,7 +205,7 @@ def test_a_full_disk_is_said_before_the_run_and_leaves_what_is_there(tmp_path, s
     run = tmp_path / "again"
     shutil.copytree(stopped[0], run)
     shutil.rmtree(run / "checkpoints" / "step-4")
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(InputError, match=r"No space left on device; make room .* then: trivet resume"):
         resume(run)
     monkeypatch.undo()
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-2"]
