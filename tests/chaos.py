@@ -27,13 +27,13 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a process that forks has one thread
 
-import safetensors.torch
 import torch
 import transformers.modeling_utils
 
@@ -49,7 +49,6 @@ OPTIONS = "--preset toy --steps 7 --prompts-per-step 3 --max-completion-tokens 2
 OPTIONS += " --keep-tokens-every 3 --quiet"
 PHASES = ("loading", "generation", "reward", "update", "evaluation", "record", "checkpoint", "restoring", "the end")
 WRITES = [PHASES.index(name) for name in ("record", "checkpoint", "the end")]
-CALLS = ("write", "fsync", "rename", "mkdir")  # that can be made to fail
 FAULTS = ("full disk", "file too large", "EIO", "ENOSPC", "half a write, then EIO", "half a tensor file", "power cut")
 HANGS, LIVES = 120, 12  # seconds that a life may take, lives that are disturbed before a run is left to end
 
@@ -143,7 +142,7 @@ def failing(board: Board, number: int, action: Callable[..., Any]) -> None:
 
     io.open = builtins.open = opened  # type: ignore[assignment]
     for name in ("fsync", "rename", "replace", "mkdir"):
-        setattr(os, name, lambda *args, call=getattr(os, name), name=name: counted(name, call, *args))
+        setattr(os, name, partial(counted, name, getattr(os, name)))
 
 
 def refused(number: int) -> Callable[..., Any]:
@@ -232,8 +231,7 @@ def cut_power(place: Path, shadow: Path, draw: random.Random) -> None:
         synced = shadow / f"{number}.file"
         kept = synced.read_bytes() if synced.exists() else b""
         late = now[number].read_bytes() if number in now else kept
-        same = len(os.path.commonprefix([kept, late]))
-        if same < len(kept):  # it was written over in place
+        if not late.startswith(kept):  # it was written over in place
             return draw.choice([kept, late, late[: draw.randint(0, len(late))]])
         arrived = draw.choice([len(kept), len(late), draw.randint(len(kept), len(late))])
         return late[:arrived] + draw.choice(

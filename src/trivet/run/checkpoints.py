@@ -6,7 +6,6 @@ sizes and SHA-256 of all of them. It is written under another name and renamed w
 
 import hashlib
 import json
-import os
 import random
 import shutil
 import sys
