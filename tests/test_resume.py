@@ -85,7 +85,8 @@ VARIANTS = {
     **{name: (recipe, {}) for name, recipe in RECIPES.items()},
     "ppo, everything": (
         ppo,
-        {"kl_target": 3.0, "minibatches": 2, "shared_critic": True, "lr_decay": True, "warmup_steps": 2},
+        {"kl_target": 3.0, "minibatches": 2, "shared_critic": True, "lr_decay": True, "warmup_steps": 2}
+        | {"group_size": 2, "max_completion_tokens": 16},  # small: five planted defects are tried on it
     ),
     "dapo": (grpo, grpo.PRESETS["dapo"]),
     "kto": (dpo, dpo.PRESETS["kto"]),
