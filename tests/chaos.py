@@ -45,7 +45,8 @@ from trivet.run.checkpoints import damage, steps
 from trivet.toy import STORIES
 
 METHODS = ("sft", "reward-model", "dpo", "ppo", "grpo", "pairwise-grpo")
-OPTIONS = "--preset toy --steps 7 --prompts-per-step 3 --max-completion-tokens 24 --eval-limit 3 --save-every 2 --eval-every 3"
+STEPS = 7
+OPTIONS = f"--preset toy --steps {STEPS} --prompts-per-step 3 --max-completion-tokens 24 --eval-limit 3 --save-every 2 --eval-every 3"
 OPTIONS += " --keep-tokens-every 3 --quiet"
 PHASES = ("loading", "generation", "reward", "update", "evaluation", "record", "checkpoint", "restoring", "the end")
 WRITES = [PHASES.index(name) for name in ("record", "checkpoint", "the end")]
@@ -57,7 +58,7 @@ HANGS, LIVES = 120, 12  # seconds that a life may take, lives that are disturbed
 
 
 class Board:
-    """What a life tells its parent, in memory that both see: its phase, the step it last saved, how many calls it made."""
+    """What a life tells its parent, in memory that both see: its phase, the step it last saved, its steps, its calls."""
 
     def __init__(self) -> None:
         self.memory = mmap.mmap(-1, 64)
@@ -69,7 +70,7 @@ class Board:
         struct.pack_into("q", self.memory, 8 * place, value)
 
 
-PHASE, SAVED, CALLED = range(3)
+PHASE, SAVED, TAKEN, CALLED = range(4)
 
 
 def around(owner: Any, name: str, before: Callable[..., Any], after: Callable[..., Any] = lambda *args: None) -> None:
@@ -101,12 +102,16 @@ def watched(board: Board) -> None:
     def saved(known: int, _: Any, step: int, *__: Any) -> None:
         board[PHASE], board[SAVED] = known, step
 
+    def recorded(known: int, *_: Any) -> None:
+        board[PHASE] = known
+        board[TAKEN] += 1
+
     around(checkpoints.Checkpoints, "save", enter("checkpoint"), saved)
+    around(record.Record, "step", enter("record"), recorded)
     for owner, name, phase in (
         (checkpoints.Checkpoints, "go_on", "restoring"),
         (checkpoints.Checkpoints, "_restore", "restoring"),
         (record.Record, "begin", "record"),
-        (record.Record, "step", "record"),
         (record.Record, "end", "the end"),
         (launch, "save_whole", "the end"),
     ):
@@ -264,7 +269,7 @@ class Chaos:
         self.whole: dict[str, Path] = {}
         self.seconds: dict[str, float] = {}
         self.calls: dict[str, int] = {}
-        self.kills, self.faults, self.lost = Counter[str](), Counter[str](), list[str]()
+        self.kills, self.faults, self.methods, self.lost = Counter[str](), Counter[str](), Counter[str](), list[str]()
         self.data = folder / "few.jsonl"
         rows = [row for row, _ in zip(read_rows(STORIES["data"]), range(80), strict=False)]
         self.data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -281,12 +286,10 @@ class Chaos:
         self.whole[method] = self.folder / f"whole-{method}" / "run"
         self.whole[method].parent.mkdir()
         board, log = Board(), self.folder / "log"
-        for _ in range(2):  # the second time files are in memory and the time is that of a life
-            shutil.rmtree(self.whole[method], ignore_errors=True)
-            board[CALLED], began = 0, time.perf_counter()
-            pid = life(self.words(method, self.whole[method]), log, board, lambda: failing(board, 0, half))
-            assert os.waitpid(pid, 0)[1] == 0, log.read_text()
-            self.seconds[method], self.calls[method] = time.perf_counter() - began, board[CALLED]
+        began = time.perf_counter()
+        pid = life(self.words(method, self.whole[method]), log, board, lambda: failing(board, 0, half))
+        assert os.waitpid(pid, 0)[1] == 0, log.read_text()
+        self.seconds[method], self.calls[method] = time.perf_counter() - began, board[CALLED]
 
     def run(self, method: str, disturbed: Callable[[str, Path, Board], None], place: Path) -> None:
         """One run, disturbed again and again until it ends."""
@@ -295,6 +298,7 @@ class Chaos:
             self.left_alone(method)
         out, board, seen = place / "run", Board(), dict[str, set[str]]()
         place.mkdir()
+        faults = self.faults.total()
         for number in range(LIVES + 1):
             if number < LIVES:
                 disturbed(method, out, board)
@@ -306,27 +310,26 @@ class Chaos:
         for trouble in found or (differences(self.whole[method], out, seen) if ended else ["it never ends"]):
             self.lost.append(f"{method}, run {self.runs}: {trouble}")
             print(f"LOST: {self.lost[-1]}", flush=True)
+        self.methods[f"faults in {method}"] += self.faults.total() - faults
         shutil.rmtree(place)
 
     def undisturbed(self, method: str, out: Path, board: Board) -> None:
         self.ended(life(self.words(method, out), self.folder / "log", board, lambda: None), method, expected=(0,))
 
-    def moment(self, pid: int, method: str, board: Board) -> None:
-        """Wait for a moment of this life: any, or one in which it writes."""
-        until = time.perf_counter() + self.draw.uniform(0, 1.1 * self.seconds[method])
-        writing = self.draw.random() < 1 / 3
-        while time.perf_counter() < until and not gone(pid):
+    def moment(self, pid: int, method: str, out: Path, board: Board) -> None:
+        """Wait for a moment of this life: in any of the steps it has left, its loading or its end, or while it writes."""
+        left = STEPS - max((step for step, _ in steps(out / "checkpoints")), default=0)
+        step, writing = self.draw.randint(0, left), self.draw.random() < 1 / 3
+        until = step, WRITES if writing else range(len(PHASES))
+        while not gone(pid) and not (board[TAKEN] >= until[0] and board[PHASE] in until[1]):
             time.sleep(0.0005)
-        while writing and board[PHASE] not in WRITES and not gone(pid):
-            time.sleep(0.0005)
-        if writing:
-            time.sleep(self.draw.uniform(0, 0.03))
+        time.sleep(self.draw.uniform(0, 0.03 if writing else self.seconds[method] / (STEPS + 2)))
 
     def killed(self, method: str, out: Path, board: Board, prepare: Callable[[], None] = lambda: None) -> str:
         """A life that is killed; the phase in which that was, '' where it had ended."""
-        board[PHASE] = 0
+        board[PHASE] = board[TAKEN] = 0
         pid = life(self.words(method, out), self.folder / "log", board, prepare)
-        self.moment(pid, method, board)
+        self.moment(pid, method, out, board)
         if gone(pid):
             self.ended(pid, method, expected=(0,))
             return ""
@@ -338,6 +341,7 @@ class Chaos:
         """Kill it once."""
         if phase := self.killed(method, out, board):
             self.kills[phase] += 1
+            self.methods[f"kills of {method}"] += 1
 
     def fault(self, method: str, out: Path, board: Board) -> None:
         """Break something that it relies on, once."""
@@ -352,7 +356,8 @@ class Chaos:
                 self.faults[f"{kind}: {phase}"] += 1
             shutil.rmtree(shadow)
             return
-        board[CALLED], number = 0, self.draw.randint(1, self.calls[method])
+        board[PHASE] = board[TAKEN] = board[CALLED] = 0
+        number = self.draw.randint(1, self.calls[method])
         tensors, limit = self.draw.randint(1, 6), int(10 ** self.draw.uniform(2.5, 6.5))
         prepare: dict[str, Callable[[], Any]] = {
             "full disk": lambda: None,
@@ -364,14 +369,17 @@ class Chaos:
         }
         ballast = out.parent / "ballast"
         pid = life(self.words(method, out), self.folder / "log", board, prepare[kind])
+        happened = False
         if kind == "full disk":
-            self.moment(pid, method, board)
+            self.moment(pid, method, out, board)
+            happened = not gone(pid)
             with ballast.open("wb", buffering=0) as file, suppress(OSError):
                 while True:
                     file.write(bytes(65536))
         code = self.ended(pid, method, expected=(0, 2))
         ballast.unlink(missing_ok=True)
-        self.faults[f"{kind}: {'stopped in a sentence' if code == 2 else 'went on'}"] += 1
+        if happened or code == 2 or board[CALLED] >= (tensors if kind == "half a tensor file" else number):
+            self.faults[f"{kind}: {'stopped in a sentence' if code == 2 else 'went on'}"] += 1
 
     def ended(self, pid: int, method: str, expected: tuple[int, ...]) -> int:
         """Wait for it; its exit code. What it should not have done is counted as lost."""
@@ -448,6 +456,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--faults", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     began = time.perf_counter()
@@ -458,7 +467,7 @@ def main() -> int:
             ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(small)]
         )
         chaos = Chaos(Path(folder), small if mounted else None, chosen.seed)
-        order = random.Random(chosen.seed).sample(METHODS, len(METHODS))
+        order = random.Random(chosen.seed).sample(chosen.methods, len(chosen.methods))
         try:
             while (killing := chaos.kills.total() < chosen.kills) or chaos.faults.total() < chosen.faults:
                 method = order[chaos.runs % len(order)]
@@ -469,11 +478,12 @@ def main() -> int:
         finally:
             if mounted:
                 subprocess.call(["umount", str(small)])
-    for what, counts in (("kills by phase", chaos.kills), ("faults by kind", chaos.faults)):
+    for what, counts in (("kills by phase", chaos.kills), ("faults by kind", chaos.faults), ("both", chaos.methods)):
         print(f"{what}: {counts.total()}")
         for name, n in sorted(counts.items()):
             print(f"  {n:5} {name}")
-    print(f"lost: {len(chaos.lost)} in {chaos.runs} runs")
+    counts = {"kills": chaos.kills.total(), "faults": chaos.faults.total(), "runs": chaos.runs, "lost": len(chaos.lost)}
+    print(json.dumps(counts))
     return bool(chaos.lost)
 
 
