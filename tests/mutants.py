@@ -9,13 +9,14 @@ exactly once in its file is stale. Exit code 1 if one survives, is stale or can'
 
 import compileall
 import contextlib
+import faulthandler
 import gc
 import importlib
 import io
 import os
+import resource
 import shlex
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -39,7 +40,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 TESTS = Path(__file__).resolve().parent
 PACKAGE = TESTS.parent / "src" / "trivet"
 TOY_DATA = ("stories", "arithmetic")  # folders of toy/ that are linked, not copied
-AT_ONCE, LIMIT = 2, 120  # processes, seconds each
+AT_ONCE, LIMIT, WAITS = 2, 120, 900  # processes; seconds that each may compute, and may take
 PLAIN = [word for plugin in ("cacheprovider", "xdist", "anyio") for word in ("-p", f"no:{plugin}")]
 REFUSED = 70  # exit code of a child in which pytest's own says nothing
 
@@ -367,6 +368,16 @@ MUTANTS: list[Mutant] = [
         ("a part inside another one counts twice", 'if self.part not in ("other", "backward"):', 'if False:'),
         ("what follows a forward pass is not backward", 'self.part = "backward"', 'self.part = "other"'),
     ),
+    *planted("run/checkpoints.py", "test_resume.py -k 'same_bits and everything'",
+        ("resume: the optimizer begins again", 'part.adamw.load_state_dict(state["adamw"])', "pass"),
+        ("resume: the schedule begins again", 'part.schedule.load_state_dict(state["schedule"])', "pass"),
+        ("resume: the sampler begins again", 'generator.set_state(state["run"])', "pass"),
+        ("resume: the critic begins again", "part.load_state_dict(state, strict=False)", "pass"),
+        ("resume: the data begins again", 'run.done = state["step"]', "run.done = 0"),
+    ),
+    *planted("run/checkpoints.py", "test_resume.py -k 'damaged and flip'",
+        ("a flipped bit is not seen", 'if _sha256(folder / name) != facts["sha256"]:', "if False:"),
+    ),
     *planted("model/scalar.py", "test_recipes.py -k shared_critic",
         ("critic trains the policy's trunk", "policy.base_model if share else copy.deepcopy(policy.base_model)", "policy.base_model"),
         ("shared critic has a trunk of its own", "policy.base_model if share else copy.deepcopy(policy.base_model)", "copy.deepcopy(policy.base_model)"),
@@ -619,7 +630,7 @@ def child(mutant: Mutant, folder: Path) -> NoReturn:
     """Plant the defect in a copy of the package and run the tests on it; the exit code is pytest's, or REFUSED."""
     code = REFUSED
     try:
-        signal.alarm(LIMIT)
+        resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT))  # what others do on this machine does not count
         copy = folder / "src" / "trivet"
         shutil.copytree(folder.parent / "trivet", copy)
         for name in TOY_DATA:
@@ -630,6 +641,7 @@ def child(mutant: Mutant, folder: Path) -> NoReturn:
         log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT)
         os.dup2(log, 1)
         os.dup2(log, 2)
+        faulthandler.dump_traceback_later(WAITS, exit=True)  # no alarm: reward functions take it off
         os.chdir(TESTS)
         sys.path.insert(0, str(copy.parent))
         os.environ["PYTHONPATH"] = str(copy.parent)  # for processes that a test starts
@@ -673,7 +685,7 @@ def tried(mutants: list[Mutant]) -> Iterator[tuple[Mutant, str, float, str]]:
             mutant, folder, began = running.pop(pid)
             code = os.waitstatus_to_exitcode(status)
             log = (folder / "log").read_text(errors="replace") if (folder / "log").exists() else ""
-            outcome = {0: "SURVIVED", 1: "killed"}.get(code, "ERROR")
+            outcome = {0: "SURVIVED", 1: "killed"}.get(code if "Timeout (" not in log else REFUSED, "ERROR")
             yield mutant, outcome, time.perf_counter() - began, f"exit code {code}\n{log}"
             shutil.rmtree(folder, ignore_errors=True)
 

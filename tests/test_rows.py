@@ -89,8 +89,12 @@ ODD = [
     ("raw-surrogate.json", b'[{"text": "\xed\xa0\x80"}]', "can't be read as .json: 'utf-8' codec"),
     ("raw-surrogate.jsonl", GOOD.replace(b"c", b"\xed\xa0\x80"), "line 1: can't be read as .jsonl: 'utf-8' codec"),
     ("emoji.jsonl", b'{"text": "\\ud83d\\ude00 and more"}\n', 1),
-    ("same-key.jsonl", b'{"prompt": "a", "prompt": "b", "completion": "c"}\n', 1),  # the last one counts, as in JSON
-    ("same-column.csv", b"prompt,prompt,completion\na,b,c\n", 1),
+    (
+        "same-key.jsonl",
+        b'{"prompt": "a", "prompt": "b", "completion": "c"}\n',
+        "line 1: can't be read as .jsonl: the key",
+    ),
+    ("same-column.csv", b"prompt,prompt,completion\na,b,c\n", "the key 'prompt' stands twice"),
     (
         "deep.jsonl",
         GOOD + b'{"text": ' + b"[" * 5000 + b"]" * 5000 + b"}\n",
@@ -311,3 +315,32 @@ def test_a_run_whose_rows_are_not_held(few, tmp_path, method):
         for out in (first, again)
     ]
     assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        (b'{"prompt": "a", "completion": "b", "prompt": "c"}\n', "prompt"),
+        (b'{"prompt": [{"role": "user", "content": "a", "role": "user"}], "completion": "b"}\n', "role"),
+    ],
+)
+def test_a_key_that_stands_twice_is_named_with_its_line(few, tmp_path, line, key):
+    (tmp_path / "a.jsonl").write_bytes(GOOD * 2 + line)
+    with pytest.raises(InputError, match=rf"a\.jsonl line 3: can't be read as \.jsonl: the key '{key}' stands twice"):
+        load(tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").write_bytes(GOOD * 3000 + line + GOOD)  # one of many: when it is met
+    examples = load(tmp_path / "a.jsonl", lazily=True)
+    assert examples[2999].row["completion"] == "c"
+    with pytest.raises(InputError, match=rf"a\.jsonl line 3001: .* the key '{key}' stands twice"):
+        examples[3000]
+    (tmp_path / "a.json").write_bytes(b"[" + line + b"]")
+    with pytest.raises(InputError, match=rf"a\.json: .* the key '{key}' stands twice"):
+        load(tmp_path / "a.json")
+
+
+def test_a_column_that_stands_twice_in_a_header_is_named(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,completion,prompt\na,b,c\n")
+    with pytest.raises(InputError, match=r"a\.csv row 1: .* the key 'prompt' stands twice"):
+        load(tmp_path / "a.csv")
+    (tmp_path / "a.csv").write_text("prompt,completion,,\na,b,,\n")  # as spreadsheets write it
+    assert prompts(load(tmp_path / "a.csv")) == ["a"]

@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,16 +211,30 @@ def _file_rows(data: Any, kind: str) -> Iterator[Any]:
         yield from parquet.read_table(io.BytesIO(data.read())).to_pylist()
     elif kind == ".csv":
         csv.field_size_limit(sys.maxsize)
-        yield from csv.DictReader((line.decode("utf-8-sig") for line in data), strict=True)
+        reader = csv.DictReader((line.decode("utf-8-sig") for line in data), strict=True)
+        _once([(name, None) for name in reader.fieldnames or () if name])
+        yield from reader
     else:
         text = data.read()
-        rows = json.loads(text.decode(json.detect_encoding(text)))
+        rows = JSON.decode(text.decode(json.detect_encoding(text)))
         yield from (_encodable(row, text) for row in (rows if isinstance(rows, list) else [rows]))
 
 
 def _parsed(line: bytes) -> Any:
     """What a line of JSON holds, None where it is empty."""
-    return _encodable(json.loads(line.decode("utf-8-sig")), line) if line.strip() else None
+    return _encodable(JSON.decode(line.decode("utf-8-sig")), line) if line.strip() else None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> Row:
+    """An object of these keys and values; ValueError where a key stands twice, of which JSON would keep the last."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {twice!a:.60} stands twice; keep one of them")
+    return row
+
+
+JSON = json.JSONDecoder(object_pairs_hook=_once)  # made once: it costs nothing that can be measured
 
 
 def _encodable(row: Any, text: bytes) -> Any:

@@ -6,7 +6,6 @@ sizes and SHA-256 of all of them. It is written under another name and renamed w
 
 import hashlib
 import json
-import os
 import random
 import shutil
 import sys
@@ -15,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trivet.errors import InputError
 from trivet.model.load import load_policy, load_scorer, save_model
-from trivet.run.files import write_json
+from trivet.run.files import make_folder, to_disk, write_json
 from trivet.run.loop import Run
 
 
@@ -80,20 +80,16 @@ class Checkpoints:
         whole, half = self.folder / f"step-{step}", self.folder / f".step-{step}"
         self._make_room()
         shutil.rmtree(half, ignore_errors=True)
-        half.mkdir(parents=True)
+        make_folder(half)
         try:
             save_model(self.run.model, self.tokenizer, half)
             write_json(half / "state.json", {"state": _packed(state, tensors, "")})
             save_file(tensors, half / "state.safetensors")
             write_json(half / "manifest.json", {"step": step, "files": manifest(half)})
-            for path in (*half.rglob("*"), half):
-                _to_disk(path)
-            shutil.rmtree(whole, ignore_errors=True)  # a damaged one, or of a time that a resumed run has taken back
-            half.rename(whole)
+            _put_in_place(half, whole, self.folder.parent)
         except BaseException:  # a full disk, for one: the checkpoints before it stay as they are
             shutil.rmtree(half, ignore_errors=True)
             raise
-        _to_disk(self.folder)
         if trouble := damage(whole):
             raise InputError(f"{whole} is not as it was written ({trouble}); is the disk failing?")
         self.size = sum(path.stat().st_size for path in whole.rglob("*"))
@@ -142,8 +138,18 @@ def save_whole(model: Any, tokenizer: Any, folder: Path) -> None:
     half = folder.with_name(f".{folder.name}")
     shutil.rmtree(half, ignore_errors=True)
     save_model(model, tokenizer, half)
-    shutil.rmtree(folder, ignore_errors=True)
-    half.rename(folder)
+    for path in half.glob("*.safetensors"):
+        _require_whole(path)
+    _put_in_place(half, folder, folder.parent)
+
+
+def _put_in_place(half: Path, whole: Path, run: Path) -> None:
+    """Give a folder its name when it is on the disk, and so is the record of the run up to here."""
+    for path in (*half.rglob("*"), half, *run.glob("*.jsonl"), run):
+        to_disk(path)
+    shutil.rmtree(whole, ignore_errors=True)  # a damaged one, or of a time that a resumed run has taken back
+    half.rename(whole)
+    to_disk(whole.parent)
 
 
 def steps(folder: Path) -> list[tuple[int, Path]]:
@@ -167,7 +173,9 @@ def damage(folder: Path) -> str:
                 return f"{name} has {size} bytes in place of {facts['bytes']}"
             if _sha256(folder / name) != facts["sha256"]:
                 return f"the bytes of {name} have changed"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if name.endswith(".safetensors"):
+                _require_whole(folder / name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
 
@@ -177,15 +185,10 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _to_disk(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    if os.name == "nt" and path.is_dir():
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _require_whole(path: Path) -> None:
+    """SafetensorError where a file is not as long as its own header says."""
+    with safe_open(path, "pt"):
+        pass
 
 
 def _state(part: Any, own: set[int]) -> Any:

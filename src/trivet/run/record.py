@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor
 
 from trivet.batch import Groups, Rollouts
-from trivet.errors import InputError
+from trivet.errors import InputError, first_line
 from trivet.report.runs import read_object
 from trivet.run.config import to_toml
-from trivet.run.files import write_json
+from trivet.run.files import make_folder, to_disk, write_json, write_text
 from trivet.run.loop import Metrics
 from trivet.run.options import Options
 
@@ -44,18 +45,30 @@ class Record:
         self.tokenizer, self.decode = tokenizer, decode
         self.reward: Any = None  # rewards.reward.WeightedSum, whose parts are kept beside their sum
         self.samples: list[dict[str, Any]] = []
+        self.resumed = False
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """The directory is there, and this process's alone; a lock that a dead process held is free."""
-        self.out.mkdir(parents=True, exist_ok=True)
+        """The directory is there, and this process's alone; a lock that a dead process held is free.
+
+        Errors: InputError where it can't be locked, or where something within can't be written, which says how to go on.
+        """
+        make_folder(self.out)
         with (self.out / ".lock").open("w") as file:
             try:
                 if fcntl is not None:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise InputError(f"{self.out}: another process is running it; wait for it, or stop that one") from None
-            yield
+            try:
+                yield
+            except Exception as error:  # a file that can't be written: libraries in Rust say so in kinds of their own
+                rust = isinstance(error, SafetensorError) or type(error) is Exception
+                if isinstance(error, BrokenPipeError) or not (rust or isinstance(error, OSError)):
+                    raise
+                there = (self.out / "config.toml").exists()
+                said = f"; make room or mend what is wrong, then: trivet resume {self.out}" if there else ""
+                raise InputError(f"{self.out}: {first_line(error)}{said}") from error
 
     def begin(self, about: Mapping[str, Any], step: int) -> None:
         """config.toml, and run.json: what is run, on what, since when. What is recorded beyond this step is cut off."""
@@ -64,18 +77,21 @@ class Record:
         known = read_object(self.out / "run.json")
         if known.get("start", about["start"]) != about["start"]:
             raise InputError(f"{self.out}: {about['started_from']} is not what it was when the run began; restore it")
+        self.resumed = "began" in known
         again = {key: known[key] for key in ("began", "out_of_memory") if key in known}
-        again |= {"resumed": [*known.get("resumed", []), step]} if known else {}
+        again |= {"resumed": [*known.get("resumed", []), step]} if self.resumed else {}
         command = f"# trivet {self.method} --config config.toml\n"
-        (self.out / "config.toml").write_text(command + to_toml(self.config), encoding="utf-8")
+        write_text(self.out / "config.toml", command + to_toml(self.config))
         weights = {} if self.reward is None else dict(zip(self.reward.rewards, self.reward.weights, strict=True))
         facts = {"method": self.method, "steps": self.steps, **about, "pid": os.getpid(), "reward_weights": weights}
         facts |= again | {"options": asdict(self.config)} | surroundings(self.config.device)
         write_json(self.out / "run.json", facts)
 
     def undo(self) -> None:
-        """Leave nothing of a run that failed in its first step."""
-        for name in ("config.toml", "run.json", ".lock"):
+        """Leave nothing of a run that failed in its first step, unless something is recorded."""
+        if self.resumed or ((line := self.out / "metrics.jsonl").exists() and line.stat().st_size):
+            return
+        for name in ("config.toml", ".config.toml", "run.json", ".run.json", ".lock"):
             (self.out / name).unlink(missing_ok=True)
         with suppress(OSError):
             self.out.rmdir()
@@ -181,6 +197,7 @@ def _cut(path: Path, step: int) -> None:
                 with suppress(ValueError):  # a line that a kill cut short
                     if json.loads(line)["step"] <= step and line.endswith(b"\n"):
                         kept.write(line)
+        to_disk(half)
         half.replace(path)
 
 

@@ -29,10 +29,12 @@ def remembered(
         note(f"reference log-probabilities as an earlier run left them, {path}")
         return result
     result = compute()
-    with suppress(OSError):
+    with suppress(OSError, SafetensorError):
         folder.mkdir(parents=True, exist_ok=True)
         beside = path.with_suffix(f".{os.getpid()}")
         save_file({"logprobs": result.contiguous()}, beside)
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
         beside.replace(path)
     return result
 
