@@ -22,6 +22,9 @@ methods       trivet METHOD --model NAME --data FILE [--out DIR] [options]     (
   pairwise-grpo   Bradley-Terry over every ranked pair of a sampled group, from a reward
   resume          go on with a run that was stopped or killed: trivet resume RUN
 
+before a run
+  plan            memory by part, operations, time and the largest microbatch, of any size: trivet plan --model Qwen3-0.6B
+
 looking
   quickstart      all six on the embedded story model, a few minutes on a laptop; then one table, one page
   compare         the same table for any runs: trivet compare RUN RUN ...
@@ -71,6 +74,7 @@ def run_command(command: str, args: list[str]) -> int:
         "plot": "report.plots",
         "generate": "commands",
         "score": "commands",
+        "plan": "plan.command",
     }
     if command in RECIPES or command == "resume":
         from trivet.run.launch import launch, resume
