@@ -23,6 +23,9 @@ methods       trivet METHOD --model NAME --data FILE [--out DIR] [options]     (
   resume          go on with a run that was stopped or killed: trivet resume RUN
   replay          make a step again whose gradient was not finite: trivet replay RUN/skipped/step-N
 
+before a run
+  plan            memory by part, operations, time and the largest microbatch, of any size: trivet plan --model Qwen3-0.6B
+
 looking
   quickstart      all six on the embedded story model, a few minutes on a laptop; then one table, one page
   compare         the same table for any runs: trivet compare RUN RUN ...
@@ -73,6 +76,7 @@ def run_command(command: str, args: list[str]) -> int:
         "generate": "commands",
         "score": "commands",
         "replay": "run.replay",
+        "plan": "plan.command",
     }
     if command in RECIPES or command == "resume":
         from trivet.run.launch import launch, resume

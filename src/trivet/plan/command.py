@@ -1,0 +1,280 @@
+"""trivet plan: reads the options, plans, prints a table, the formulas or JSON."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from trivet.cli import RECIPES, parse
+from trivet.errors import InputError, first_line
+from trivet.plan import formulas
+from trivet.plan.shapes import SHAPES, Shape, card_of, own_shape, shape_of, this_machine
+from trivet.plan.step import ALLOCATOR, BACKWARD, FORWARD, PHASES, SAMPLES, Config, Step, total
+
+NONE_NAMED = (
+    "no model was named: give --model a folder or hub name with a config.json, --layers, --hidden and --heads, or one of "
+    f"{', '.join(SHAPES)}"
+)
+
+
+def plan(args: Sequence[str]) -> None:
+    """trivet plan"""
+    config: Config = parse(Config, list(args), "trivet plan")
+    check(config)
+    shape = own_shape(config) if config.layers else named_shape(config.model)
+    scorer = None
+    if config.reward_model:
+        scorer = shape if config.reward_model == "same" else named_shape(config.reward_model)
+    machine = this_machine() if config.card == "this" else card_of(config.card)
+    given = {"memory": config.memory_gb * 1e9, "bandwidth": config.bandwidth * 1e9}
+    given |= {"rate_16": config.tflops * 1e12, "rate_32": config.tflops * 1e12}
+    machine = machine._replace(**{name: value for name, value in given.items() if value})
+    methods = [method for method in RECIPES if method in (config.method or RECIPES)]
+    steps = [Step(method, shape, scorer, config, machine) for method in methods]
+    if config.json:
+        print(
+            json.dumps({"shape": asdict(shape), "machine": machine._asdict(), "options": vars(config)} | as_json(steps))
+        )
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    for line in header(steps[0]):
+        console.print(line)
+    console.print(table(steps))
+    for line in remarks(steps):
+        console.print(line)
+    if config.formulas:
+        for step in steps:
+            console.print("\n".join(["", f"[bold]{step.method}[/bold]", *shown(step)]), markup=True)
+
+
+def check(config: Config) -> None:
+    """InputError for what can't be planned."""
+    for method in config.method:
+        if method not in RECIPES:
+            raise InputError(f"--method {method}: there is {', '.join(RECIPES)}")
+    if not (config.model or config.layers):
+        raise InputError(NONE_NAMED)
+    if config.model and config.layers:
+        raise InputError("--layers describes a shape of your own, in place of --model; give one of the two")
+    least = ("prompt_tokens", "completion_tokens", "prompts_per_step", "devices")
+    for name in least:
+        if getattr(config, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be at least 1")
+    others = (
+        "group_size",
+        "epochs_per_batch",
+        "microbatch_tokens",
+        "eval_limit",
+        "lora",
+        "memory_gb",
+        "tflops",
+        "bandwidth",
+    )
+    for name in (*others, "layers", "kv_heads", "head_dim", "feed_forward", "experts"):
+        if getattr(config, name) < 0:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be at least 0")
+    if not 0 < config.efficiency <= 1:
+        raise InputError(f"--efficiency is {config.efficiency}; it is a share of the peak, above 0 and at most 1")
+    if config.quantize != "none" and not config.lora:
+        raise InputError("--quantize holds the frozen base below adapters in few bits: give --lora RANK too")
+    if config.offload_optimizer and config.devices == 1:
+        raise InputError("--offload-optimizer works with sharding: give --devices of at least 2")
+
+
+def named_shape(name: str) -> Shape:
+    """The shape of a folder, hub name or one of those known here."""
+    from transformers import AutoConfig
+
+    known = next((key for key in SHAPES if key.lower() == name.lower()), None)
+    if known and not Path(name).exists():
+        numbers = {key: value for key, value in SHAPES[known].items() if key != "source"}
+        return shape_of(AutoConfig.for_model(**numbers), known, SHAPES[known]["source"])
+    from trivet.model.load import model_folder
+    from trivet.model.trust import refusal, trusted
+
+    folder = model_folder(name)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted())
+    except Exception as error:  # transformers and the hub client raise many kinds
+        said = refusal(error) or first_line(error)
+        raise InputError(
+            f"--model {name}: no config.json can be read of it ({said}); known without one: {', '.join(SHAPES)}"
+        ) from None
+    return shape_of(config, name, "its config.json")
+
+
+# Output -----------------------------------------------------------------------------------------------------------------
+
+
+def header(step: Step) -> list[str]:
+    """What was planned for."""
+    shape, config, machine = step.shape, step.config, step.machine
+    active = shape.matrices + shape.active_experts + shape.head
+    kind = f", {count(active)} active for a token" if shape.experts else ""
+    lengths = f"prompts of {config.prompt_tokens} and completions of {config.completion_tokens} tokens"
+    how = [f"{config.precision} products"]
+    how += [f"adapters of rank {config.lora}"] if config.lora else []
+    how += [f"base in {config.quantize}"] if config.quantize != "none" else []
+    how += ["gradient checkpointing"] if config.gradient_checkpointing else []
+    how += ["optimizer offloaded"] if config.offload_optimizer else []
+    rate = machine.rate_16 if step.size == 2 else machine.rate_32
+    many = f"{config.devices} x " if config.devices > 1 else ""
+    return [
+        f"[bold]{shape.name}[/bold]  {shape.parameters:,} parameters{kind} [dim]({shape.source})[/dim]",
+        f"{config.prompts_per_step} prompts a step, {lengths}; {', '.join(how)}",
+        f"{many}{machine.name}: {bytes_(machine.memory)}, {rate / 1e12:,.3g} TFLOP/s, {machine.bandwidth / 1e9:,.0f} GB/s, "
+        f"of which {config.efficiency:.0%} is reached",
+    ]
+
+
+def table(steps: list[Step]) -> Table:
+    """Methods side by side: memory by part, work and time by phase, what fits."""
+    made = Table(box=None, padding=(0, 0, 0, 2), pad_edge=False, header_style="bold")
+    made.add_column("", no_wrap=True)
+    for step in steps:
+        group = f"\n{step.group} each" if step.group > 1 else ""
+        made.add_column(step.method.replace("-", "\n", 1) + group, justify="right", no_wrap=True, vertical="bottom")
+
+    def section(title: str, cells: list[dict[str, float]], units: tuple[tuple[str, float], ...]) -> None:
+        sums = [sum(cell.values()) for cell in cells]
+        unit, size = next((unit for unit in units if max(sums) < 10_000 * unit[1]), units[-1])
+        made.add_row(f"[dim]{title}, {unit}[/dim]")
+        names = dict.fromkeys(name for cell in cells for name in cell)
+        for name in sorted(names, key=lambda name: ORDER.index(name) if name in ORDER else 0):
+            made.add_row(f" {name}", *(digits(cell[name] / size) if name in cell else "" for cell in cells))
+        made.add_row(" [bold]in all[/bold]", *(f"[bold]{digits(value / size)}[/bold]" for value in sums))
+
+    section("memory of a device at its peak", [step.parts for step in steps], BYTES)
+    made.add_row(" which is in", *(SHORT.get(step.peak_phase, step.peak_phase) for step in steps))
+    made.add_row(" fits", *(fits(step) for step in steps))
+    made.add_row(
+        " --microbatch-tokens up to",
+        *(f"{step.largest_microbatch:,}" if step.largest_microbatch else "-" for step in steps),
+    )
+    section("operations of a device and step", [sums(step.flops) for step in steps], OPERATIONS)
+    section("moved to and from memory", [sums(step.moved) for step in steps], BYTES)
+    if steps[0].sharded:
+        section("received from other devices", [sums(step.sent) for step in steps], BYTES)
+    section("time of a step", [step.seconds for step in steps], (("ms", 1e-3), ("s", 1), ("min", 60)))
+    return made
+
+
+BYTES = (("MiB", 2**20), ("GiB", 2**30), ("TiB", 2**40))
+OPERATIONS = (("GFLOP", 1e9), ("TFLOP", 1e12), ("PFLOP", 1e15), ("EFLOP", 1e18))
+ORDER = (*PHASES, *FORWARD.values(), *BACKWARD.values(), "optimizer")
+SHORT = {"end of the backward": "its end", "critic's backward": "critic's"}
+
+
+def sums(phases: dict[str, dict[str, formulas.Term]]) -> dict[str, float]:
+    """By phase."""
+    return {phase: total(terms) for phase, terms in phases.items()}
+
+
+def digits(value: float) -> str:
+    """Three of them, and no point where there are as many before it."""
+    return f"{value:,.0f}" if value >= 99.95 or value == 0 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+
+
+def remarks(steps: list[Step]) -> list[str]:
+    """What a reader should know of these numbers."""
+    step, said = steps[0], list[str]()
+    if any(step.method == "dpo" for step in steps):
+        said.append(
+            "dpo: the reference is a table of numbers, taken once for each pair before the first step; here in each step"
+        )
+    if any(step.method in SAMPLES for step in steps) and not step.scorer:
+        said.append("rewards: a program, at no cost; --reward-model same for a learned one")
+    if step.machine.cpu:
+        said.append(f"kept by the allocator: measured on CPUs, {ALLOCATOR[True]:.0%} of what comes and goes")
+    else:
+        said.append(
+            "not measured on a GPU: fused attention, the allocator's share and the context there are assumptions"
+        )
+    for step in steps:
+        shared = step.config.prompts_per_step % step.ranks
+        if shared and step is steps[0] and step.sharded:
+            said.append(f"{step.config.prompts_per_step} prompts on {step.ranks} devices: some wait for the others")
+    return [f"[dim]{line}[/dim]" for line in said]
+
+
+def fits(step: Step) -> str:
+    """yes, or on how many devices it would."""
+    if step.peak <= step.machine.memory:
+        return "[green]yes[/green]"
+    if step.largest_microbatch:
+        return "[yellow]smaller[/yellow]"
+    return f"[red]on {step.devices_needed:,}[/red]" if step.devices_needed else "[red]no[/red]"
+
+
+def shown(step: Step) -> list[str]:
+    """Every number with its formula."""
+    lines = list[str]()
+
+    def section(title: str, terms: dict[str, formulas.Term], unit: Any) -> None:
+        lines.append(f"  [dim]{title}[/dim]")
+        lines.extend(
+            f"    {name}: {item.shown()} = {unit(item.value)}".replace("[", "\\[") for name, item in terms.items()
+        )
+
+    section("memory that stays", step.resident, bytes_)
+    for phase, terms in step.phases.items():
+        section(f"memory in {phase}: {bytes_(step.held(phase))} in all", terms, bytes_)
+    for phase, terms in step.flops.items():
+        section(f"operations of {phase}", terms, flops)
+    for phase, terms in step.moved.items():
+        section(f"bytes moved in {phase}", terms, bytes_)
+    for phase, terms in step.sent.items():
+        section(f"bytes received in {phase}", terms, bytes_)
+    return lines
+
+
+def as_json(steps: list[Step]) -> dict[str, Any]:
+    """All numbers, by method."""
+
+    def values(phases: dict[str, dict[str, formulas.Term]]) -> dict[str, dict[str, float]]:
+        return {phase: {name: item.value for name, item in terms.items()} for phase, terms in phases.items()}
+
+    return {
+        "methods": {
+            step.method: {
+                "peak_bytes": step.peak,
+                "peak_phase": step.peak_phase,
+                "memory": step.parts,
+                "resident": {name: item.value for name, item in step.resident.items()},
+                "phases": values(step.phases),
+                "fits": step.peak <= step.machine.memory,
+                "largest_microbatch_tokens": step.largest_microbatch,
+                "devices_needed": step.devices_needed,
+                "microbatch": step.part._asdict() | {"rows": step.part.rows._asdict()},
+                "flops": values(step.flops),
+                "bytes_moved": values(step.moved),
+                "bytes_received": values(step.sent),
+                "seconds": step.seconds,
+            }
+            for step in steps
+        }
+    }
+
+
+def bytes_(value: float) -> str:
+    """With its unit."""
+    return _with_unit(value, BYTES)
+
+
+def flops(value: float) -> str:
+    """With its unit."""
+    return _with_unit(value, OPERATIONS)
+
+
+def _with_unit(value: float, units: tuple[tuple[str, float], ...]) -> str:
+    unit, size = next((unit for unit in units if value < 1000 * unit[1]), units[-1])
+    return f"{digits(value / size)} {unit}"
+
+
+def count(value: float) -> str:
+    """Parameters in M or B."""
+    return f"{value / 1e9:,.1f} B" if value >= 1e9 else f"{value / 1e6:,.0f} M"

@@ -1,0 +1,601 @@
+"""One step of a method on one device: which formulas apply to it, with which numbers."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from importlib import import_module
+from typing import Any, Literal, NamedTuple
+
+from trivet.generation.engine import STRETCH
+from trivet.model.attention import ROUND, SMALL
+from trivet.model.logprobs import CHUNK, KEPT
+from trivet.plan import formulas as f
+from trivet.plan.formulas import Term, term
+from trivet.plan.shapes import Machine, Shape
+
+SAMPLES = ("ppo", "grpo", "pairwise-grpo")
+WHOLE = ("reward-model", "dpo", "pairwise-grpo")  # losses that compare the completions of a group
+SCORING_BUDGET = 8192  # of rewards.learned.LearnedReward
+ALLOCATOR = {
+    True: 0.55,
+    False: 0.1,
+}  # by whether it is a CPU: of glibc's malloc, measured (docs/plan.md); a GPU's, assumed
+LARGE = ("cache", "head's gradient", "gathered weights")  # tensors that malloc maps and gives back one by one
+Terms = dict[str, Term]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Memory by part, operations and bytes of a step, time and the largest microbatch that fits, before anything runs.
+    Without --method all six side by side."""
+
+    model: str = ""
+    """Folder or hub name with a config.json, one of the shapes that are known here (trivet plan lists them), or none: --layers and so on."""
+    method: tuple[str, ...] = ()
+    """sft, reward-model, dpo, ppo, grpo, pairwise-grpo; several stand side by side, none means all."""
+    prompt_tokens: int = 512
+    """Tokens of a prompt."""
+    completion_tokens: int = 256
+    """Tokens of a completion."""
+    prompts_per_step: int = 8
+    """Prompts (rows, for preferences and supervised data) of one step, over all devices."""
+    group_size: int = 0
+    """Completions per prompt where the method samples; 0: the method's own."""
+    epochs_per_batch: int = 0
+    """Passes over each batch of completions (ppo, grpo); 0: the method's own."""
+    microbatch_tokens: int = 0
+    """Most tokens to go through the model at once; 0 takes 2,048 on a CPU, 16,384 elsewhere."""
+    eval_limit: int = 0
+    """Held-out prompts that an evaluation samples at once, where there are so many (the recipes take up to 256); 0: no evaluation."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Type of the matrix products; weights are kept in float32."""
+    reference: bool = True
+    """--no-reference: grpo with --beta 0."""
+    reward_model: str = ""
+    """The reward is a model: 'same' for one of the policy's shape, or a folder, hub name or known shape; none: a program."""
+    shared_critic: bool = False
+    """ppo: the critic is a head on the policy's own trunk."""
+    lora: int = 0
+    """Rank of adapters beside all matrices of the trunk, over a frozen base; 0: all weights are trained."""
+    quantize: Literal["none", "4bit", "8bit"] = "none"
+    """Hold the frozen base below the adapters in 4 or 8 bits a weight."""
+    gradient_checkpointing: bool = False
+    """Keep only the input of each block, compute the rest again in the backward pass."""
+    offload_optimizer: bool = False
+    """The optimizer's states live in the host's memory."""
+    devices: int = 1
+    """Devices that share weights and prompts (FSDP2)."""
+    card: str = "this"
+    """What a device is: 'this' machine, measured now, or a known card."""
+    memory_gb: float = 0.0
+    """Memory of a device in GB (10^9 bytes); 0: the card's."""
+    tflops: float = 0.0
+    """Its peak in matrix products of this precision, 10^12 operations a second; 0: the card's."""
+    bandwidth: float = 0.0
+    """Its memory bandwidth in GB/s; 0: the card's."""
+    efficiency: float = 0.4
+    """Share of the peaks of computing, memory and links that is reached."""
+    layers: int = 0
+    """A shape of your own, in place of --model: how many blocks."""
+    hidden: int = 0
+    """Width of the hidden states."""
+    heads: int = 0
+    """Attention heads."""
+    kv_heads: int = 0
+    """Heads of keys and values; 0: as many as heads."""
+    head_dim: int = 0
+    """Width of a head; 0: hidden / heads."""
+    feed_forward: int = 0
+    """Width of the gated feed-forward, in a mixture that of one expert; 0: 4 x hidden."""
+    vocabulary: int = 32000
+    """Token ids."""
+    tied: bool = False
+    """The head is the input embedding."""
+    experts: int = 0
+    """Experts of each block; 0: dense."""
+    active_experts: int = 8
+    """Experts that a token goes through."""
+    formulas: bool = False
+    """Show each number with its formula and what was put in."""
+    json: bool = False
+    """Print all of it as JSON."""
+
+
+class Model(NamedTuple):
+    """One of the models that exist at the same time."""
+
+    shape: Shape
+    scalar: bool  # a scalar head in place of the vocabulary's
+    held: float  # parameters that it alone holds
+    trained: float
+
+    @property
+    def parameters(self) -> float:
+        """All that its passes read."""
+        return self.shape.trunk + self.shape.hidden if self.scalar else self.shape.parameters
+
+
+@dataclass(frozen=True)
+class Step:
+    """What happens in one step of a method on one device. scorer: the reward model's shape, where the reward is a model."""
+
+    method: str
+    shape: Shape
+    scorer: Shape | None
+    config: Config
+    machine: Machine
+
+    # the models, and how the step is split --------------------------------------------------------------------------------
+
+    def option(self, name: str) -> Any:
+        """What --NAME gives, else the method's own default."""
+        recipe = import_module(f"trivet.recipes.{self.method.replace('-', '_')}").Config
+        own = {field.name: field.default for field in fields(recipe)}.get(name)
+        return (own is not None and getattr(self.config, name)) or own
+
+    @property
+    def samples(self) -> bool:
+        """Whether completions are sampled, and not in the data."""
+        return self.method in SAMPLES
+
+    @property
+    def size(self) -> int:
+        """Bytes of a number in matrix products."""
+        return 2 if self.config.precision == "bfloat16" else 4
+
+    @property
+    def ranks(self) -> int:
+        """Devices that share the weights."""
+        return self.config.devices
+
+    @property
+    def sharded(self) -> bool:
+        """Whether there are several."""
+        return self.ranks > 1
+
+    @property
+    def group(self) -> int:
+        """Completions of a prompt."""
+        return 1 if self.method == "sft" else self.option("group_size") if self.samples else 2
+
+    @property
+    def groups(self) -> int:
+        """Prompts of a step on this device."""
+        return math.ceil(self.config.prompts_per_step / self.ranks)
+
+    @property
+    def epochs(self) -> int:
+        """Passes over a batch."""
+        return self.option("epochs_per_batch") or 1
+
+    def split(self, budget: int, whole: bool = False) -> "Part":
+        """The step in microbatches of this budget."""
+        return split(self.groups, self.group, self.config.prompt_tokens, self.config.completion_tokens, budget, whole)
+
+    @property
+    def part(self) -> "Part":
+        """The microbatches that are trained on."""
+        budget = self.config.microbatch_tokens or (2048 if self.machine.cpu else 16384)
+        return self.split(budget, self.method in WHOLE)
+
+    @cached_property
+    def models(self) -> dict[str, Model]:
+        """All that exist at the same time, the policy (or the reward model that is trained) first."""
+        lora, config, shape = self.config.lora, self.config, self.shape
+
+        def trained(model: Shape, scalar: bool) -> float:
+            whole = model.trunk + model.hidden if scalar else model.parameters
+            return lora * model.adapted + scalar * model.hidden if lora else whole
+
+        def beside(model: Shape) -> Model:  # over the policy's frozen base, where there is one of its shape
+            own = trained(model, True)
+            return Model(model, True, own if lora and model == shape else model.trunk + model.hidden, own)
+
+        scalar = self.method == "reward-model"
+        own = trained(shape, scalar)
+        whole = shape.trunk + shape.hidden if scalar else shape.parameters
+        models = {"weights": Model(shape, scalar, whole + own if lora else whole, own)}
+        needs = {"ppo": True, "pairwise-grpo": True, "grpo": config.reference}
+        if needs.get(self.method):
+            models["reference"] = Model(shape, False, 0 if lora else whole, 0)
+        if self.method == "ppo":
+            head = Model(shape, True, shape.hidden, shape.hidden)
+            models["critic"] = head if config.shared_critic else beside(self.scorer or shape)
+        if self.scorer is not None and self.samples:
+            models["reward model"] = beside(self.scorer)._replace(trained=0)
+        return models
+
+    # memory -----------------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def resident(self) -> Terms:
+        """Bytes that stay from step to step."""
+        config, terms = self.config, {"program": term(f.program, measured=self.machine.program)}
+        if self.sharded and config.offload_optimizer:
+            return terms  # shards of weights, gradients and moments are in the host's memory
+        for name, model in self.models.items():
+            terms[name] = term(f.weights, parameters=model.held, ranks=self.ranks)
+        if config.quantize != "none":
+            bits, base = int(config.quantize[0]), self.models["weights"]
+            numbers = {"parameters": base.held, "matrices": self.shape.matrices}
+            terms["weights"] = term(f.quantized_weights, **numbers, bits=bits)
+        trained = sum(model.trained for model in self.models.values())
+        terms["optimizer"] = term(f.adam, trained=trained, ranks=self.ranks)
+        heads = sum(not model.scalar and model.held > 0 for model in self.models.values())
+        if self.size == 2 and heads and not self.sharded:
+            terms["casts of the head"] = term(f.head_cast, head=heads * self.shape.head)
+        return terms
+
+    @cached_property
+    def phases(self) -> dict[str, Terms]:
+        """Bytes that come and go, by phase."""
+        phases = dict[str, Terms]()
+        if self.samples:
+            phases["generation"] = self._sampling(self.groups, self.group)
+            if self.config.eval_limit:
+                phases["evaluation"] = self._sampling(math.ceil(self.config.eval_limit / self.ranks), 1)
+        if "reward model" in self.models:
+            phases["reward"] = self._passing("reward model", self.split(SCORING_BUDGET).tokens)
+        if "reference" in self.models or self.method == "dpo":
+            phases["reference"] = self._passing(
+                "reference" if "reference" in self.models else "weights", self.part.tokens
+            )
+        several = self.part.number > 1  # then gradients of the microbatches before are there
+        trained = {name: model.trained for name, model in self.models.items() if model.trained}
+        for name in trained:
+            before = sum(trained.values()) if several else 0 if name == "weights" else trained["weights"]
+            phases[BACKWARD[name]] = self._gradients(before) | self._training(self.models[name])
+        phases["end of the backward"] = self._gradients(sum(trained.values()))
+        if self.models["weights"].trained == self.shape.parameters and not self.sharded:
+            heads = self.shape.head * (1 if self.shape.tied else 0.5)
+            phases["end of the backward"]["head's gradient"] = term(f.tied_gradients, head=heads)
+        for terms in phases.values():
+            working = sum(item.value for name, item in terms.items() if name not in LARGE)
+            share = ALLOCATOR[self.machine.cpu]
+            terms["kept by the allocator"] = term(f.kept_by_allocator, working=working, share=share)
+        return phases
+
+    def _gradients(self, trained: float) -> Terms:
+        if not trained or (self.sharded and self.config.offload_optimizer):
+            return {}
+        return {"gradients": term(f.gradients, trained=trained, ranks=self.ranks)}
+
+    def _casts(self, shape: Shape, matrices: float) -> Terms:
+        if self.sharded:
+            return {"gathered weights": term(f.gathered, block=shape.block, root=shape.root, size=self.size)}
+        return {"casts of matrices": term(f.casts, matrices=matrices)} if self.size == 2 else {}
+
+    def _passing(self, name: str, tokens: float) -> Terms:
+        """A pass without gradients."""
+        shape = self.models[name].shape
+        numbers = {"tokens": tokens, "hidden": shape.hidden, "widest": shape.widest, "size": self.size}
+        casts = shape.matrices if self.models[name].trained and not self.config.lora else shape.matrices / shape.layers
+        return {"activations": term(f.passing, **numbers)} | self._casts(shape, casts)
+
+    def _sampling(self, prompts: int, group: int) -> Terms:
+        """The engine at work: all prompts go through at once, then every row token by token."""
+        shape, rows = self.shape, prompts * group
+        columns = self.config.prompt_tokens + STRETCH * -(-(self.config.completion_tokens - 1) // STRETCH)
+        terms = {"cache": term(f.cache_bytes, rows=rows, columns=columns, **_widths(shape), size=self.size)}
+        numbers = {"hidden": shape.hidden, "widest": shape.widest, "size": self.size}
+        prefill = term(f.passing, tokens=prompts * self.config.prompt_tokens, **numbers)
+        logits = term(f.sampling, rows=rows, vocabulary=shape.vocabulary, size=self.size)
+        terms |= {"activations": prefill} if prefill.value > logits.value else {"logits": logits}
+        if self.sharded:
+            numbers = {"parameters": shape.parameters, "root": shape.root, "size": self.size}
+            return terms | {"gathered weights": term(f.gathered_whole, **numbers)}
+        return terms | self._casts(shape, shape.matrices + shape.head)
+
+    def kept(self, shape: Shape) -> Terms:
+        """What a microbatch's forward keeps for its backward."""
+        part, size = self.part, self.size
+        inputs = shape.inputs if size == 2 else shape.shared_inputs
+        widths = {"inputs": inputs, "gates": shape.gates, "norms": shape.norms, "inner_norms": shape.inner_norms}
+        terms = {"activations": term(f.activations, tokens=part.tokens, **widths, size=size)}
+        numbers = {"heads": shape.heads} | _widths(shape) | part.rows._asdict()
+        if self.machine.cpu and part.longest_row <= SMALL:
+            terms["activations of attention"] = term(f.attention_activations, **numbers, size=size)
+        else:
+            del numbers["pairs"]
+            terms["activations of attention"] = term(f.fused_attention_activations, **numbers, size=size)
+        if shape.experts:
+            widths = {"expert_inputs": shape.expert_inputs, "expert_gates": shape.expert_gates}
+            number = size if self.sharded else 4  # autocast does not know the experts' products
+            terms["activations of experts"] = term(f.expert_activations, tokens=part.tokens, **widths, size=number)
+        if self.config.lora:
+            numbers = {"tokens": part.tokens, "rank": self.config.lora, "adapters": shape.adapters}
+            terms["states of adapters"] = term(f.adapter_activations, **numbers, size=size)
+        if self.config.gradient_checkpointing:
+            numbers = {"tokens": part.tokens, "hidden": shape.hidden, "layers": shape.layers}
+            return {"activations": term(f.checkpointed, **numbers, kept=total(terms))}
+        return terms
+
+    def _training(self, model: Model) -> Terms:
+        """Forward and backward of a microbatch when most is held: in the head's backward, or in that of the last block."""
+        shape, part, size = model.shape, self.part, self.size
+        layers = shape.layers if self.config.gradient_checkpointing else 1
+        terms = self.kept(shape) | self._casts(shape, shape.matrices / layers)
+        whole = model.trained == model.parameters
+        if self.sharded and whole:
+            root = shape.hidden if model.scalar else shape.root
+            terms["gradients of a block"] = term(f.block_gradients, block=shape.block, root=root, size=size)
+        numbers = {"tokens": part.tokens, "hidden": shape.hidden, "widest": shape.widest, "size": size}
+        inside = {"inside a block": term(f.block_backward, **numbers)}
+        if model.scalar:
+            return terms | inside
+        columns, width = self.head_columns
+        buffers = {"learned": part.learned, "hidden": shape.hidden, "chunk": part.learned * width, "size": size}
+        at_head = {
+            "logits": term(f.kept_logits, learned=part.learned, columns=columns, size=size),
+            "head's buffers": term(f.head_buffers, **buffers),
+        }
+        if whole and not self.sharded:
+            terms["head's gradient"] = term(f.head_gradient, head=shape.head)
+        return terms | (at_head if total(at_head) > total(inside) else inside)
+
+    @property
+    def head_columns(self) -> tuple[int, int]:
+        """Columns of the vocabulary whose logits are kept for the backward, and how many are worked on at once."""
+        limit = CHUNK["cpu"] if self.machine.cpu else 1 << 26
+        width = min(self.shape.vocabulary, max(256, limit // max(1, self.part.learned)))
+        held = KEPT // max(1, self.part.learned * width * self.size)
+        return min(self.shape.vocabulary, width * held), width
+
+    # work -------------------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def flops(self) -> dict[str, Terms]:
+        """Floating-point operations by phase."""
+        work, part = dict[str, Terms](), self.part
+        if self.samples:
+            work["generation"] = self._decoding_flops()
+        for name, of in self._passes().items():
+            held = self.split(SCORING_BUDGET) if name == "reward" else part
+            work[name] = self._forward_flops(of, held, held.number)
+        for name, model in self.models.items():
+            if not model.trained:
+                continue
+            forward = self._forward_flops(model, part, part.number * self.epochs)
+            work[FORWARD[name]], work[BACKWARD[name]] = forward, self._backward_flops(model, forward)
+        trained = sum(model.trained for model in self.models.values())
+        work["optimizer"] = {"AdamW": term(f.adamw_flops, trained=trained * self.epochs / self.ranks)}
+        return work
+
+    def _passes(self) -> dict[str, Model]:
+        """The passes without gradients, by phase. DPO takes its reference once a pair, before the first step."""
+        passes = dict[str, Model]()
+        if "reward model" in self.models:
+            passes["reward"] = self.models["reward model"]
+        if "reference" in self.models or self.method == "dpo":
+            passes["reference"] = Model(self.shape, False, 0, 0)
+        if "critic" in self.models:
+            passes["old values"] = self.models["critic"]
+        return passes
+
+    def _forward_flops(self, model: Model, part: "Part", count: float) -> Terms:
+        """A pass over so many microbatches."""
+        shape = model.shape
+        learned = (
+            part.sequences
+            if model is self.models.get("reward model") or self.method == "reward-model"
+            else part.learned
+        )
+        head = shape.hidden if model.scalar else shape.head
+        terms = self._trunk_flops(shape, count * part.tokens, count * part.rows.pairs)
+        return terms | {"head": term(f.head_flops, head=head, learned=count * learned)}
+
+    def _trunk_flops(self, shape: Shape, tokens: float, pairs: float) -> Terms:
+        widths = _widths(shape)
+        del widths["kv_heads"]
+        terms = {
+            "matrices": term(f.matrix_flops, active=shape.matrices + shape.active_experts, tokens=tokens),
+            "attention": term(f.attention_flops, heads=shape.heads, **widths, pairs=pairs),
+            "rotary": term(f.rotary_flops, tokens=tokens, width=shape.rotary),
+        }
+        if self.config.lora:
+            adapters = self.config.lora * shape.adapted
+            terms["adapters"] = term(f.adapter_flops, adapters=adapters, tokens=tokens)
+        return terms
+
+    def _decoding_flops(self) -> Terms:
+        """The prompts at once, then every row token by token over the cache, used whole; as if nothing ended early."""
+        prompt, new, rows = self.config.prompt_tokens, self.config.completion_tokens - 1, self.groups * self.group
+        pairs = attention_rows(self.groups, 1, prompt, 0).pairs + rows * self._columns()
+        terms = self._trunk_flops(self.shape, self.groups * prompt + rows * new, pairs)
+        return terms | {"head": term(f.head_flops, head=self.shape.head, learned=self.groups + rows * new)}
+
+    def _columns(self) -> int:
+        """Columns of the cache, summed over the tokens that are decoded."""
+        prompt, new = self.config.prompt_tokens, self.config.completion_tokens - 1
+        return sum(prompt + STRETCH * -(-t // STRETCH) for t in range(1, new + 1))
+
+    def _backward_flops(self, model: Model, forward: Terms) -> Terms:
+        frozen = model.trained != model.parameters and not self.config.shared_critic
+        once = {"matrices", "head"} if frozen else set[str]()
+        again, work = bool(self.config.gradient_checkpointing), Terms()
+        for name, item in forward.items():
+            repeated = item.value if again and name != "head" else 0
+            if name == "head" and not model.scalar:
+                columns = self.shape.vocabulary - self.head_columns[0]
+                numbers = {"learned": self.part.number * self.epochs * self.part.learned, "hidden": self.shape.hidden}
+                repeated = f.logits_again(**numbers, columns=columns)
+            factors = 0 if name == "rotary" else 1 if name in once and not (name == "head" and model.scalar) else 2
+            work[name] = term(f.backward_flops, forward=item.value, factors=factors, again=repeated)
+        return work
+
+    # bytes -------------------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def moved(self) -> dict[str, Terms]:
+        """Bytes to and from the device's memory by phase: estimates, of matrices, activations, cache and optimizer."""
+        work, part, size = dict[str, Terms](), self.part, self.size
+        if self.samples:
+            shape, rows, steps = self.shape, self.groups * self.group, max(1, self.config.completion_tokens - 1)
+            share = shape.active_experts / shape.experts if shape.experts else 0
+            experts = f.touched_experts(experts=shape.experts, share=share, rows=rows)
+            cache = f.cache_bytes(rows=rows, columns=self._columns() / steps, **_widths(shape), size=size)
+            numbers = {"steps": steps, "matrices": shape.matrices + shape.head + experts, "cache": cache, "size": size}
+            work["generation"] = {"decoding": term(f.decode_bytes, **numbers)}
+        for name, model in self._passes().items():
+            work[name] = self._pass_bytes(f.forward_bytes, model, part.number)
+        for name, model in self.models.items():
+            if model.trained:
+                count = part.number * self.epochs
+                work[FORWARD[name]] = self._pass_bytes(f.forward_bytes, model, count)
+                work[BACKWARD[name]] = self._pass_bytes(f.backward_bytes, model, count)
+        trained = self.epochs * sum(model.trained for model in self.models.values())
+        work["optimizer"] = {"AdamW": term(f.adamw_bytes, trained=trained, ranks=self.ranks)}
+        return work
+
+    def _pass_bytes(self, formula: Callable[..., float], model: Model, count: float) -> Terms:
+        shape = model.shape
+        matrices = shape.matrices + shape.experts + (0 if model.scalar else shape.head)
+        kept = count * total(self.kept(shape))
+        return {"pass": term(formula, microbatches=math.ceil(count), matrices=matrices, kept=kept, size=self.size)}
+
+    @cached_property
+    def sent(self) -> dict[str, Terms]:
+        """Bytes that a device receives from the others by phase; with the optimizer offloaded also over the bus to the host."""
+        if not self.sharded:
+            return {}
+        work, size, count = dict[str, Terms](), self.size, math.ceil(self.part.number)
+        if self.samples:
+            numbers = {"parameters": self.shape.parameters, "ranks": self.ranks, "size": size}
+            work["generation"] = {"gather": term(f.gather_bytes, passes=1, **numbers)}
+        for name, model in self._passes().items():
+            numbers = {"parameters": model.parameters, "ranks": self.ranks, "size": size}
+            work[name] = {"gather": term(f.gather_bytes, passes=count, **numbers)}
+        for name, model in self.models.items():
+            if model.trained:
+                numbers = {"parameters": model.parameters, "ranks": self.ranks, "size": size}
+                gather = {"gather": term(f.gather_bytes, passes=count * self.epochs, **numbers)}
+                scatter = term(f.scatter_bytes, passes=count * self.epochs, trained=model.trained, ranks=self.ranks)
+                work[FORWARD[name]], work[BACKWARD[name]] = gather, gather | {"scatter": scatter}
+        return work
+
+    @cached_property
+    def seconds(self) -> dict[str, float]:
+        """By phase, the slowest of computing, moving and sending: they overlap."""
+        machine, efficiency, times = self.machine, self.config.efficiency, dict[str, float]()
+        rate = machine.rate_16 if self.size == 2 else machine.rate_32
+        link = machine.link if self.ranks <= NODE else machine.network
+        for phase, terms in self.flops.items():
+            computing = f.compute_seconds(flops=total(terms), peak=rate, efficiency=efficiency)
+            numbers = {"bandwidth": machine.bandwidth, "efficiency": efficiency}
+            moving = f.moving_seconds(moved=total(self.moved[phase]), **numbers)
+            sent = total(self.sent.get(phase, {}))
+            times[phase] = max(computing, moving, f.moving_seconds(moved=sent, bandwidth=link, efficiency=efficiency))
+        return times
+
+    # the answers -------------------------------------------------------------------------------------------------------------
+
+    def held(self, phase: str) -> float:
+        """Bytes in this phase."""
+        return total(self.resident) + total(self.phases[phase])
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase that holds most."""
+        return max(self.phases, key=self.held)
+
+    @property
+    def peak(self) -> float:
+        """Bytes on a device."""
+        return self.held(self.peak_phase)
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Bytes by part at the peak."""
+        terms = self.resident | self.phases[self.peak_phase]
+        return {name: item.value for name, item in terms.items() if item.value}
+
+    def with_options(self, **options: Any) -> "Step":
+        """The same step with other options."""
+        return replace(self, config=replace(self.config, **options))
+
+    @property
+    def largest_microbatch(self) -> int:
+        """The largest --microbatch-tokens that fits; 0 where none does. More than the whole step is of no use."""
+        prompt, completion, whole = self.config.prompt_tokens, self.config.completion_tokens, self.method in WHOLE
+        sizes = [n for n in range(1, self.group + 1) if self.group % n == 0 and not whole and n * completion >= prompt]
+        budgets = [prompt + n * completion for n in sizes if n < self.group]
+        budgets += [n * (prompt + self.group * completion) for n in range(1, self.groups + 1)]
+        low, high = 0, len(budgets)
+        while low < high:  # as many of these budgets as fit, since memory only grows
+            middle = (low + high) // 2
+            fits = self.with_options(microbatch_tokens=budgets[middle]).peak <= self.machine.memory
+            low, high = (middle + 1, high) if fits else (low, middle)
+        return budgets[low - 1] if low else 0
+
+    @property
+    def devices_needed(self) -> int:
+        """The fewest devices, a power of two, on which a step fits with the smallest microbatch; 0: it never does."""
+        for devices in (2**power for power in range(17)):
+            if self.with_options(devices=devices, microbatch_tokens=1).peak <= self.machine.memory:
+                return devices
+        return 0
+
+
+PHASES = ("generation", "evaluation", "reward", "reference", "old values")  # in the order of a step, then:
+FORWARD = {"weights": "forward", "critic": "critic's forward"}
+BACKWARD = {"weights": "backward", "critic": "critic's backward"}
+NODE = 8  # devices that share the fast link
+
+
+def total(terms: Terms) -> float:
+    """Their sum."""
+    return sum(item.value for item in terms.values())
+
+
+def _widths(shape: Shape) -> dict[str, float]:
+    return {
+        "layers": shape.layers, "kv_heads": shape.kv_heads, "key_width": shape.key_width, "value_width": shape.value_width,
+    }  # fmt: skip
+
+
+# How a step is split -------------------------------------------------------------------------------------------------------
+
+
+class Rows(NamedTuple):
+    """Padded rows of attention: how many tokens ask, how many are seen, pairs of them."""
+
+    queries: int
+    keys: int
+    pairs: int
+
+
+def attention_rows(groups: int, size: int, prompt: int, completion: int) -> Rows:
+    """The rows of model.attention.Layout: a prompt with itself, a completion with its prompt and itself; one row of both for a
+    single completion. Lengths of 32 and more are rounded up to multiples of it."""
+    up = lambda n: n if n < ROUND else -(-n // ROUND) * ROUND  # noqa: E731
+    whole = up(prompt + completion)
+    if size == 1:
+        kinds = [(groups, whole, whole)]
+    else:
+        kinds = [(groups, up(prompt), up(prompt)), (groups * size * (completion > 0), up(completion), whole)]
+    return Rows(*(sum(x) for x in zip(*((n * q, n * k, n * q * k) for n, q, k in kinds), strict=True)))
+
+
+class Part(NamedTuple):
+    """One kind of microbatch, and how many there are of it."""
+
+    number: float
+    tokens: int
+    sequences: int
+    learned: int
+    rows: Rows
+    longest_row: int  # pairs
+
+
+def split(groups: int, size: int, prompt: int, completion: int, budget: int, whole: bool) -> Part:
+    """What batch.microbatches makes of equal groups: as many as the budget holds, at least one; a group over the budget is split by
+    rows unless it must stay whole, or its prompt would be the larger half of a part."""
+    while not whole and size > 1 and prompt + size * completion > max(budget, 2 * prompt):
+        smaller = next(n for n in range(size - 1, 0, -1) if size % n == 0)
+        groups, size = groups * size // smaller, smaller
+    each = prompt + size * completion
+    held = min(groups, max(1, budget // each))
+    longest = max(prompt * prompt, completion * (prompt + completion)) if size > 1 else each * each
+    rows = attention_rows(held, size, prompt, completion)
+    return Part(groups / held, held * each, held * size, held * size * completion, rows, longest)
