@@ -161,7 +161,7 @@ def test_ppo_is_four_roles_over_one_base(tmp_path, runs, start):
         shared = [x.data_ptr() for name, x in role.named_parameters() if not is_adapters(name) and "score" not in name]
         assert set(shared) <= base
         assert len(shared) == len(base)
-    assert metrics["kl"] == pytest.approx(0, abs=1e-5)  # the first pass is still the start
+    assert metrics["kl"] == pytest.approx(0, abs=1e-5)  # the first pass is that of the start
     assert metrics["sampling/logprob_difference/max"] < 1e-5
     assert all(torch.equal(x, heard[name]) for name, x in judge.named_parameters())
     assert all(torch.equal(x, bits[name]) == (not is_adapters(name)) for name, x in run.model.named_parameters())
@@ -213,6 +213,7 @@ def test_a_policy_of_all_weights_takes_an_adapter_of_a_reward_model_merged(tmp_p
 # Saved and loaded
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of peft
 def test_the_folder_is_loaded_by_peft_transformers_and_us(runs):
     folder, groups = str(runs["sft"] / "model"), ragged(longest=5)
     said = json.loads(Path(folder, "adapter_config.json").read_text())
@@ -222,24 +223,28 @@ def test_the_folder_is_loaded_by_peft_transformers_and_us(runs):
     assert not {"lm_head", "score"} & set(said["target_modules"])
     ours = token_logprobs(load_policy(folder), groups)
     assert not torch.allclose(ours, token_logprobs(load_policy(STORIES["model"]), groups))
-    base = AutoModelForCausalLM.from_pretrained(STORIES["model"])
+    base = AutoModelForCausalLM.from_pretrained(STORIES["model"], dtype=torch.float32)
     ids = torch.randint(50, (2, 9))
-    by = [PeftModel.from_pretrained(base, folder), AutoPeftModelForCausalLM.from_pretrained(folder)]
-    by.append(AutoModelForCausalLM.from_pretrained(folder))
+    by = [
+        PeftModel.from_pretrained(base, folder),
+        AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+    ]
+    by.append(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
     expected = load_policy(folder)(ids).logits
     for model in by:
         torch.testing.assert_close(model.eval()(ids).logits, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of peft
 def test_a_reward_model_brings_its_head(runs):
     folder, ids = str(runs["rm"] / "model"), torch.randint(50, (1, 9))
     assert "base_model.model.score.weight" in load_file(f"{folder}/adapter_model.safetensors")
     ours = load_scorer(folder)
     expected = ours(ids).logits
     assert expected.abs() > 1e-4
-    theirs = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1).eval()
+    theirs = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32).eval()
     torch.testing.assert_close(theirs(ids).logits, expected, rtol=1e-4, atol=1e-6)
-    theirs = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).eval()
+    theirs = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32).eval()
     torch.testing.assert_close(theirs(ids).logits, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -334,9 +339,10 @@ def test_products_in_bfloat16(tmp_path):
 
 
 def test_grpo_learns_with_an_adapter():
-    run = Launch(grpo.Config(**{**grpo.PRESETS["toy"], "lora": 8, "lr": 1e-2, "steps": 15, "eval_limit": 1})).run
+    small = {"prompts_per_step": 6, "group_size": 6, "max_completion_tokens": 32, "eval_limit": 1}
+    run = Launch(grpo.Config(**{**grpo.PRESETS["toy"], **small, "lora": 8, "lr": 1e-2, "steps": 10})).run
     rewards = [metrics["reward"] for metrics in grpo.train(run.config, run)]
-    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 1.0
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 1.5
 
 
 # What can not be
