@@ -18,6 +18,7 @@ from trivet.data import load_examples
 from trivet.errors import InputError
 from trivet.generation.engine import Engine
 from trivet.model.load import (
+    is_local_model,
     is_scorer,
     load_policy,
     load_scorer,
@@ -141,7 +142,7 @@ def score(args: list[str]) -> None:
     """trivet score"""
     config: ScoreConfig = parse(ScoreConfig, args, "trivet score")
     new_file(config.out)
-    folders = [model_folder(spec) for spec in config.reward if (Path(model_folder(spec)) / "config.json").exists()]
+    folders = [folder for folder in map(model_folder, config.reward) if is_local_model(folder)]
     if not (config.model or folders):
         raise InputError("no reward here is a model, so --model must name whose tokenizer reads the rows")
     folder = model_folder(config.model) if config.model else folders[0]

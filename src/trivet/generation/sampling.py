@@ -10,9 +10,7 @@ def warp(logits: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1
     tokens (0: all) and to the smallest set that holds top_p of the mass. temperature 0 leaves only the most likely one."""
     logits = logits.float()
     logprobs = (logits if temperature in (0, 1) else logits / temperature).log_softmax(-1)
-    if temperature == 0:
-        top_k = 1
-    if top_k:
+    if top_k := 1 if temperature == 0 else top_k:
         keep = logprobs.topk(min(top_k, logprobs.shape[-1])).indices
         logprobs = torch.full_like(logprobs, -torch.inf).scatter(-1, keep, logprobs.gather(-1, keep)).log_softmax(-1)
     if top_p < 1:

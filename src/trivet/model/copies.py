@@ -5,5 +5,9 @@ from typing import Any
 
 
 def frozen_copy(model: Any) -> Any:
-    """A reference: the model as it stands in memory, not as its files are on disk, without gradients."""
-    return copy.deepcopy(model).requires_grad_(False)
+    """A reference: the model as it stands in memory, not on disk, without gradients; the base below an adapter is shared."""
+    copied = copy.deepcopy(model, {id(x): x for x in model.parameters() if not x.requires_grad}).requires_grad_(False)
+    moved = [bool(x.any()) for name, x in copied.named_parameters() if "lora_B" in name]
+    if moved and not any(moved):  # a new adapter: the reference is the base alone
+        copied.delete_adapter("default")
+    return copied

@@ -22,9 +22,8 @@ def token_logprobs(model: Any, groups: Groups, *, temperature: float = 1.0) -> T
     groups.mask. Logits exist one vocabulary chunk at a time, and only at positions that predict a trained token.
     """
     with autocast(model):
-        if not shares_prefix(model):
-            return _plain_token_logprobs(model, groups, temperature)
-        return _shared_token_logprobs(model, groups, temperature)
+        way = _shared_token_logprobs if shares_prefix(model) else _plain_token_logprobs
+        return way(model, groups, temperature)
 
 
 @torch.no_grad()

@@ -10,6 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from trivet.errors import InputError, first_line
+from trivet.model.adapters import CONFIG as ADAPTER_CONFIG
+from trivet.model.adapters import SCORER, adapter_of, inject, merged, read_adapter, write_adapter
+from trivet.model.adapters import WEIGHTS as ADAPTER_WEIGHTS
+from trivet.model.quantize import quantization
 from trivet.model.trust import refusal, trusted
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
@@ -17,32 +21,53 @@ disable_progress_bar()
 set_verbosity_error()  # what its reports of missing weights say is checked here
 
 
-def load_policy(name: str, *, device: str = "cpu", precision: str = "float32", from_scratch: bool = False) -> Any:
+def load_policy(
+    name: str, *, device: str = "cpu", precision: str = "float32", from_scratch: bool = False, quantize: str = "none"
+) -> Any:
     """A causal language model from a folder or hub name: float32 weights, dropout off, matrix products in `precision`.
 
-    from_scratch: random weights in the shape of its config.json. Errors: InputError where there is no such model.
+    An adapter's folder gives the model that it belongs to, with it, and only it left to be trained. from_scratch: random weights in
+    the shape of its config.json. quantize: hold the linear layers in 4bit or 8bit. Errors: InputError where there is no such model.
     """
+    base, config = base_of(name)
     if from_scratch:
-        model = _reading(name, lambda: _from_config(name, AutoModelForCausalLM))
+        model = _reading(base, lambda: _from_config(base, AutoModelForCausalLM))
     else:
-        model = _with_weights(name, AutoModelForCausalLM)
-    return _prepare(model, device, PRECISIONS[precision])
+        model = _with_weights(base, AutoModelForCausalLM, **quantization(quantize, precision, device))
+    return _prepare(_with_adapter(model, config, name), device, PRECISIONS[precision])
 
 
-def load_scorer(name: str, *, device: str = "cpu", precision: str = "float32", from_scratch: bool = False) -> Any:
+def load_scorer(
+    name: str, *, device: str = "cpu", precision: str = "float32", from_scratch: bool = False, quantize: str = "none"
+) -> Any:
     """A model with a scalar head, `score`, as load_policy does it; on a language model the head is new, and starts at zero."""
+    (name, config), folder = base_of(name), name
     kind, new_head = AutoModelForSequenceClassification, from_scratch or not is_scorer(name)
     if from_scratch:
         model = _reading(name, lambda: _from_config(name, kind, num_labels=1))
     else:
-        model = _with_weights(name, kind, may_lack=("score",) if new_head else (), num_labels=1)
+        options = quantization(quantize, precision, device) | {"num_labels": 1}
+        model = _with_weights(name, kind, may_lack=("score",) if new_head else (), **options)
     if not hasattr(model, "score"):
         raise InputError(
             f"{name}: {type(model).__name__} has no scalar head named 'score'; choose another kind of model"
         )
     if new_head:
         torch.nn.init.zeros_(model.score.weight)
-    return _prepare(model, device, PRECISIONS[precision])
+    return _prepare(_with_adapter(model, config, folder), device, PRECISIONS[precision])
+
+
+def base_of(name: str) -> tuple[str, Any]:
+    """The base model of an adapter and the adapter's config; of any other model its own name and None."""
+    config = adapter_of(name)
+    return (name, None) if config is None else (str(config.base_model_name_or_path), config)
+
+
+def _with_adapter(model: Any, config: Any, name: str) -> Any:
+    if config is not None:
+        inject(model, config)
+        read_adapter(model, name)
+    return model
 
 
 def _prepare(model: Any, device: torch.device | str, compute_dtype: torch.dtype | None) -> Any:
@@ -50,18 +75,45 @@ def _prepare(model: Any, device: torch.device | str, compute_dtype: torch.dtype 
     return model.to(device).eval()  # no dropout: with it, policy and reference would never agree
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """An ordinary Hugging Face folder that transformers, vLLM and TRL load as it is."""
-    model.save_pretrained(folder)
+def save_model(model: Any, tokenizer: Any, folder: Path, *, merge: bool = False) -> None:
+    """An ordinary Hugging Face folder that transformers, vLLM and TRL load as it is; of an adapter peft's, unless it is to be
+    merged into its base, which is read again for that in its full precision."""
+    if hasattr(model, "peft_config"):
+        write_adapter(model, folder)
+    else:
+        model.save_pretrained(folder)
+    if merge:
+        whole = merged((load_scorer if hasattr(model, "score") else load_policy)(str(folder)))
+        whole.config.pad_token_id = model.config.pad_token_id
+        for path in (folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS):
+            path.unlink()
+        whole.save_pretrained(folder)
+        if whole.can_generate():
+            model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def restore(model: Any, folder: Path) -> None:
+    """Give the model the weights that save_model wrote of it."""
+    if hasattr(model, "peft_config"):
+        read_adapter(model, str(folder))
+    else:
+        load = load_scorer if hasattr(model, "score") else load_policy
+        model.load_state_dict(load(str(folder), device=model.device).state_dict())
 
 
 def model_facts(name: str) -> tuple[str, int, int]:
     """What config.json says: the model's class ('' where it doesn't say), how many positions it has, how many token ids."""
-    config = _reading(name, lambda: AutoConfig.from_pretrained(name, trust_remote_code=trusted()))
+    base, adapter = base_of(name)
+    config = _reading(base, lambda: AutoConfig.from_pretrained(base, trust_remote_code=trusted()))
     text, unlimited = config.get_text_config(), 1 << 30
     positions, vocabulary = (getattr(text, key, 0) or unlimited for key in ("max_position_embeddings", "vocab_size"))
-    return (config.architectures or [""])[0], positions, vocabulary
+    kind = (
+        "LoraForSequenceClassification"
+        if adapter and adapter.task_type == SCORER
+        else (config.architectures or [""])[0]
+    )
+    return kind, positions, vocabulary
 
 
 def is_scorer(name: str) -> bool:
@@ -88,7 +140,13 @@ def usable_device(name: str) -> str:
 
 def model_folder(name: str) -> str:
     """The model inside a run directory, or the name as it is."""
-    return str(Path(name) / "model") if (Path(name) / "model" / "config.json").exists() else name
+    inside = str(Path(name) / "model")
+    return inside if is_local_model(inside) else name
+
+
+def is_local_model(name: str) -> bool:
+    """Whether this is a folder with a model, or an adapter, in it."""
+    return any((Path(name) / file).exists() for file in ("config.json", ADAPTER_CONFIG))
 
 
 def _from_config(name: str, kind: Any, **options: Any) -> Any:

@@ -34,7 +34,8 @@ def with_scalar_head(policy: Any, *, share: bool = False) -> Any:
         model = AutoModelForSequenceClassification.from_config(config)
     if not hasattr(model, "score"):
         raise InputError(f"{type(model).__name__} has no scalar head named 'score'; choose another kind of model")
-    trunk = policy.base_model if share else copy.deepcopy(policy.base_model)
+    frozen = {id(x): x for x in policy.parameters() if not x.requires_grad}  # the base below an adapter is shared
+    trunk = policy.base_model if share else copy.deepcopy(policy.base_model, frozen)
     setattr(model, model.base_model_prefix, trunk)
     model.score = torch.nn.Linear(model.score.in_features, 1, bias=False, device=policy.device)
     torch.nn.init.zeros_(model.score.weight)

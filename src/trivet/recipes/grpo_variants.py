@@ -70,10 +70,8 @@ def surrogate(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: 
 
 def kl_term(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, config: Any) -> Tensor:
     """The estimate of KL(pi || pi_ref) that stands in the loss. (b, T)"""
-    if config.kl_estimator == "k2":
-        return k2(logprobs, ref_logprobs)
-    estimate = k3(logprobs, ref_logprobs)
-    return estimate if config.kl_estimator == "k3" else weighted_kl(estimate, logprobs, old_logprobs)
+    estimate = (k2 if config.kl_estimator == "k2" else k3)(logprobs, ref_logprobs)
+    return weighted_kl(estimate, logprobs, old_logprobs) if config.kl_estimator == "weighted-k3" else estimate
 
 
 def step_mean(loss: Tensor, mask: Tensor, all_tokens: Tensor, config: Any) -> Tensor:

@@ -14,7 +14,6 @@ trunk with a zero head; or, with --shared-critic, that head on the policy's own 
     trivet ppo --model Qwen/Qwen3-0.6B --data questions.jsonl --reward runs/reward-model
 """
 
-import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -166,7 +165,7 @@ def critic_from(reward: WeightedSum, policy: Any) -> Any:
     """A copy of the first reward model that reads the policy's tokens, else the policy's trunk with a zero head."""
     for part in reward.rewards.values():
         if getattr(part, "same_tokens", False):
-            return copy.deepcopy(part.model).requires_grad_(True)  # type: ignore[attr-defined]
+            return part.critic()  # type: ignore[attr-defined]
     return with_scalar_head(policy)
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from trivet.batch import Rollouts, collate
 from trivet.errors import InputError
+from trivet.model.adapters import merged, scorer_over, trainable_copy
 from trivet.model.forward import in_microbatches
 from trivet.model.load import is_scorer, load_scorer, model_folder
 from trivet.model.scalar import scores
@@ -21,7 +22,12 @@ class LearnedReward:
     tokenizer: Any
     stops: list[int]
     same_tokens: bool
+    policy: Any  # whose likeness a critic is made in
     budget: int = 8192  # trunk tokens at a time
+
+    def critic(self) -> Any:
+        """A copy to be trained: of an adapter and the head where the policy trains an adapter, else of all weights."""
+        return trainable_copy(self.model, self.policy)
 
     def __call__(self, rollouts: Rollouts) -> Tensor:
         groups = rollouts.groups
@@ -47,6 +53,8 @@ def load_learned_reward(name: str, tokenizer: Any, *, like: Any) -> LearnedRewar
     own = load_tokenizer(folder)
     if own.chat_template is None:
         own.chat_template = tokenizer.chat_template
-    model = load_scorer(folder, device=str(like.device)).requires_grad_(False)
-    model.compute_dtype = like.compute_dtype
-    return LearnedReward(model, own, stop_ids(folder, own), own.get_vocab() == tokenizer.get_vocab())
+    model = scorer_over(like, folder) or load_scorer(folder, device=str(like.device))
+    if not hasattr(like, "peft_config"):
+        model = merged(model)
+    model.requires_grad_(False).compute_dtype = like.compute_dtype
+    return LearnedReward(model, own, stop_ids(folder, own), own.get_vocab() == tokenizer.get_vocab(), like)

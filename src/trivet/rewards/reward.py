@@ -10,11 +10,9 @@ from trivet.batch import Rollouts
 
 
 class Reward(Protocol):
-    """Anything that scores rollouts."""
+    """Anything that scores rollouts: (B,) float32 on the rollouts' device, NaN where it has no opinion."""
 
-    def __call__(self, rollouts: Rollouts) -> Tensor:
-        """(B,) float32 on the rollouts' device; NaN where it has no opinion."""
-        ...
+    def __call__(self, rollouts: Rollouts) -> Tensor: ...
 
 
 class WeightedSum:

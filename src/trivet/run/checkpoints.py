@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trivet.errors import InputError
-from trivet.model.load import load_policy, load_scorer, save_model
+from trivet.model.load import restore, save_model
 from trivet.run.files import make_folder, to_disk, write_json
 from trivet.run.loop import Run
 
@@ -27,9 +27,8 @@ from trivet.run.loop import Run
 class Checkpoints:
     """The state of one run: its model, the parts that its recipe holds, its random generators, and what launch counts."""
 
-    def __init__(self, out: Path, run: Run, tokenizer: Any, scorer: bool):
+    def __init__(self, out: Path, run: Run, tokenizer: Any):
         self.folder, self.run, self.tokenizer = out / "checkpoints", run, tokenizer
-        self.load = load_scorer if scorer else load_policy
         self.parts: dict[str, Any] = {}
         self.before: dict[str, Any] = {}  # what the step now going on began with, but for weights and optimizers
         self.start: Path | None = None  # where the run goes on from
@@ -111,7 +110,7 @@ class Checkpoints:
         run, tensors = self.run, load_file(folder / "state.safetensors")
         state = _unpacked(json.loads((folder / "state.json").read_text(encoding="utf-8"))["state"], tensors)
         run.done = state["step"]  # from here on: what was made before, DPO's reference, was of all steps
-        run.model.load_state_dict(self.load(str(folder), device=run.device).state_dict())
+        restore(run.model, folder)
         for name, part in self.parts.items():
             _set_state(part, state["parts"][name])
         _set_random_state(run.generator, state["random"])
@@ -128,16 +127,17 @@ class Checkpoints:
 
     def expected(self) -> int:
         """Bytes of a checkpoint before the first one is written: the weights, and of each trained one two moments."""
-        weights = {x.data_ptr(): x.nbytes for x in self.run.model.parameters()}
+        model = self.run.model
+        saved = {x.data_ptr(): x for x in model.parameters() if x.requires_grad or not hasattr(model, "peft_config")}
         trained = [x for part in self.parts.values() if hasattr(part, "adamw") for x in part.parameters]
-        return sum(weights.values()) + 3 * sum(x.nbytes for x in trained)
+        return sum(x.nbytes for x in saved.values()) + 3 * sum(x.nbytes for x in trained)
 
 
-def save_whole(model: Any, tokenizer: Any, folder: Path) -> None:
+def save_whole(model: Any, tokenizer: Any, folder: Path, *, merge: bool = False) -> None:
     """save_model under another name, then renamed."""
     half = folder.with_name(f".{folder.name}")
     shutil.rmtree(half, ignore_errors=True)
-    save_model(model, tokenizer, half)
+    save_model(model, tokenizer, half, merge=merge)
     for path in half.glob("*.safetensors"):
         _require_whole(path)
     _put_in_place(half, folder, folder.parent)

@@ -35,6 +35,7 @@ from trivet.model.load import (
 from trivet.model.text import decode_completion, load_tokenizer, stop_ids
 from trivet.report.runs import method_of
 from trivet.rewards.functions import load_rewards
+from trivet.run.adapted import adapted, check_adapter
 from trivet.run.arguments import read_toml, typed
 from trivet.run.checkpoints import Checkpoints, save_whole
 from trivet.run.clock import clock_on
@@ -57,6 +58,7 @@ class Launch:
         self.method = self.recipe.__name__.rpartition(".")[2].replace("_", "-")
         check(config, self.method, again=again)
         self.start_from = model_folder(config.model)
+        check_adapter(config, self.start_from)
         self.out = Path(config.out or f"runs/{self.method}-{time.strftime('%Y%m%d-%H%M%S')}")
         device = usable_device(config.device)
         budget = config.microbatch_tokens or microbatch_that_fits(device)
@@ -70,7 +72,9 @@ class Launch:
         train, heldout = self._examples()
         torch.manual_seed(config.seed)
         load = load_scorer if self.recipe.TRAINS == "scorer" else load_policy
-        model = load(self.start_from, device=device, precision=config.precision, from_scratch=config.from_scratch)
+        how: dict[str, Any] = {"precision": config.precision, "quantize": config.quantize}
+        model = load(self.start_from, device=device, from_scratch=config.from_scratch, **how)
+        model = adapted(model, config, self.start_from)
         if self.recipe.TRAINS == "scorer":
             self._give_pad_token(model)
         else:
@@ -185,7 +189,7 @@ def _launch(config: Options, watch: Watch | None, again: bool) -> Path:
     program = memory_now(usable_device(config.device))
     launched = Launch(config, again)
     run, record, out = launched.run, launched.record, launched.out
-    checkpoints = Checkpoints(out, run, launched.tokenizer, launched.recipe.TRAINS == "scorer")
+    checkpoints = Checkpoints(out, run, launched.tokenizer)
     run.holds = checkpoints.holds
     if watch:
         watch(launched, 0, {})
@@ -239,7 +243,7 @@ def _launch(config: Options, watch: Watch | None, again: bool) -> Path:
             if failed is not error:
                 raise failed from None
             raise
-        save_whole(run.model, launched.tokenizer, out / "model")
+        save_whole(run.model, launched.tokenizer, out / "model", merge=config.merge)
         peak, rewards = peak_memory(run.device), {} if run.reward is None else run.reward.rewards
         summary = {
             "steps": run.steps,

@@ -62,8 +62,7 @@ class Run:
 
     def evaluates(self, step: int) -> bool:
         """Whether this step ends with an evaluation: the last one does, and every eval_every-th."""
-        every = self.config.eval_every
-        return bool(self.heldout) and (step == self.steps or (every > 0 and step % every == 0))
+        return bool(self.heldout) and (step == self.steps or step % (self.config.eval_every or self.steps) == 0)
 
 
 def shuffled(n: int, draw: Callable[[int], int]) -> Iterator[int]:

@@ -54,6 +54,16 @@ class Options:
     """Replace the tokenizer's chat template: 'plain' (Role: text) or a Jinja file."""
     from_scratch: bool = False
     """Start from random weights in the shape of the model's config.json."""
+    lora: int = 0
+    """Train a LoRA adapter of this rank in place of all weights, and save it as a peft folder; 0: all weights."""
+    lora_alpha: int = 0
+    """The adapter's product is multiplied by alpha / rank; 0 takes twice the rank."""
+    lora_targets: tuple[str, ...] = ()
+    """Names of the linear layers that get the adapter, q_proj for one; default: all but the head."""
+    merge: bool = False
+    """Save the adapter merged into its base, as an ordinary model folder."""
+    quantize: Literal["none", "4bit", "8bit"] = "none"
+    """Hold the frozen base below an adapter in 4 or 8 bits a weight (pip install "trivet[quantize]")."""
     track: tuple[str, ...] = ()
     """Also send metrics to tensorboard, wandb, trackio or mlflow (pip install "trivet[NAME]"); metrics.jsonl is always written."""
     max_skipped_steps: int = 3

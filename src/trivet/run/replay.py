@@ -64,7 +64,7 @@ def replayed(kept: str | Path) -> Found:
     known = read_object(run_folder / "run.json").get("start")
     if known != digest(run.model, []):
         raise InputError(f"{launched.start_from} is not what it was when {run_folder} began; restore it")
-    checkpoints = Checkpoints(out, run, launched.tokenizer, launched.recipe.TRAINS == "scorer")
+    checkpoints = Checkpoints(out, run, launched.tokenizer)
     checkpoints.start, run.holds = kept if done else None, checkpoints.holds
     then = next((line for line in read_metrics(run_folder) if line["step"] == step), {})
     with record.locked(), gradients_seen(run.model) as seen:
