@@ -7,13 +7,7 @@ from trivet.optimization.reduce import sequence_mean
 
 
 def gspo_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    *,
-    clip_low: float,
-    clip_high: float,
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip_low: float, clip_high: float
 ) -> Tensor:
     """The clipped surrogate with one ratio for all tokens of a completion: the geometric mean of theirs.
 

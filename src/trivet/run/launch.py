@@ -23,6 +23,8 @@ import torch
 from trivet.batch import Example
 from trivet.data import LazyExamples, load_examples, split_by_prompt
 from trivet.errors import InputError
+from trivet.generation.server import NoServerError
+from trivet.generation.sync import fingerprint
 from trivet.model.load import (
     load_policy,
     load_scorer,
@@ -38,12 +40,14 @@ from trivet.run.arguments import read_toml, typed
 from trivet.run.checkpoints import Checkpoints, save_whole
 from trivet.run.clock import clock_on
 from trivet.run.config import check
+from trivet.run.dynamic_sampling import refill
 from trivet.run.files import RunDirectory
 from trivet.run.loop import Metrics, Run
 from trivet.run.memory import by_part, memory_now, peak_memory
 from trivet.run.options import Options
 from trivet.run.record import Record, short
 from trivet.run.remembered import digest
+from trivet.run.servers import servers_of
 from trivet.run.trackers import send, trackers, until_end
 
 
@@ -86,6 +90,7 @@ class Launch:
             steps=config.steps or max(1, round(config.epochs * len(train) / config.prompts_per_step)),
             device=device,
             generator=torch.Generator(device).manual_seed(config.seed),
+            refill=refill,
         )
         self.record = Record(self.out, config, self.method, self.run.steps, self.tokenizer, self.run.decode)
         self.record.reward, self.run.keep, self.run.keeps = self.run.reward, self.record.keep, self.record.keeps
@@ -179,7 +184,8 @@ def launch(config: Options, watch: Watch | None = None, *, again: bool = False) 
     about = {"started_from": launched.start_from, "start": digest(run.model, []), "began": time.time()}
     about |= {"data": launched.counts, "example": launched.example()}
     about |= {"parameters": sum(p.numel() for p in run.model.parameters())}
-    with record.locked(), clock_on(launched.recipe) as clock, asked_to_stop(run) as asked:
+    generates = servers_of(run, out, launched.start_from, launched.context)
+    with record.locked(), clock_on(launched.recipe) as clock, asked_to_stop(run) as asked, generates as elsewhere:
         counted = (checkpoints.go_on(run.note) if again else {}) or {
             "step": 0,
             "seconds": 0.0,
@@ -190,11 +196,11 @@ def launch(config: Options, watch: Watch | None = None, *, again: bool = False) 
         record.begin(about, done)
         tracked = trackers(config.track, out, {"method": launched.method} | vars(launched.config))
         began = time.perf_counter() - counted["seconds"]
-        saved = time.monotonic()
+        saved, stands = time.monotonic(), None  # stands: the weights after the last whole step
         try:
             for step, metrics in enumerate(until_end(tracked, launched.recipe.train(run.config, run)), done + 1):
                 seconds = time.perf_counter() - began
-                metrics = {"step": step, "seconds": round(seconds, 3)} | metrics | clock.take()
+                metrics = {"step": step, "seconds": round(seconds, 3)} | metrics | elsewhere.metrics() | clock.take()
                 tokens.update({key: int(value) for key, value in metrics.items() if key.startswith("tokens/")})
                 heldout |= {key: value for key, value in metrics.items() if key.startswith("eval/")}
                 record.step(metrics)
@@ -202,18 +208,22 @@ def launch(config: Options, watch: Watch | None = None, *, again: bool = False) 
                 late = time.monotonic() - saved > SAVE_SECONDS
                 due = step % config.save_every == 0 if config.save_every else late
                 stopping = bool(asked)  # looked at once: the signal may come at any moment
+                counted = {"seconds": seconds, "tokens": tokens, "eval": heldout}
                 if (due or stopping) and step < run.steps:
-                    counted = {"seconds": seconds, "tokens": tokens, "eval": heldout}
                     checkpoints.save(step, counted, config.keep if config.save_every else 2)
                     saved = time.monotonic()
                 if watch:
                     watch(launched, step, metrics)
-                done = step
+                done, stands = step, fingerprint(run.model)
                 if stopping and step < run.steps:
                     raise asked_of(asked[0], f"stopped after step {step} of {run.steps}; to go on: trivet resume {out}")
-        except (InputError, OSError, KeyboardInterrupt):
+        except (InputError, OSError, KeyboardInterrupt) as error:
             if done == 0:
                 record.undo()
+            elif isinstance(error, NoServerError):
+                if fingerprint(run.model) == stands:  # it went before the next step moved anything
+                    checkpoints.save(done, counted, config.keep if config.save_every else 2)
+                raise InputError(f"{error}; stopped after step {done}, to go on: trivet resume {out}") from None
             raise
         save_whole(run.model, launched.tokenizer, out / "model")
         peak, rewards = peak_memory(run.device), {} if run.reward is None else run.reward.rewards
