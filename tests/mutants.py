@@ -609,7 +609,7 @@ MUTANTS: list[Mutant] = [
         ("grpo learns without the temperature that sampled", "logprobs = token_logprobs(policy, part, temperature=temperature)", "logprobs = token_logprobs(policy, part)"),
         ("grpo: reference without the temperature that sampled", "(token_logprobs, reference, groups, budget, temperature=temperature)", "(token_logprobs, reference, groups, budget)"),
     ),
-    *planted("recipes/dynamic_sampling.py", "test_recipes.py::test_each_variant_of_grpo_climbs[dapo]",
+    *planted("run/dynamic_sampling.py", "test_recipes.py::test_each_variant_of_grpo_climbs[dapo]",
         ("dynamic sampling keeps what teaches nothing", "sides[not informative]", "sides[informative]"),
     ),
     *planted("recipes/ppo.py", PARITY_PPO,

@@ -20,10 +20,11 @@ from rich.progress import Progress
 from torch.testing import assert_close
 
 from test_rewards import rollouts
+from trivet.calls import pause, settled
 from trivet.cli import main
 from trivet.errors import InputError
 from trivet.rewards.functions import FunctionReward, load_rewards
-from trivet.rewards.guard import OutOfTime, pause, settled, within
+from trivet.rewards.guard import OutOfTime, within
 
 NAN = math.nan
 LONG = 8.0  # seconds that nothing here may wait

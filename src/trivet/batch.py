@@ -61,6 +61,7 @@ class Rollouts:
     finished: Tensor  # (B,) bool     ended by itself; False = cut at the length limit
     texts: Sequence[str]  # B
     rows: Sequence[Mapping[str, Any]]  # P source rows, every column kept, for rewards
+    versions: Sequence[int] = ()  # B, steps behind the weights that wrote each; empty: the learner's own, as they are
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,7 +4,12 @@ from trivet.optimization.advantages import group_advantages, leave_one_out_advan
 from trivet.optimization.control import adapted_beta
 from trivet.optimization.kl import k1, k2, k3
 from trivet.optimization.normalize import scale_to_unit_variance, whiten
-from trivet.optimization.policy import clipped_surrogate_loss, is_clipped, policy_gradient_loss
+from trivet.optimization.policy import (
+    clipped_surrogate_loss,
+    is_clipped,
+    policy_gradient_loss,
+    truncated_importance_weights,
+)
 from trivet.optimization.preference import (
     bradley_terry_loss,
     centering_loss,
@@ -61,6 +66,7 @@ __all__ = [
     "sequence_sum",
     "simpo_loss",
     "token_mean",
+    "truncated_importance_weights",
     "weighted_kl",
     "whiten",
 ]

@@ -1,4 +1,4 @@
-"""Learning from rewards: the score-function gradient, plain and with PPO's clipped ratio."""
+"""Learning from rewards: the score-function gradient, plain, with PPO's clipped ratio, from samples of another engine."""
 
 import torch
 from torch import Tensor
@@ -50,3 +50,16 @@ def is_clipped(
     """
     ratio = (logprobs - old_logprobs).exp()  # (B, T)
     return ((ratio > 1 + clip_high) & (advantages > 0)) | ((ratio < 1 - clip_low) & (advantages < 0))
+
+
+def truncated_importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, *, cap: float) -> Tensor:
+    """What makes tokens that another engine, or earlier weights, sampled count as if the learner had sampled them.
+
+        w = min(pi / pi_sampler, cap), not differentiated
+
+    logprobs: (B, T) of the learner before it moves on the batch. sampler_logprobs: (B, T) as sampled. Returns (B, T), to be
+    multiplied into the loss of each token. cap bounds the variance, at the price of some bias; without it the weighted gradient
+    is, token by token, that of sampling from pi. Source: Yao et al. 2025 (truncated importance sampling between engines);
+    Espeholt et al. 2018 (IMPALA), the clipped rho of eq. 1.
+    """
+    return (logprobs - sampler_logprobs).detach().exp().clamp(max=cap)

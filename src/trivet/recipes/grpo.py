@@ -23,25 +23,20 @@ from trivet.batch import microbatches
 from trivet.generation.engine import Engine
 from trivet.model.copies import frozen_copy
 from trivet.model.forward import in_microbatches, token_logprobs
-from trivet.optimization.policy import is_clipped, policy_gradient_loss
-from trivet.recipes.dynamic_sampling import refill
+from trivet.optimization.policy import is_clipped, policy_gradient_loss, truncated_importance_weights
 from trivet.recipes.grpo_variants import VARIANTS, centered, check, kl_term, shaped, step_mean, surrogate
 from trivet.recipes.on_policy import evaluate, policy_metrics, rollout_metrics
 from trivet.run.loop import Metrics, Optimizer, Run, mean, reduced
-from trivet.run.options import Options
+from trivet.run.options import SamplingOptions
 from trivet.toy import ARITHMETIC, STORIES
 
 ROWS, TRAINS = "prompts", "policy"  # what the data must hold, and what kind of model is trained
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Options):
+class Config(SamplingOptions):
     """Group relative policy optimization: policy gradient on the reward minus the mean of its group."""
 
-    reward: tuple[str, ...] = ()
-    """Built-in name, file.py:function, module:function, reward model (run, folder, hub name), judge (URL), or .toml; several add up."""
-    reward_weights: tuple[float, ...] = ()
-    """One weight per reward; a weight of 0 only logs it."""
     group_size: int = 8
     """Completions per prompt."""
     beta: float = 0.04
@@ -50,8 +45,6 @@ class Config(Options):
     """A term of the loss, or (RLOO, REINFORCE++) subtracted from the reward of each completion."""
     kl_estimator: Literal["k2", "k3", "weighted-k3"] = "k2"
     """The term in the loss: k2 has the gradient of the KL, k3 (the paper) another, k3 times the ratio the KL's again."""
-    temperature: float = 1.0
-    """Sampling temperature; the log-probabilities that train are divided by it too."""
     baseline: Literal["group", "leave-one-out", "batch"] = "group"
     """What is subtracted from a reward: the mean of its group, of the others in it (RLOO), of the step (REINFORCE++)."""
     scale_rewards: Literal["none", "group", "batch"] = "none"
@@ -81,7 +74,7 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
     """Yield the metrics of each step; the policy is run.model."""
     policy, reward = run.model, run.reward
     reference = frozen_copy(policy) if config.beta else None
-    engine = Engine(run.decode, run.stops, config.max_completion_tokens, config.temperature, run.generator)
+    engine = run.engine(Engine(run.decode, run.stops, config.max_completion_tokens, config.temperature, run.generator))
     optimizer = Optimizer(policy, config, run.steps * config.epochs_per_batch)
     run.holds(reference=reference, optimizer=optimizer, engine=engine)
     budget, temperature = config.microbatch_tokens, config.temperature
@@ -91,7 +84,7 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
         rewards = reward(rollouts)  # (B,)
         metrics = rollout_metrics(rollouts, rewards, reward)
         if config.dynamic_sampling:
-            rollouts, rewards = refill(rollouts, rewards, run, step, engine, config.dynamic_sampling, metrics)
+            rollouts, rewards = run.refill(rollouts, rewards, run, step, engine, config.dynamic_sampling, metrics)
         groups, old_logprobs = rollouts.groups, rollouts.logprobs  # (B, T)
         ref_logprobs = old_logprobs  # (B, T)
         if reference is not None:
@@ -112,6 +105,9 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
                 else:
                     loss = surrogate(logprobs, old, advantage, part.mask, config)  # (b, T)
                 loss = loss + in_loss * kl_term(logprobs, old, ref_logprobs[rows], config)
+                if config.importance_cap and rollouts.versions:  # another engine, or earlier weights, wrote them
+                    cap = config.importance_cap
+                    loss = loss * truncated_importance_weights(old, old_logprobs[rows], cap=cap)
                 logprobs.retain_grad()
                 step_mean(loss, part.mask, groups.mask, config).backward()
                 latest[rows], gradient[rows] = logprobs.detach(), logprobs.grad  # type: ignore[assignment]

@@ -24,33 +24,27 @@ from trivet.optimization.preference import pairwise_group_loss, ranked_pairs
 from trivet.optimization.reduce import sequence_sum
 from trivet.recipes.on_policy import evaluate, policy_metrics, rollout_metrics
 from trivet.run.loop import Metrics, Optimizer, Run, reduced
-from trivet.run.options import Options
+from trivet.run.options import SamplingOptions
 from trivet.toy import ARITHMETIC, STORIES
 
 ROWS, TRAINS = "prompts", "policy"  # what the data must hold, and what kind of model is trained
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Options):
+class Config(SamplingOptions):
     """Pairwise GRPO: Bradley-Terry over all ranked pairs of each sampled group."""
 
-    reward: tuple[str, ...] = ()
-    """Built-in name, file.py:function, module:function, reward model (run, folder, hub name), judge (URL), or .toml; several add up."""
-    reward_weights: tuple[float, ...] = ()
-    """One weight per reward; a weight of 0 only logs it."""
     group_size: int = 8
     """Completions per prompt."""
     beta: float = 0.1
     """Strength of the tie to the reference, per nat."""
-    temperature: float = 1.0
-    """Sampling temperature; the log-probabilities that train are divided by it too."""
 
 
 def train(config: Config, run: Run) -> Iterator[Metrics]:
     """Yield the metrics of each step; the policy is run.model."""
     policy, reward = run.model, run.reward
     reference = frozen_copy(policy)
-    engine = Engine(run.decode, run.stops, config.max_completion_tokens, config.temperature, run.generator)
+    engine = run.engine(Engine(run.decode, run.stops, config.max_completion_tokens, config.temperature, run.generator))
     optimizer = Optimizer(policy, config, run.steps)
     run.holds(reference=reference, optimizer=optimizer, engine=engine)
     budget, temperature = config.microbatch_tokens, config.temperature

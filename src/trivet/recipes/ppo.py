@@ -29,27 +29,23 @@ from trivet.model.scalar import values, with_scalar_head
 from trivet.optimization.control import adapted_beta
 from trivet.optimization.kl import k1, k2
 from trivet.optimization.normalize import scale_to_unit_variance, whiten
-from trivet.optimization.policy import clipped_surrogate_loss, is_clipped
+from trivet.optimization.policy import clipped_surrogate_loss, is_clipped, truncated_importance_weights
 from trivet.optimization.reduce import sequence_sum, token_mean
 from trivet.optimization.value import clipped_value_loss, explained_variance, gae
 from trivet.recipes.on_policy import evaluate, policy_metrics, rollout_metrics
 from trivet.rewards.reward import WeightedSum
 from trivet.rewards.shaping import kl_charged_rewards
 from trivet.run.loop import Metrics, Optimizer, Run, mean, reduced
-from trivet.run.options import Options
+from trivet.run.options import SamplingOptions
 from trivet.toy import ARITHMETIC, STORIES
 
 ROWS, TRAINS = "prompts", "policy"  # what the data must hold, and what kind of model is trained
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Options):
+class Config(SamplingOptions):
     """Proximal policy optimization: clipped surrogate, learned value baseline, KL to the reference."""
 
-    reward: tuple[str, ...] = ()
-    """Built-in name, file.py:function, module:function, reward model (run, folder, hub name), judge (URL), or .toml; several add up."""
-    reward_weights: tuple[float, ...] = ()
-    """One weight per reward; a weight of 0 only logs it."""
     group_size: int = 4
     """Completions per prompt; they share the prompt's computation, nothing else."""
     beta: float = 0.05
@@ -58,8 +54,6 @@ class Config(Options):
     """Adapt beta so that the KL is led to so many nats per completion; 0 leaves beta as it is."""
     kl_in: Literal["reward", "loss"] = "reward"
     """Charge the KL per token in the reward, or as a term of the loss."""
-    temperature: float = 1.0
-    """Sampling temperature; the log-probabilities that train are divided by it too."""
     gamma: float = 1.0
     """Discount per token."""
     lam: float = 0.95
@@ -94,7 +88,7 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
     reference = frozen_copy(policy)
     critic = with_scalar_head(policy, share=True) if config.shared_critic else critic_from(reward, policy)
     value_coef, value_clip = config.value_coef if config.shared_critic else 1.0, config.value_clip or math.inf
-    engine = Engine(run.decode, run.stops, config.max_completion_tokens, config.temperature, run.generator)
+    engine = run.engine(Engine(run.decode, run.stops, config.max_completion_tokens, config.temperature, run.generator))
     updates = config.epochs_per_batch * config.minibatches
     optimizer = Optimizer(policy, config, run.steps * updates)
     head_or_all = critic.score if config.shared_critic else critic
@@ -112,6 +106,10 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
         rewards = rewards.where(~rewards.isnan(), rewards.nanmean().nan_to_num())  # unscored ones count as average
         scores = rewards - config.missing_eos_penalty * ~rollouts.finished  # (B,)
         ref_logprobs = in_microbatches(token_logprobs, reference, groups, budget, temperature=temperature)  # (B, T)
+        weights = torch.ones_like(old_logprobs)  # (B, T)
+        if config.importance_cap and rollouts.versions:  # another engine, or earlier weights, wrote them
+            old_logprobs = in_microbatches(token_logprobs, policy, groups, budget, temperature=temperature)  # (B, T)
+            weights = truncated_importance_weights(old_logprobs, rollouts.logprobs, cap=config.importance_cap)
         old_values = in_microbatches(values, critic, groups, budget)  # (B, T)
         kl, charge = k1(old_logprobs, ref_logprobs), beta if config.kl_in == "reward" else 0.0  # (B, T)
         token_rewards = kl_charged_rewards(scores, kl, mask, beta=charge)  # (B, T)
@@ -131,7 +129,7 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
                 if config.kl_in == "loss":
                     loss = loss + beta * k2(logprobs, ref_logprobs[rows])
                 logprobs.retain_grad()
-                token_mean(loss, part.mask, total=total).backward()
+                token_mean(weights[rows] * loss, part.mask, total=total).backward()
                 value = values(critic, part)  # (b, T)
                 value_loss = clipped_value_loss(value, old_values[rows], returns[rows], clip=value_clip)  # (b, T)
                 (value_coef * token_mean(value_loss, part.mask, total=total)).backward()

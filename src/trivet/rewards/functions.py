@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from trivet.batch import Rollouts
+from trivet.calls import pause, settled
 from trivet.errors import InputError
-from trivet.rewards.guard import Heard, OutOfTime, pause, settled, within
+from trivet.rewards.guard import Heard, OutOfTime, within
 from trivet.rewards.learned import load_learned_reward
 from trivet.rewards.reward import Reward, WeightedSum
 from trivet.rewards.settings import read_settings, with_settings

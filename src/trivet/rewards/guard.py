@@ -1,17 +1,14 @@
-"""Around code that somebody else wrote: a time limit, a loop for what is async, an ear for what it prints."""
+"""Around code that somebody else wrote: a time limit, an ear for what it prints."""
 
-import asyncio
 import io
-import random
 import signal
 import sys
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 AGAIN = 1.0  # seconds after which an alarm that was swallowed rings again
-_draw = random.Random()  # apart from the generators that a run's results depend on
 
 
 class OutOfTime(BaseException):
@@ -66,43 +63,6 @@ def _within_a_thread(seconds: float, call: Callable[[], Any]) -> Any:
     return result
 
 
-_loops: list[asyncio.AbstractEventLoop] = []  # the one loop, once there is one
-
-
-def settled(awaitable: Awaitable[T]) -> T:
-    """What an awaitable comes to, in an event loop of our own that lives as long as the process.
-
-    One loop, so that a client which async code keeps from call to call stays usable; in a thread, so that it works where a
-    loop runs already, as in a notebook. Whatever ends the wait, OutOfTime or Ctrl-C, cancels the task.
-    """
-    if not _loops:
-        _loops.append(asyncio.new_event_loop())
-        threading.Thread(target=_loops[0].run_forever, daemon=True).start()
-    loop = _loops[0]
-
-    async def wait() -> tuple[Any, BaseException | None]:
-        try:
-            return await awaitable, None
-        except asyncio.CancelledError:
-            raise
-        except BaseException as error:  # SystemExit too, which would end the loop
-            return None, error
-
-    future = asyncio.run_coroutine_threadsafe(wait(), loop)
-    try:
-        result, error = future.result()
-    except BaseException:
-        future.cancel()
-        try:
-            asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(AGAIN / 2)
-        except TimeoutError:  # blocked for good by code that never awaits: leave that loop to it
-            _loops.remove(loop)
-        raise
-    if error is not None:
-        raise error
-    return result
-
-
 class Heard(io.TextIOBase):
     """Stands in for stdout: keeps the beginning of what is printed, and forgets the rest."""
 
@@ -123,9 +83,3 @@ class Heard(io.TextIOBase):
     def writable(self) -> bool:
         """It is."""
         return True
-
-
-def pause(attempt: int, longest: float = 60.0) -> float:
-    """Seconds to wait after this many failed attempts: about 1, 2, 4, ... up to `longest`, spread by half so that many
-    who failed together do not come back together."""
-    return min(2.0 ** (attempt - 1), longest) * _draw.uniform(0.5, 1.0)

@@ -5,8 +5,6 @@ key, where it asks for one, is in the environment, and nowhere else.
 """
 
 import asyncio
-import email.utils
-import json
 import math
 import os
 import re
@@ -22,8 +20,8 @@ import torch
 from torch import Tensor
 
 from trivet.batch import Rollouts
+from trivet.calls import NoAnswerError, RefusedError, answered, pause, settled
 from trivet.errors import InputError, first_line
-from trivet.rewards.guard import pause, settled
 from trivet.rewards.pairwise import matches, win_rates
 
 SCORE = re.compile(r"score\W{0,6}?(-?\d+(?:\.\d+)?)", re.IGNORECASE)
@@ -152,7 +150,7 @@ class Judge:
                 for number, question in waiting:
                     try:
                         answers[number] = await self._answer(client, question)
-                    except _NoAnswerError as error:
+                    except NoAnswerError as error:
                         if self.on_failure == "stop":
                             raise InputError(f"reward {self.name}: {error}") from None
                         self.failures, self.last = self.failures + 1, str(error)
@@ -188,13 +186,13 @@ class Judge:
                 self.down = False
                 return content
             except (LookupError, TypeError, AttributeError):
-                error = _NoAnswerError(f"{self.url} answers in another form than an OpenAI-compatible server")
-            except _NoAnswerError as failure:
+                error = NoAnswerError(f"{self.url} answers in another form than an OpenAI-compatible server")
+            except NoAnswerError as failure:
                 error = failure
             if attempt > self.retries or self.down:
                 self.down = True  # where failures are skipped, do not wait as long again for each of the others
                 times = f" ({attempt} times in a row)" if attempt > 1 else ""
-                raise _NoAnswerError(f"{error}{times}")
+                raise NoAnswerError(f"{error}{times}")
             self.totals["retries"] += 1
             if error.wait is not None:
                 self.resume = max(self.resume, time.monotonic() + min(error.wait, LONGEST_WAIT))
@@ -204,42 +202,25 @@ class Judge:
     async def _told(self, client: httpx.AsyncClient, how: str, what: str, body: Any = None) -> Any:
         """The JSON that the server answers with.
 
-        Errors: _NoAnswerError for what may go better another time, else InputError.
+        Errors: NoAnswerError for what may go better another time, else InputError.
         """
         try:
-            async with asyncio.timeout(self.timeout):
-                async with client.stream(how, f"{self.url}/{what}", json=body) as response:
-                    text = bytearray()
-                    async for part in response.aiter_bytes():
-                        text += part
-                        if len(text) > LARGEST:
-                            raise _NoAnswerError(f"{self.url} answers with more than {LARGEST >> 20} MiB")
-        except (TimeoutError, httpx.TimeoutException):
-            raise _NoAnswerError(f"{self.url} gives no answer within {self.timeout:g} seconds") from None
+            return await answered(client, how, self.url, what, body, timeout=self.timeout, largest=LARGEST)
+        except NoAnswerError as error:
+            raise NoAnswerError(self._without_key(error), wait=error.wait) from None
         except (httpx.InvalidURL, httpx.UnsupportedProtocol, UnicodeError) as error:
             raise InputError(f"reward {self.name}: {self.url} is no URL: {self._without_key(error)}") from None
-        except httpx.HTTPError as error:
-            raise _NoAnswerError(f"{self.url} can't be reached or breaks off: {self._without_key(error)}") from None
-        code = response.status_code
-        if code in (408, 409, 429) or code >= 500:
-            raise _NoAnswerError(
-                f"{self.url} answers with HTTP {code}", wait=_wait(response.headers.get("retry-after"))
-            )
-        if code != 200:
-            said = self._without_key(text[:300].decode(errors="replace") or "nothing more")
-            hint = f"; the key is taken from {self.key_variable}" if code in (401, 403) else ""
-            raise InputError(f"reward {self.name}: {self.url} answers with HTTP {code}: {said}{hint}")
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError):
-            raise _NoAnswerError(f"{self.url} answers with something that is not JSON") from None
+        except RefusedError as error:
+            said = self._without_key(error.said)
+            hint = f"; the key is taken from {self.key_variable}" if error.code in (401, 403) else ""
+            raise InputError(f"reward {self.name}: {self.url} answers with HTTP {error.code}: {said}{hint}") from None
 
     async def _first_model(self) -> str:
         async with self._client() as client:
             try:
                 return str((await self._told(client, "GET", "models"))["data"][0]["id"])
-            except (LookupError, TypeError, _NoAnswerError) as error:
-                told = error if isinstance(error, _NoAnswerError) else f"{self.url} does not say which models it has"
+            except (LookupError, TypeError, NoAnswerError) as error:
+                told = error if isinstance(error, NoAnswerError) else f"{self.url} does not say which models it has"
                 raise InputError(
                     f"reward {self.name}: {told}; start the server, or name the model: URL#MODEL"
                 ) from None
@@ -248,25 +229,3 @@ class Judge:
         """In one line; servers have been seen to repeat the key they were sent."""
         line = " ".join(str(said).split()) or type(said).__name__
         return line.replace(self.key, "(the key)") if self.key else line
-
-
-class _NoAnswerError(Exception):
-    """A call that came to nothing, said in a sentence; wait: seconds that the server asks for."""
-
-    def __init__(self, told: str, *, wait: float | None = None):
-        super().__init__(told)
-        self.wait = wait
-
-
-def _wait(header: str | None) -> float | None:
-    """Seconds of a Retry-After, which is a number or a date."""
-    if not header:
-        return None
-    try:
-        seconds = float(header)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
-        except (ValueError, TypeError):
-            return None
-    return max(0.0, seconds) if math.isfinite(seconds) else None

@@ -11,10 +11,16 @@ from typing import Any
 import torch
 
 from trivet.generation.engine import Engine
+from trivet.generation.server import Servers
 from trivet.rewards.reward import WeightedSum
 from trivet.run.loop import Metrics, Optimizer
 
-METHODS = ((Engine, "generate", "generation"), (WeightedSum, "__call__", "reward"), (Optimizer, "step", "optimizer"))
+METHODS = (
+    (Engine, "generate", "generation"),
+    (Servers, "generate", "generation"),
+    (WeightedSum, "__call__", "reward"),
+    (Optimizer, "step", "optimizer"),
+)
 CALLS = dict.fromkeys(("token_logprobs", "values", "scores", "in_microbatches"), "forward") | {"evaluate": "evaluation"}
 
 

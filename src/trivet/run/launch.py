@@ -24,6 +24,7 @@ import torch
 from trivet.batch import Example
 from trivet.data import LazyExamples, load_examples, split_by_prompt
 from trivet.errors import InputError
+from trivet.generation.server import NoServerError
 from trivet.model.load import (
     load_policy,
     load_scorer,
@@ -40,6 +41,7 @@ from trivet.run.arguments import read_toml, typed
 from trivet.run.checkpoints import Checkpoints, save_whole
 from trivet.run.clock import clock_on
 from trivet.run.config import check
+from trivet.run.dynamic_sampling import refill
 from trivet.run.files import RunDirectory
 from trivet.run.loop import Metrics, Run
 from trivet.run.memory import by_part, memory_now, peak_memory
@@ -47,6 +49,7 @@ from trivet.run.options import Options
 from trivet.run.record import Record, short
 from trivet.run.remembered import digest
 from trivet.run.rescue import OutOfMemoryError, Skips, halved, is_out_of_memory, save_beginning
+from trivet.run.servers import servers_of
 from trivet.run.trackers import send, trackers, until_end
 
 
@@ -92,6 +95,7 @@ class Launch:
             steps=config.steps or max(1, round(config.epochs * len(train) / config.prompts_per_step)),
             device=device,
             generator=torch.Generator(device).manual_seed(config.seed),
+            refill=refill,
         )
         self.record = Record(self.out, config, self.method, self.run.steps, self.tokenizer, self.run.decode)
         self.record.reward, self.run.keep, self.run.keeps = self.run.reward, self.record.keep, self.record.keeps
@@ -196,7 +200,8 @@ def _launch(config: Options, watch: Watch | None, again: bool) -> Path:
     about = {"started_from": launched.start_from, "start": digest(run.model, []), "began": time.time()}
     about |= {"data": launched.counts, "example": launched.example()}
     about |= {"parameters": sum(p.numel() for p in run.model.parameters())}
-    with record.locked(), clock_on(launched.recipe) as clock, asked_to_stop(run) as asked:
+    generates = servers_of(run, out, launched.start_from, launched.context)
+    with record.locked(), clock_on(launched.recipe) as clock, asked_to_stop(run) as asked, generates as elsewhere:
         counted = (checkpoints.go_on(run.note) if again else {}) or {
             "step": 0,
             "seconds": 0.0,
@@ -212,9 +217,8 @@ def _launch(config: Options, watch: Watch | None, again: bool) -> Path:
         try:
             for step, metrics in enumerate(until_end(tracked, launched.recipe.train(run.config, run)), done + 1):
                 seconds = time.perf_counter() - began
-                metrics = (
-                    {"step": step, "seconds": round(seconds, 3)} | metrics | skips.look(step, counted) | clock.take()
-                )
+                metrics = {"step": step, "seconds": round(seconds, 3)} | metrics | skips.look(step, counted)
+                metrics |= elsewhere.metrics() | clock.take()
                 tokens.update({key: int(value) for key, value in metrics.items() if key.startswith("tokens/")})
                 heldout |= {key: value for key, value in metrics.items() if key.startswith("eval/")}
                 record.step(metrics)
@@ -238,6 +242,9 @@ def _launch(config: Options, watch: Watch | None, again: bool) -> Path:
             if is_out_of_memory(error):
                 save_beginning(checkpoints, done, counted)
                 failed = halved(out, run, done + 1, error)
+            elif isinstance(error, NoServerError) and done:
+                save_beginning(checkpoints, done, counted)
+                failed = InputError(f"{error}; stopped after step {done}, to go on: trivet resume {out}")
             if done == 0 and isinstance(failed, InputError | OSError | KeyboardInterrupt):
                 record.undo()
             if failed is not error:

@@ -49,6 +49,8 @@ class Run:
     note: Callable[[str], None] = lambda text: None  # a line for whoever watches
     keep: Callable[..., None] = lambda *args, **kwargs: None  # run.record.Record.keep: completions, for whoever looks
     keeps: Callable[[int], bool] = lambda step: False  # whether this step's tokens are kept too
+    engine: Callable[[Any], Any] = lambda engine: engine  # run.servers: what generates in its place
+    refill: Any = None  # run.dynamic_sampling.refill: other prompts for groups that teach nothing
     holds: Callable[..., None] = lambda **parts: None  # run.checkpoints: what the recipe has made for its loop, by name
     done: int = 0  # steps that an earlier process has taken
 

@@ -76,3 +76,23 @@ class Options:
     """Print nothing but the run directory at the end, and errors."""
     keep_tokens_every: int = 10
     """Keep every token's numbers of a few completions every so many steps, the first and the last, for trivet report; 0: never."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions(Options):
+    """What recipes that sample have too: what rewards, and who generates."""
+
+    reward: tuple[str, ...] = ()
+    """Built-in name, file.py:function, module:function, reward model (run, folder, hub name), judge (URL), or .toml; several add up."""
+    reward_weights: tuple[float, ...] = ()
+    """One weight per reward; a weight of 0 only logs it."""
+    temperature: float = 1.0
+    """Sampling temperature; the log-probabilities that train are divided by it too."""
+    generate_with: tuple[str, ...] = ()
+    """URLs of vLLM servers that generate, in place of this process (docs/servers.md)."""
+    vllm: bool = False
+    """Start a vLLM server on this machine to generate with, and end it with the run; `make vllm` installs it."""
+    max_staleness: int = 0
+    """Servers generate ahead of training, with weights of up to so many steps before; 0 waits for each batch."""
+    importance_cap: float = 2.0
+    """Weigh tokens that a server sampled by pi / pi_sampler, cut here (ppo, grpo); 0 does not."""

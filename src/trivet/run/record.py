@@ -151,6 +151,9 @@ class Record:
             text = self.decode(before, written[:-1] if sampled and read["finished"][b] else written)
             line: dict[str, Any] = {"step": step, "group": p, "prompt": rows[p].get("prompt"), "completion": text}
             line |= {"set": "held-out"} if heldout else {}
+            if isinstance(given, Rollouts) and given.versions:  # steps behind the weights that wrote it, and since then
+                done = step if heldout else step - 1
+                line |= {"version": given.versions[b], "staleness": done - given.versions[b]}
             line |= {"side": "chosen" if chosen[b] else "rejected"} if chosen is not None else {}
             line |= {name: short(x[b]) for name, x in read.items() if not isinstance(x[b], list)}
             line |= {"rewards": {name: short(part[b].item()) for name, part in parts.items()}} if parts else {}

@@ -64,7 +64,7 @@ class Skips:
         start = save_beginning(self.checkpoints, step - 1, counted)
         if start:
             shutil.copytree(start, half, copy_function=_link, dirs_exist_ok=True)
-        rows = next(examples for number, examples in self.run.batches() if number == step)
+        rows = next(examples for number, examples in Run.batches(self.run) if number == step)
         with (half / "batch.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(dict(example.row), ensure_ascii=False, default=str) + "\n" for example in rows)
         write_json(half / "replay.json", {"step": step, "from": int(start.name.removeprefix("step-")) if start else 0})

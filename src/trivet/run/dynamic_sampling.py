@@ -51,5 +51,6 @@ def _together(groups: Sequence[Group]) -> tuple[Rollouts, Tensor]:
         finished=torch.stack([r.finished[b] for r, _, b in of_row]),
         texts=[r.texts[b] for r, _, b in of_row],
         rows=[r.rows[p] for r, _, p in groups],
+        versions=[r.versions[b] for r, _, b in of_row if r.versions],
     )
     return rollouts, torch.stack([rewards[b] for _, rewards, b in of_row])

@@ -1,0 +1,494 @@
+"""vLLM servers behind the engine's own interface: token ids in, token ids and their sampled log-probabilities out.
+
+A server is trusted with a version of the weights once it has passed the probe on it (sync.py), and until a call to it fails; then its
+work goes to another, and it is brought to the weights and probed again. Everything that is waited for has a time limit.
+"""
+
+import asyncio
+import math
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from trivet.batch import Example, Rollouts, collate
+from trivet.calls import NoAnswerError, RefusedError, answered, pause
+from trivet.errors import InputError
+from trivet.generation.engine import Engine
+from trivet.generation.local import Local
+from trivet.generation.sync import Weights, digest, fingerprint, publish
+
+LARGEST = 256 << 20  # bytes of an answer
+SHORT, BEAT = 10.0, 5.0  # seconds: for answers that need no model; between looks at a server that is at work
+AT_ONCE, TRIES = 64, 10  # groups under way at a server; how often a group is tried
+SAMPLES = 4  # tokens that are sampled after each probe
+
+Completion = tuple[list[int], list[float]]  # token ids, the log-probability of each as sampled
+
+
+class NoServerError(InputError):
+    """No server is left to generate with; the weights are as they were after the last step."""
+
+
+class ProbeError(Exception):
+    """A server that says it has the weights, and answers with other numbers."""
+
+
+@dataclass(eq=False)
+class Server:
+    """One vLLM server, and what is known of it."""
+
+    url: str
+    stops: Sequence[int]
+    cut: dict[str, Any]  # temperature, top_k, top_p
+    timeout: float  # seconds for a group
+    tolerance: float  # of the probe, nats; the largest difference where exact, else their mean
+    exact: bool
+    local: Local | None = None
+    base: str = ""  # what a local server starts from, where adapters are loaded on top
+    has: set[str] = field(default_factory=set[str])  # names of weights that it is trusted with
+    asked: set[Any] = field(default_factory=set[Any])  # requests under way
+    busy: int = 0
+    strikes: int = 0
+    trouble: str = "it has not been reached yet"
+    hopeless: bool = False  # the trouble is not of the kind that passes
+    difference: float = 0.0  # largest one of the last probe, nats
+    client: httpx.AsyncClient | None = None
+
+    async def call(self, how: str, what: str, body: Any = None, timeout: float = 0.0) -> Any:
+        """One call to it, as calls.answered makes them."""
+        if self.client is None:
+            key = os.environ.get("VLLM_API_KEY", "")
+            headers = {"Authorization": f"Bearer {key}"} if key else {}
+            limits = httpx.Limits(max_connections=None, max_keepalive_connections=AT_ONCE)
+            self.client = httpx.AsyncClient(headers=headers, timeout=None, limits=limits, trust_env=False)
+        limit = timeout or self.timeout
+        return await answered(self.client, how, self.url, what, body, timeout=limit, largest=LARGEST)
+
+    async def sample(self, weights: Weights, prompt: Sequence[int], n: int, seed: int, limit: int) -> list[Completion]:
+        """n completions of one prompt by these weights. Errors: NoAnswerError for any answer that is not whole or not theirs."""
+        name = secrets.token_hex(8)
+        settings = {"n": n, "seed": seed, "max_tokens": limit, "logprobs": 0, "detokenize": False} | self.cut
+        settings |= {"stop_token_ids": list(self.stops), "ignore_eos": True, "min_p": 0.0, "repetition_penalty": 1.0}
+        body = {"request_id": name, "token_ids": list(prompt), "cache_salt": weights.name, "sampling_params": settings}
+        if weights.adapter:
+            body["model"] = weights.name
+        try:
+            answer = await self.call("POST", "inference/v1/generate", body)
+        except RefusedError as error:
+            if error.code == 404 and weights.adapter:
+                raise NoAnswerError(f"{self.url} has lost the adapter {weights.name}") from None
+            raise
+        try:
+            if not str(answer["request_id"]).endswith(name):
+                raise NoAnswerError(f"{self.url} answers to another request than it was asked")
+            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+            if [choice["index"] for choice in choices] != list(range(n)):
+                raise NoAnswerError(f"{self.url} answers with {len(choices)} completions, not each of {n} once")
+            return [self._read(choice, weights, limit) for choice in choices]
+        except (LookupError, TypeError, AttributeError, ValueError):
+            raise NoAnswerError(f"{self.url} answers in another form than vLLM's /inference/v1/generate") from None
+
+    def _read(self, choice: Any, weights: Weights, limit: int) -> Completion:
+        tokens, content = [int(token) for token in choice["token_ids"]], choice["logprobs"]["content"]
+        logprobs = [float(x["logprob"]) for x in content]
+        made_by = {span["version"] for span in choice.get("weight_versions") or ()}
+        if not weights.adapter and made_by != {weights.name}:
+            raise NoAnswerError(f"{self.url} answers with weights {'/'.join(map(str, made_by))}, not {weights.name}")
+        ended = bool(tokens) and tokens[-1] in self.stops
+        whole = ended or len(tokens) == limit
+        if choice["finish_reason"] not in ("stop", "length") or not whole or [x["token_id"] for x in content] != tokens:
+            raise NoAnswerError(f"{self.url} answers with a completion that is not whole")
+        if not all(map(math.isfinite, logprobs)):
+            raise NoAnswerError(f"{self.url} answers with log-probabilities that are not numbers")
+        return tokens, logprobs
+
+    async def bring(self, weights: Weights, probes: Sequence[Sequence[int]]) -> None:
+        """Give it these weights, where it lacks them, and trust it with them if it passes the probe."""
+        if not weights.adapter:
+            self.has.clear()  # full weights replace each other
+        await self._reach(weights)
+        there = await self._holds(weights)
+        if not there:
+            await self._load(weights)
+        try:
+            await self._probe(weights, probes)
+        except ProbeError:
+            if not there:
+                raise
+            await self._load(weights)
+            await self._probe(weights, probes)
+        self.has.add(weights.name)
+        self.strikes, self.hopeless, self.trouble = 0, False, ""
+
+    async def _reach(self, weights: Weights) -> None:
+        """It answers; a local one that does not run is started."""
+        if self.local is None or self.local.alive():
+            await self.call("GET", "health", timeout=SHORT)
+            return
+        self.local.start(self.base or str(weights.folder))
+        began = time.monotonic()
+        while True:
+            await asyncio.sleep(0.2)
+            if not self.local.alive():
+                said = self.local.last_words()
+                raise RefusedError(
+                    0, f"the server that --vllm starts ends at once: {said}; all of it: {self.local.log}"
+                )
+            if time.monotonic() - began > self.timeout:
+                raise NoAnswerError(f"{self.url} is not up after {self.timeout:g} seconds; see {self.local.log}")
+            with suppress(NoAnswerError):
+                await self.call("GET", "health", timeout=SHORT)
+                return
+
+    async def _holds(self, weights: Weights) -> bool:
+        """Whether it says that it has them."""
+        if weights.adapter:
+            models = await self.call("GET", "v1/models", timeout=SHORT)
+            return any(model.get("id") == weights.name for model in models["data"])
+        return (await self.call("GET", "weight_info", timeout=SHORT))["weight_version"] == weights.name
+
+    async def _load(self, weights: Weights) -> None:
+        if digest(weights.folder) != weights.checksum:
+            raise RefusedError(0, f"the files in {weights.folder} have changed since they were written")
+        path = str(weights.folder)
+        if weights.adapter:
+            with suppress(RefusedError, NoAnswerError):
+                await self.forget(weights.name)
+            await self.call("POST", "v1/load_lora_adapter", {"lora_name": weights.name, "lora_path": path})
+            return
+        await self.call("POST", "pause?mode=abort")  # and clear the cache of prefixes
+        await self.call("POST", "collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}})
+        await self.call("POST", "update_weight_version", {"new_version": weights.name}, timeout=SHORT)
+        await self.call("POST", "resume", timeout=SHORT)
+
+    async def forget(self, name: str) -> None:
+        """Let go of an adapter."""
+        self.has.discard(name)
+        await self.call("POST", "v1/unload_lora_adapter", {"lora_name": name}, timeout=SHORT)
+
+    async def _probe(self, weights: Weights, probes: Sequence[Sequence[int]]) -> None:
+        asked = [self.sample(weights, prompt, SAMPLES, seed, 1) for seed, prompt in enumerate(probes)]
+        answers = await asyncio.gather(*asked)
+        differences = [
+            abs(float(weights.expected[p, tokens[0]]) - logprobs[0])
+            for p, completions in enumerate(answers)
+            for tokens, logprobs in completions
+        ]
+        self.difference, average = max(differences), sum(differences) / len(differences)
+        if not (self.difference if self.exact else average) <= self.tolerance:
+            raise ProbeError(
+                f"{self.url} took version {weights.version} of the weights, but its log-probabilities are not the learner's: "
+                f"they differ by up to {self.difference:.2g} nats, {average:.2g} on average"
+            )
+
+
+@dataclass(eq=False)
+class Ahead:
+    """A batch of prompts, and its generation once that is under way."""
+
+    step: int
+    prompts: list[Example]
+    future: "Future[Rollouts] | None" = None
+
+
+@dataclass(eq=False)
+class Servers:
+    """What an Engine does, done by servers; with `staleness` above 0 they write the coming batches while the learner trains."""
+
+    engine: Engine  # in whose place it stands
+    servers: list[Server]
+    folder: Path  # where weights are written; servers must be able to read it
+    probes: list[list[int]]
+    patience: float  # seconds to wait for a server that works
+    staleness: int = 0
+    untie: bool = False
+    note: Callable[[str], None] = lambda text: None
+    cache_bytes: int = 0  # of this process: none
+    counts: dict[str, float] = field(default_factory=dict[str, float], init=False)
+
+    def __post_init__(self) -> None:
+        self.run = secrets.token_hex(4)
+        self.print: tuple[int, ...] | None = None
+        self.weights: Weights | None = None
+        self.coming: deque[Ahead] = deque()
+        self.now: Ahead | None = None
+        self.step, self.at_start = 0, None  # of the loop; the weights' fingerprint before the step moves them
+        self.wanted: list[Weights] = []
+        self.versions: list[Weights] = []
+        self.keepers: list[Any] = []
+        self.good_at, self.resent, self.sync_seconds = time.monotonic(), 0, 0.0
+        self.changed = asyncio.Condition()
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self.thread.start()
+
+    @property
+    def temperature(self) -> float:
+        """That of the engine."""
+        return self.engine.temperature
+
+    def batches(self, source: Callable[[], Iterator[tuple[int, list[Example]]]]) -> Iterator[tuple[int, list[Example]]]:
+        """The same batches, looked at as many steps ahead as may be generated ahead."""
+        rest = source()
+        while True:
+            while len(self.coming) <= self.staleness and (given := next(rest, None)):
+                self.coming.append(Ahead(*given))
+            if not self.coming:
+                return
+            self.now = self.coming.popleft()
+            self.step, self.at_start = self.now.step, None
+            yield self.step, self.now.prompts
+
+    def generate(self, policy: Any, prompts: Sequence[Example], group_size: int) -> Rollouts:
+        """group_size completions of every prompt; of a batch that was looked at ahead, those that were written ahead."""
+        batch, trained = self.now, self.now is not None and prompts is self.now.prompts
+        if batch is None or not trained:
+            batch = Ahead(self.step, list(prompts))
+        else:
+            self.now, self.at_start = None, fingerprint(policy)  # each batch is handed out once
+        wanted = [batch, *self.coming] if trained else [batch]
+        begun = [ahead.future or self._begin(policy, ahead.prompts, group_size) for ahead in wanted]
+        for ahead, future in zip(wanted, begun, strict=True):
+            ahead.future = future
+        try:
+            rollouts = begun[0].result()
+        except BaseException:
+            begun[0].cancel()
+            raise
+        if trained:
+            self.counts["sampling/staleness"] = float(self.step - 1 - rollouts.versions[0])
+        moved = {name: getattr(rollouts, name).to(policy.device) for name in ("groups", "logprobs", "finished")}
+        return replace(rollouts, **moved)
+
+    def metrics(self) -> dict[str, float]:
+        """Of the last batch: how many steps its weights were behind; of the servers: how many work, work sent again, seconds of
+        syncs since the last call, and the largest difference that the last probes have found."""
+        usable = [server for server in self.servers if server.has]
+        said = {
+            "servers/usable": float(len(usable)),
+            "servers/resent": float(self.resent),
+            "servers/sync_seconds": round(self.sync_seconds, 4),
+            "servers/probe_difference": max((server.difference for server in usable), default=math.nan),
+        }
+        self.sync_seconds = 0.0
+        return self.counts | said
+
+    def close(self) -> None:
+        """End what is under way, and the servers that are ours."""
+        with suppress(Exception):
+            asyncio.run_coroutine_threadsafe(self._end(), self.loop).result(SHORT)
+        for server in self.servers:
+            if server.local is not None:
+                server.local.stop()
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join(SHORT)
+        if not self.thread.is_alive():
+            self.loop.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    async def _end(self) -> None:
+        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for server in self.servers:
+            for weights in self.versions if server.local is None else ():
+                if weights.adapter and weights.name in server.has:
+                    with suppress(NoAnswerError, RefusedError):
+                        await server.forget(weights.name)
+            if server.client is not None:
+                await server.client.aclose()
+
+    def _begin(self, policy: Any, prompts: Sequence[Example], group_size: int) -> "Future[Rollouts]":
+        """Generation by the policy as it is now, under way."""
+        if (found := fingerprint(policy)) != self.print:
+            self.print, engine, version = found, self.engine, self.step - (found == self.at_start)
+            cut = {"temperature": engine.temperature, "top_k": engine.top_k, "top_p": engine.top_p}
+            self.weights = publish(policy, version, self.run, self.folder, self.probes, cut, self.untie)
+            if not self.weights.expected.isfinite().any():
+                raise InputError(
+                    "the policy's probabilities are not numbers any more: lower --lr, or look at its weights"
+                )
+            self.versions.append(self.weights)
+        assert self.weights is not None
+        random = self.engine.generator
+        seeds = torch.randint(2**31, (len(prompts),), generator=random, device=random.device).tolist()
+        work = self._rollouts(self.weights, prompts, group_size, seeds)
+        return asyncio.run_coroutine_threadsafe(work, self.loop)
+
+    async def _rollouts(self, weights: Weights, prompts: Sequence[Example], size: int, seeds: list[int]) -> Rollouts:
+        if not self.keepers:
+            self.keepers = [asyncio.create_task(self._keep(server)) for server in self.servers]
+            self.good_at = time.monotonic()
+        if weights not in self.wanted:
+            self.wanted.append(weights)
+        weights.batches += 1
+        tasks = [
+            asyncio.create_task(self._group(weights, prompt.prompt, size, seed))
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        try:
+            groups = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            weights.batches -= 1
+            if not weights.batches:
+                self.wanted.remove(weights)
+            await self._tidy()
+        written = [completion for group in groups for completion in group]
+        bare = collate([prompt.prompt for prompt in prompts], [tokens for tokens, _ in written])
+        stops, texts = set(self.engine.stops), list[str]()
+        for b, (tokens, _) in enumerate(written):
+            said = tokens[:-1] if tokens[-1] in stops else tokens
+            texts.append(self.engine.decode(prompts[b // size].prompt, said))
+        return Rollouts(
+            groups=bare,
+            logprobs=pad_sequence([torch.tensor(logprobs) for _, logprobs in written], batch_first=True),
+            finished=torch.tensor([tokens[-1] in stops for tokens, _ in written]),
+            texts=texts,
+            rows=[prompt.row for prompt in prompts],
+            versions=[weights.version] * len(written),
+        )
+
+    async def _tidy(self) -> None:
+        """Forget the versions that nobody wants any more, but for the newest."""
+        for weights in [x for x in self.versions[:-1] if x not in self.wanted]:
+            self.versions.remove(weights)
+            for server in self.servers:
+                if weights.adapter and weights.name in server.has:
+                    with suppress(NoAnswerError, RefusedError):
+                        await server.forget(weights.name)
+            shutil.rmtree(weights.folder, ignore_errors=True)
+
+    async def _group(self, weights: Weights, prompt: Sequence[int], size: int, seed: int) -> list[Completion]:
+        """All completions of one prompt, from whichever server gives them; never a part of them."""
+        said = ""
+        for _ in range(TRIES):
+            server = await self._free(weights)
+            limit = self.engine.max_completion_tokens
+            work = asyncio.ensure_future(server.sample(weights, prompt, size, seed, limit))
+            server.asked.add(work)
+            try:
+                return await work
+            except NoAnswerError as error:
+                said = str(error)
+            except RefusedError as error:
+                raise InputError(f"{server.url} refuses to generate: {error}") from None
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    work.cancel()
+                    raise
+                said = f"{server.url} does not answer any more"
+            finally:
+                server.asked.discard(work)
+                server.busy -= 1
+                await self._tell()
+            self._distrust(server, said)
+            self.resent += 1
+        raise NoServerError(f"a group of completions failed {TRIES} times, the last one: {said}")
+
+    async def _free(self, weights: Weights) -> Server:
+        """A server that is trusted with these weights and has room, taken; the one that has the least to do."""
+        weights.waiting += 1
+        try:
+            async with self.changed:
+                self.changed.notify_all()
+                while True:
+                    free = [x for x in self.servers if weights.name in x.has and x.busy < self._share()]
+                    if free:
+                        server = min(free, key=lambda x: x.busy)
+                        server.busy += 1
+                        return server
+                    if any(x.has for x in self.servers):
+                        self.good_at = time.monotonic()
+                    left = self.good_at + self.patience - time.monotonic()
+                    if left <= 0 or all(x.hopeless for x in self.servers):
+                        raise NoServerError("no server to generate with: " + "; ".join(x.trouble for x in self.servers))
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(min(left, BEAT)):
+                            await self.changed.wait()
+        finally:
+            weights.waiting -= 1
+
+    def _share(self) -> int:
+        """Groups that one server takes at a time: those that are well, or on their way, get the same."""
+        unfinished = sum(x.busy for x in self.servers) + sum(x.waiting for x in self.wanted)
+        return min(AT_ONCE, -(-unfinished // max(1, sum(not x.strikes for x in self.servers))))
+
+    def _next(self, server: Server) -> Weights | None:
+        """The weights that this server is to be brought to: of those that groups wait for the oldest that it lacks."""
+        waiting = [x for x in self.wanted if x.waiting]
+        if waiting and not waiting[0].adapter:  # in place, so one after the other, and when nobody reads the old ones
+            waiting = [] if server.busy else waiting[:1]
+        return next((x for x in waiting if x.name not in server.has), None)
+
+    async def _keep(self, server: Server) -> None:
+        """Bring a server to what is wanted, again after each failure, and watch it while it works."""
+        while True:
+            async with self.changed:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(BEAT):
+                        await self.changed.wait_for(lambda: self._next(server) is not None)
+                weights = self._next(server)
+            if weights is None:
+                if server.busy:
+                    await self._look_at(server)
+                continue
+            began = time.monotonic()
+            try:
+                await server.bring(weights, self.probes)
+                self.sync_seconds += time.monotonic() - began
+                await self._tell()
+                continue
+            except NoAnswerError as error:
+                self._distrust(server, str(error))
+            except RefusedError as error:
+                server.hopeless = True
+                self._distrust(server, f"{server.url} refuses: {error.said}" if error.code else error.said)
+            except ProbeError as error:
+                server.hopeless = True
+                self._distrust(server, str(error))
+            except (LookupError, TypeError, AttributeError):
+                self._distrust(server, f"{server.url} does not answer as vLLM does")
+            await self._tell()
+            await asyncio.sleep(pause(server.strikes, longest=10.0) * min(1.0, self.patience / 100))
+
+    async def _look_at(self, server: Server) -> None:
+        """A server at work that does not even say that it lives loses its work."""
+        said = ""
+        for _ in range(2):
+            try:
+                await server.call("GET", "health", timeout=SHORT)
+                return
+            except (NoAnswerError, RefusedError) as error:
+                said = str(error)
+        self._distrust(server, said)
+        for work in list(server.asked):
+            work.cancel()
+
+    def _distrust(self, server: Server, said: str) -> None:
+        if server.has or not server.strikes:
+            self.good_at = time.monotonic() if server.has else self.good_at
+            self.note(f"{said}; its work goes to others until it is back")
+        server.has.clear()
+        server.strikes, server.trouble = server.strikes + 1, said
+
+    async def _tell(self) -> None:
+        async with self.changed:
+            self.changed.notify_all()

@@ -1,0 +1,89 @@
+"""The learner's weights as servers get them: a version with a name, a checksum, and what a server that has them must answer.
+
+Rungs, by what is trained and where: the in-process engine reads the learner's own tensors, nothing to do; an adapter is written
+beside and loaded under a name of its own; full weights are written as a model folder and reloaded in place; between GPUs they go over
+NCCL (nccl.py). An answer of "success" proves nothing: before a server is trusted, it samples one token after a few fixed
+prompts, and the log-probabilities must be those that the learner computes itself.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trivet.generation.sampling import warp
+from trivet.model.forward import autocast
+
+
+@dataclass(eq=False)
+class Weights:
+    """One version of the learner's weights."""
+
+    version: int  # steps behind them
+    name: str  # what servers call them: of this run, this version and these bytes alone
+    checksum: str  # SHA-256 of the files
+    folder: Path  # a peft adapter, or a model folder
+    adapter: bool
+    expected: Tensor  # (N, V) log-probabilities of the token after each probe, at the temperature that samples
+    waiting: int = 0  # groups that no server has taken yet
+    batches: int = 0  # under way
+
+
+def publish(
+    policy: Any, version: int, run: str, into: Path, probes: Sequence[Sequence[int]], cut: dict[str, Any], untie: bool
+) -> Weights:
+    """The policy as it is now, written into a folder of its own.
+
+    run: a word that no other run has. probes: prompts in token ids. cut: temperature, top_k, top_p. untie: with a tied head's
+    weight written out, which a server on a CPU needs (docs/servers.md).
+    """
+    half, adapter = into / ".half", bool(getattr(policy, "peft_config", None))
+    shutil.rmtree(half, ignore_errors=True)
+    dtype = None if adapter else getattr(policy, "compute_dtype", None)
+    cast = {} if dtype is None else {"state_dict": {name: x.to(dtype) for name, x in policy.state_dict().items()}}
+    policy.save_pretrained(half, **cast)
+    head = None if adapter or not untie else policy.get_output_embeddings()
+    if head is not None and policy.config.tie_word_embeddings:
+        name = next(name for name, module in policy.named_modules() if module is head)
+        weight = head.weight.detach().to(dtype or head.weight.dtype).cpu().contiguous().clone()
+        save_file({f"{name}.weight": weight}, half / "model-head.safetensors", {"format": "pt"})
+    checksum = digest(half)
+    name = f"trivet-{run}-{version}-{checksum[:12]}"
+    shutil.rmtree(into / name, ignore_errors=True)
+    half.rename(into / name)
+    expected = torch.stack([_next_token(policy, ids, cut) for ids in probes])  # (N, V)
+    return Weights(version, name, checksum, (into / name).absolute(), adapter, expected)
+
+
+def digest(folder: Path) -> str:
+    """SHA-256 of the names and bytes of all files in it."""
+    found = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                found.update(f"{path.relative_to(folder)} {hashlib.file_digest(file, 'sha256').hexdigest()} ".encode())
+    return found.hexdigest()
+
+
+def fingerprint(policy: Any) -> tuple[int, ...]:
+    """Changes when a step, or a resumed run, changes the weights."""
+    return (id(policy), *(x._version for x in policy.parameters()))
+
+
+def rank_of(folder: Path) -> int:
+    """The rank of a peft adapter."""
+    return int(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["r"])
+
+
+@torch.no_grad()
+def _next_token(policy: Any, ids: Sequence[int], cut: dict[str, Any]) -> Tensor:
+    with autocast(policy):
+        logits = policy(torch.tensor([ids], device=policy.device), use_cache=False).logits[0, -1:]
+    return warp(logits, **cut)[0].cpu()

@@ -1,0 +1,149 @@
+"""From --generate-with, --vllm and --max-staleness to what generates in the engine's place; without them, the engine itself."""
+
+import os
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+
+from trivet.batch import Example, Rollouts
+from trivet.errors import InputError
+from trivet.generation.engine import Engine
+from trivet.generation.local import Local, python_with_vllm
+from trivet.generation.server import Server, Servers
+from trivet.run.loop import Metrics, Run, mean, reduced
+
+TIMEOUT = 600.0  # seconds for a group of completions, and to wait for a server that works; or TRIVET_SERVER_TIMEOUT
+EXACT = {"cpu": 1e-4}  # nats between server and learner in float32, at most; elsewhere 1e-2
+ROUGH = 0.05  # nats on average, in bfloat16
+PROBES, LONGEST = 4, 512  # prompts of the probe, and their longest
+
+
+class Elsewhere:
+    """Generation by servers in one run; `metrics` are what the run's steps gain by it."""
+
+    def __init__(self, run: Run, out: Path, start_from: str, context: int):
+        self.run, self.out, self.start_from, self.context = run, out, start_from, context
+        self.servers: Servers | None = None
+        self.ratio: Metrics = {}
+
+    def engine(self, engine: Engine) -> Servers:
+        """What stands in the place of this engine from here on."""
+        run, config = self.run, vars(self.run.config)
+        exact, device = config["precision"] == "float32", torch.device(run.device).type
+        timeout = float(os.environ.get("TRIVET_SERVER_TIMEOUT", "") or TIMEOUT)
+        known: dict[str, Any] = {
+            "stops": engine.stops,
+            "cut": {"temperature": engine.temperature, "top_k": engine.top_k, "top_p": engine.top_p},
+            "timeout": timeout,
+            "exact": exact,
+            "tolerance": EXACT.get(device, 1e-2) if exact else ROUGH,
+        }
+        servers = [Server(url=url, **known) for url in map(address, config["generate_with"])]
+        if config["vllm"]:
+            local = self._local()
+            adapter = bool(getattr(run.model, "peft_config", None))
+            url = f"http://127.0.0.1:{local.port}"
+            servers.append(Server(url=url, local=local, base=self.start_from if adapter else "", **known))
+        self.servers = Servers(
+            engine=engine,
+            servers=servers,
+            folder=self.out / "served",
+            probes=probes(run.train),
+            patience=timeout,
+            staleness=config["max_staleness"],
+            untie=device == "cpu",
+            note=run.note,
+        )
+        batches, keep = run.batches, run.keep
+        run.batches = lambda: self.servers.batches(batches) if self.servers else batches()
+
+        def kept(step: int, given: Any, **numbers: Any) -> None:
+            if isinstance(given, Rollouts) and not numbers.get("heldout"):
+                self.ratio = ratio_metrics(given, numbers.get("old_logprob", numbers.get("logprob")))
+            keep(step, given, **numbers)
+
+        run.keep = kept
+        return self.servers
+
+    def metrics(self) -> Metrics:
+        """Of the step that has just been taken."""
+        return {} if self.servers is None else self.ratio | self.servers.metrics()
+
+    def _local(self) -> Local:
+        run, config = self.run, vars(self.run.config)
+        cpu, policy = torch.device(run.device).type == "cpu", run.model
+        longest = min(self.context, config["max_prompt_tokens"] + config["max_completion_tokens"])
+        flags = ["--dtype", config["precision"], "--max-model-len", str(longest), "--enable-scale-out"]
+        flags += ["--logprobs-mode", "processed_logprobs", "--skip-tokenizer-init", "--generation-config", "vllm"]
+        if adapters := getattr(policy, "peft_config", None):
+            rank = max(int(adapter.r) for adapter in adapters.values())
+            flags += ["--enable-lora", "--max-lora-rank", str(next(r for r in RANKS if r >= rank))]
+            flags += ["--max-loras", str(1 + config["max_staleness"])]
+        elif cpu and policy.config.tie_word_embeddings:
+            flags += ["--hf-overrides", '{"tie_word_embeddings": false}']  # a tied head is not reloaded there
+        flags += ["--enforce-eager", "--max-num-seqs", "64"] if cpu else ["--gpu-memory-utilization", "0.4"]
+        flags += shlex.split(os.environ.get("TRIVET_VLLM_FLAGS", ""))
+        return Local(python_with_vllm(), self.out / "vllm.log", flags)
+
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes
+
+
+@contextmanager
+def servers_of(run: Run, out: Path, start_from: str, context: int) -> Iterator[Elsewhere]:
+    """Within it the run generates where its options say; afterwards our own servers are ended.
+
+    Errors: InputError for options that do not go together.
+    """
+    elsewhere, config = Elsewhere(run, out, start_from, context), vars(run.config)
+    if config.get("generate_with") or config.get("vllm"):
+        run.engine = elsewhere.engine
+    elif config.get("max_staleness"):
+        raise InputError("--max-staleness needs somebody who generates meanwhile: give --generate-with URL, or --vllm")
+    try:
+        yield elsewhere
+    finally:
+        if elsewhere.servers is not None:
+            elsewhere.servers.close()
+
+
+def address(url: str) -> str:
+    """The URL of a server up to its port."""
+    try:
+        parts = urlsplit(url)
+        fine = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
+    except ValueError:
+        fine = False
+    if not fine:
+        raise InputError(f"--generate-with {url}: expected a URL like http://127.0.0.1:8000")
+    return url.rstrip("/").removesuffix("/v1")
+
+
+def probes(train: Sequence[Example]) -> list[list[int]]:
+    """A few prompts of different lengths, the longest of the first ones among them."""
+    found = sorted({tuple(train[i].prompt[:LONGEST]) for i in range(min(64, len(train)))}, key=lambda x: (len(x), x))
+    count = min(PROBES, len(found))
+    return [list(found[-1 - i * (len(found) - 1) // max(1, count - 1)]) for i in range(count)]
+
+
+def ratio_metrics(rollouts: Rollouts, logprobs: torch.Tensor | None) -> Metrics:
+    """How well tokens of other weights, or another engine, stand for the learner's own.
+
+    The mean of pi / pi_sampler before the cap, which is 1 on average over many, and the effective sample size
+    (sum rho)^2 / (n sum rho^2), 1 where all weigh the same.
+    """
+    if logprobs is None or not rollouts.versions:
+        return {}
+    mask = rollouts.groups.mask
+    ratio = torch.where(mask, (logprobs - rollouts.logprobs).exp(), 0.0)  # (B, T)
+    return reduced(
+        {
+            "sampling/importance_sampling_ratio/mean": mean(ratio, mask),
+            "sampling/effective_sample_size": (ratio.sum().square(), ratio.square().sum() * mask.sum()),
+        }
+    )

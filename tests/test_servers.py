@@ -1,0 +1,258 @@
+"""Generation by servers: the protocol, the probe after each sync, faults of every kind, generation ahead of training."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from conftest import tiny
+from stub_vllm import FAULTS, Stub
+from trivet.batch import Example
+from trivet.generation.engine import Engine
+from trivet.generation.server import NoServerError, Server, Servers
+from trivet.model.forward import in_microbatches, token_logprobs
+
+PROMPTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9, 10, 11], [12]]
+ROWS = [Example(prompt=prompt, completions=[], learned=[], row={"number": i}) for i, prompt in enumerate(PROMPTS)]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A model folder that servers start from."""
+    tiny().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def stub(folder):
+    """One server."""
+    server = Stub(folder)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def others(folder):
+    """Makes more of them."""
+    made: list[Stub] = []
+
+    def make(**options) -> Stub:
+        made.append(Stub(folder, **options))
+        return made[-1]
+
+    yield make
+    for server in made:
+        server.close()
+
+
+@pytest.fixture
+def client(tmp_path):
+    """Makes what generates with stubs; closes it."""
+    made: list[Servers] = []
+
+    def make(*stubs: Stub, temperature: float = 0.7, tokens: int = 6, timeout: float = 20.0, **options) -> Servers:
+        engine = Engine(lambda prompt, ids: " ".join(map(str, ids)), [0], tokens, temperature, torch.Generator())
+        cut = {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+        servers = [Server(x.url, [0], cut, timeout, 1e-4, True) for x in stubs]
+        patience = options.pop("patience", timeout)
+        made.append(Servers(engine, servers, tmp_path / "served", PROMPTS[:3], patience, **options))
+        return made[-1]
+
+    yield make
+    for servers in made:
+        servers.close()
+
+
+def move(policy, seed: int = 1) -> None:
+    """A step that is no small one."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+
+
+def adapted(rank: int = 4):
+    """The tiny model with an adapter that does something."""
+    policy = tiny()
+    policy.add_adapter(LoraConfig(r=rank, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"]))
+    policy.requires_grad_(False)
+    for name, parameter in policy.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(parameter.requires_grad_(True), std=0.2)
+    return policy.eval()
+
+
+def agrees(policy, rollouts, temperature: float = 0.7) -> float:
+    """The largest difference between the log-probabilities as sampled and as the policy computes them."""
+    learner = in_microbatches(token_logprobs, policy, rollouts.groups, 500, temperature=temperature)
+    return (learner - rollouts.logprobs).abs().max().item()
+
+
+# What comes back ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [tiny, adapted], ids=["full weights", "adapter"])
+def test_rollouts_are_the_engines_own_and_follow_the_weights(stub, client, kind):
+    policy, servers = kind(), client(stub)
+    for step in range(3):
+        rollouts = servers.generate(policy, ROWS, 5)
+        groups = rollouts.groups
+        assert groups.group_size == 5
+        assert [groups.prompts[p][groups.prompt_mask[p]].tolist() for p in range(4)] == PROMPTS
+        assert [row["number"] for row in rollouts.rows] == [0, 1, 2, 3]
+        assert agrees(policy, rollouts) < 1e-5
+        assert servers.metrics()["servers/probe_difference"] < 1e-5
+        for b in range(20):
+            tokens = groups.completions[b][groups.present[b]].tolist()
+            assert rollouts.finished[b] == (tokens[-1] == 0)
+            assert 0 not in tokens[:-1]
+            assert len(tokens) == 6 or tokens[-1] == 0
+            assert rollouts.texts[b] == " ".join(map(str, tokens[:-1] if tokens[-1] == 0 else tokens))
+        assert len(rollouts.versions) == 20
+        assert torch.equal(groups.mask, groups.present)
+        move(policy, step)
+
+
+def test_weights_are_sent_when_they_have_changed_and_then_only(stub, client):
+    policy, servers = tiny(), client(stub)
+    servers.generate(policy, ROWS, 2)
+    first = stub.version
+    servers.generate(policy, ROWS, 2)
+    assert stub.version == first
+    move(policy)
+    servers.generate(policy, ROWS, 2)
+    assert stub.version != first
+    assert len(list((servers.folder).iterdir())) == 1  # earlier versions leave the disk
+
+
+def test_an_adapter_has_a_name_for_each_version_and_old_ones_are_unloaded(stub, client):
+    policy, servers = adapted(), client(stub)
+    names = []
+    for step in range(3):
+        servers.generate(policy, ROWS, 2)
+        names.append([x["model"] for x in stub.asked][-1])
+        move(policy, step)
+    assert len(set(names)) == 3
+    assert list(stub.adapters) == names[-1:]
+    assert {x["cache_salt"] for x in stub.asked} == set(names)  # no prefix of other weights is reused
+
+
+def test_work_is_shared_among_servers(stub, others, client):
+    second = others()
+    servers = client(stub, second, tokens=2)
+    servers.generate(tiny(), ROWS * 8, 2)
+    counts = [sum(x["sampling_params"]["max_tokens"] > 1 for x in server.asked) for server in (stub, second)]
+    assert sum(counts) == 32
+    assert min(counts) >= 8
+
+
+def test_samples_are_those_of_the_policy(stub, client):
+    """Frequencies of the first token against its probabilities."""
+    policy, servers = tiny(), client(stub, temperature=1.3, tokens=1)
+    rollouts = servers.generate(policy, ROWS[:1], 4000)
+    found = torch.bincount(rollouts.groups.completions[:, 0], minlength=61) / 4000
+    chance = (policy(torch.tensor([PROMPTS[0]])).logits[0, -1] / 1.3).softmax(-1)
+    assert (found - chance).abs().max() < 0.04
+
+
+# The probe ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["half", "none"])
+@pytest.mark.parametrize("policy", [tiny, adapted], ids=["full weights", "adapter"])
+def test_a_server_that_took_the_weights_in_part_or_not_at_all_is_refused(stub, client, kind, policy):
+    if policy is adapted and kind == "half":
+        pytest.skip("an adapter is loaded or not")
+    policy, servers = policy(), client(stub, patience=5)
+    stub.reload = kind
+    move(policy)
+    with pytest.raises(
+        NoServerError, match="version 0 of the weights, but its log-probabilities are not the learner's"
+    ):
+        servers.generate(policy, ROWS, 2)
+    assert not any(x["sampling_params"]["max_tokens"] > 1 for x in stub.asked)  # nothing was sampled to be trained on
+
+
+def test_the_run_goes_on_with_the_server_that_passes_the_probe(stub, others, client):
+    bad = others()
+    bad.reload = "half"
+    policy, servers = tiny(), client(bad, stub)
+    move(policy)
+    assert agrees(policy, servers.generate(policy, ROWS, 2)) < 1e-5
+    assert servers.metrics()["servers/usable"] == 1
+
+
+def test_the_probe_looks_at_the_temperature_that_samples(stub, client, monkeypatch):
+    """A server whose log-probabilities are from before the temperature."""
+    policy, servers = tiny(), client(stub, patience=3)
+    servers.servers[0].cut = servers.servers[0].cut | {"temperature": 1.0}
+    with pytest.raises(NoServerError, match="not the learner's"):
+        servers.generate(policy, ROWS, 2)
+
+
+# Faults -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("policy", [tiny, adapted], ids=["full weights", "adapter"])
+def test_a_server_that_misbehaves_loses_its_work_to_another(stub, others, client, fault, policy):
+    if fault == "wrong version" and policy is adapted:
+        pytest.skip("an adapter's version is its name, which is asked for")
+    second = others()
+    policy, servers = policy(), client(stub, second, timeout=1.0 if fault == "hang" else 20.0)
+    servers.generate(policy, ROWS, 3)
+    move(policy)
+    stub.fault(fault)
+    rollouts = servers.generate(policy, ROWS, 3)
+    assert agrees(policy, rollouts) < 1e-5
+    assert rollouts.groups.completions.shape[0] == 12
+    assert servers.metrics()["servers/resent"] >= 1
+    assert set(rollouts.versions) == set(rollouts.versions[:1])
+
+
+@pytest.mark.parametrize("policy", [tiny, adapted], ids=["full weights", "adapter"])
+def test_a_server_that_comes_back_with_old_weights_is_brought_to_the_new_ones(stub, client, policy):
+    policy, servers = policy(), client(stub)
+    servers.generate(policy, ROWS, 2)
+    move(policy)
+    servers.generate(policy, ROWS, 2)
+    stub.restart()
+    rollouts = servers.generate(policy, ROWS, 2)  # the same weights: no sync is due, the server says that it has others
+    assert agrees(policy, rollouts) < 1e-5
+    assert servers.metrics()["servers/resent"] >= 1
+
+
+def test_without_a_server_the_wait_ends(folder, client):
+    gone = Stub(folder)
+    servers = client(gone, patience=1.0)
+    gone.close()
+    began = time.monotonic()
+    with pytest.raises(NoServerError, match=f"no server to generate with: {gone.url} can't be reached"):
+        servers.generate(tiny(), ROWS, 2)
+    assert time.monotonic() - began < 8
+
+
+def test_a_server_that_says_nothing_any_more_is_left_before_its_time_is_up(stub, others, client, monkeypatch):
+    monkeypatch.setattr("trivet.generation.server.BEAT", 0.2)
+    monkeypatch.setattr("trivet.generation.server.SHORT", 0.3)
+    second = others()
+    servers = client(stub, second, timeout=60.0)
+    servers.generate(tiny(), ROWS, 2)
+    stub.fault("hang", "hang")
+    stub.route = lambda handler, body: stub.held.wait() if "health" in handler.path else Stub.route(stub, handler, body)
+    began = time.monotonic()
+    servers.generate(tiny(), ROWS, 2)
+    assert time.monotonic() - began < 15
+
+
+# A process of our own -----------------------------------------------------------------------------------------------
+
+
+def wait_for(condition, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
