@@ -50,6 +50,7 @@ class Run:
     note: Callable[[str], None] = lambda text: None  # a line for whoever watches
     keep: Callable[..., None] = lambda *args, **kwargs: None  # run.record.Record.keep: completions, for whoever looks
     keeps: Callable[[int], bool] = lambda step: False  # whether this step's tokens are kept too
+    shares: Callable[..., None] = lambda *filled: None  # run.ranks: what a loop over microbatches fills by row
     holds: Callable[..., None] = lambda **parts: None  # run.checkpoints: what the recipe has made for its loop, by name
     done: int = 0  # steps that an earlier process has taken
 
