@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from trivet.generation.sampling import draw, warp
+from trivet.generation import sampling
+from trivet.generation.sampling import warp
 
 torch.set_num_threads(1)
 some = settings(max_examples=100, deadline=None, derandomize=True, database=None)
@@ -140,6 +141,11 @@ def test_top_p_zero_keeps_the_most_likely_token():
 
 
 # The draw -----------------------------------------------------------------------------------------------------------
+
+
+def draw(logits, generator):
+    """With the levels that the engine would draw."""
+    return sampling.draw(logits, torch.rand((len(logits), 1), generator=generator))
 
 
 @pytest.mark.parametrize("shape", [(200, 5), (50, 3000)])

@@ -46,6 +46,10 @@ class Engine:
         texts = [self.decode(prompts[b // group_size].prompt, tokens[b][:length]) for b, length in enumerate(lengths)]
         return Rollouts(groups=groups, logprobs=logprobs, finished=finished, texts=texts, rows=[p.row for p in prompts])
 
+    def noise(self, rows: Tensor) -> Tensor:
+        """A uniform number for each of these rows. (R,) -> (R, 1)"""
+        return torch.rand((len(rows), 1), generator=self.generator, device=rows.device)
+
 
 def _decode(engine: Engine, model: Any, bare: Groups, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Completions (B, T), which of their tokens are present (B, T), and the log-probability of each as sampled (B, T)."""
@@ -63,7 +67,7 @@ def _decode(engine: Engine, model: Any, bare: Groups, group_size: int) -> tuple[
     plain = cut == {"temperature": 1, "top_k": 0, "top_p": 1}
     for t in range(room):
         given = logits if plain else warp(logits, **cut)
-        tokens, chosen = draw(given, engine.generator)  # (R,), (R,)
+        tokens, chosen = draw(given, engine.noise(alive))  # (R,), (R,)
         completions[alive, t], logprobs[alive, t] = torch.where(writing, tokens, 0), torch.where(writing, chosen, 0.0)
         present[alive, t] = writing
         writing = writing & ~torch.isin(tokens, stops)

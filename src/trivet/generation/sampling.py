@@ -21,14 +21,13 @@ def warp(logits: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1
     return logprobs
 
 
-def draw(logits: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One token per row by the inverse of softmax's distribution function, and its log-probability. (R, V) -> (R,), (R,).
-    Sums of stretches of the vocabulary are searched first, then one stretch: so few numbers are accumulated."""
+def draw(logits: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+    """One token per row by the inverse of softmax's distribution function at this level, a uniform number, and its
+    log-probability. (R, V), (R, 1) -> (R,), (R,). Sums of stretches of the vocabulary are searched first, then one stretch."""
     logits, width = logits.float(), int(logits.shape[-1] ** 0.5)
     top = logits.amax(-1, keepdim=True)
     chance = (logits - top).exp_()  # relative to the most likely token's
     chance = pad(chance, (0, -chance.shape[-1] % width)).unflatten(-1, (-1, width))  # (R, n, w)
-    level = torch.rand((len(chance), 1), generator=generator, device=logits.device)
     mass = chance.sum(-1)  # (R, n)
     stretch, level = _search(mass, level)  # (R, 1) each
     inside = chance[torch.arange(len(chance), device=level.device)[:, None], stretch][:, 0]  # (R, w)

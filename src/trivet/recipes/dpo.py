@@ -90,6 +90,7 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
         kl = exchanged_kl(policy, examples, reference, config, run.device)  # scalar, 0 but in kto
         written = groups.mask & good[:, None]  # (B, T) tokens of the supervised term
         result = torch.zeros_like(ref_logprob)  # (B,)
+        run.shares(result)
         for rows, part in microbatches(groups, config.microbatch_tokens, whole=True):
             logprobs = token_logprobs(policy, part)  # (b, T)
             logprob, tokens = sequence_sum(logprobs, part.mask), part.mask.sum(1)  # (b,) each

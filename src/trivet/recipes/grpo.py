@@ -95,6 +95,7 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
         teaches = advantages.view(-1, config.group_size).any(1) | (in_loss > 0)  # (P,) the others have no gradient
         learner, latest = old_logprobs.clone(), old_logprobs.clone()  # (B, T) before the learner moves, as it moves on
         gradient = latest.new_zeros(latest.shape)  # (B, T) of the loss by log pi
+        run.shares(latest, gradient)
         for epoch in range(config.epochs_per_batch):
             for rows, part in microbatches(groups, budget, only=teaches):
                 logprobs = token_logprobs(policy, part, temperature=temperature)  # (b, T)

@@ -60,6 +60,7 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
         teaches = pairs.any(2).any(1)  # (P,) the others have no pair
         learner = old_logprobs.clone()  # (B, T) what the learner says of the same tokens, before it moves
         gradient = learner.new_zeros(learner.shape)  # (B, T) of the loss by log pi
+        run.shares(learner, gradient)
         for rows, part in microbatches(groups, budget, whole=True, only=teaches):
             logprobs = token_logprobs(policy, part, temperature=temperature)  # (b, T)
             logprob = sequence_sum(logprobs, part.mask)  # (b,)

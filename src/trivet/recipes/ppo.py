@@ -121,6 +121,7 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
 
         learner, latest = old_logprobs.clone(), old_logprobs.clone()  # (B, T) before the policy moves, as it moves on
         gradient, update, critic_update = torch.zeros_like(latest), Metrics(), Metrics()  # (B, T) of the loss by log pi
+        run.shares(learner, latest, gradient)
         for chosen in minibatches(mask, len(prompts), config):
             total = mask.view(len(prompts), -1)[chosen].sum()
             for rows, part in microbatches(groups, budget, only=chosen):

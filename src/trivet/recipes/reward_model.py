@@ -52,6 +52,7 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
         groups = to_groups(examples, run.device)
         margin = margins(examples, config, run.device)  # (P,)
         result = torch.zeros(2 * len(examples), device=run.device)  # (B,)
+        run.shares(result)
         for rows, part in microbatches(groups, config.microbatch_tokens, whole=True):
             score = scores(model, part)  # (b,)
             chosen, rejected = score.view(-1, 2).unbind(1)

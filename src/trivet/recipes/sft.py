@@ -44,6 +44,7 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
     for step, examples in run.batches():
         groups = to_groups(examples, run.device)
         total, latest = groups.mask.sum(), torch.zeros(groups.mask.shape, device=run.device)  # (B, T)
+        run.shares(latest)
         for rows, part in microbatches(groups, config.microbatch_tokens):
             logprobs = token_logprobs(policy, part)  # (b, T)
             loss = token_mean(nll_loss(logprobs), part.mask, total=total)

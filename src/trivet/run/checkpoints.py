@@ -9,7 +9,7 @@ import json
 import random
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trivet.errors import InputError
-from trivet.model.load import restore, save_model
+from trivet.model.load import save_model
 from trivet.run.files import make_folder, to_disk, write_json
 from trivet.run.loop import Run
 
@@ -45,7 +45,7 @@ class Checkpoints:
     def step_begins(self) -> None:
         """Remember the small things that the next step will change."""
         tensors = {name: part.clone() for name, part in self.parts.items() if isinstance(part, Tensor)}
-        self.before = {"updates": self._updates(), "tensors": tensors, "random": _random_state(self.run.generator)}
+        self.before = {"updates": self._updates(), "tensors": tensors, "random": random_state(self.run.generator)}
 
     @property
     def untouched(self) -> bool:
@@ -74,7 +74,7 @@ class Checkpoints:
             "step": step,
             "counted": counted,
             "parts": {name: _state(part, own) for name, part in parts.items()},
-            "random": self.before["random"] if beginning else _random_state(self.run.generator),
+            "random": self.before["random"] if beginning else random_state(self.run.generator),
         }
         whole, half = self.folder / f"step-{step}", self.folder / f".step-{step}"
         self._make_room()
@@ -82,7 +82,7 @@ class Checkpoints:
         make_folder(half)
         try:
             save_model(self.run.model, self.tokenizer, half)
-            write_json(half / "state.json", {"state": _packed(state, tensors, "")})
+            write_json(half / "state.json", {"state": packed(state, tensors, "")})
             save_file(tensors, half / "state.safetensors")
             write_json(half / "manifest.json", {"step": step, "files": manifest(half)})
             _put_in_place(half, whole, self.folder.parent)
@@ -107,13 +107,17 @@ class Checkpoints:
         return {}
 
     def _restore(self, folder: Path) -> None:
+        if (folder / "shards").exists():  # many processes wrote it
+            from trivet.run.shards import restore
+
+            return restore(self.run, self.parts, folder)
         run, tensors = self.run, load_file(folder / "state.safetensors")
-        state = _unpacked(json.loads((folder / "state.json").read_text(encoding="utf-8"))["state"], tensors)
+        state = unpacked(json.loads((folder / "state.json").read_text(encoding="utf-8"))["state"], tensors)
         run.done = state["step"]  # from here on: what was made before, DPO's reference, was of all steps
         restore(run.model, folder)
         for name, part in self.parts.items():
             _set_state(part, state["parts"][name])
-        _set_random_state(run.generator, state["random"])
+        set_random_state(run.generator, state["random"])
 
     def _make_room(self) -> None:
         """InputError where the disk can't take another one: before it is begun, so that nothing is lost."""
@@ -158,9 +162,14 @@ def steps(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(path.name.removeprefix("step-")), path) for path in found)
 
 
-def manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file in it."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
+def files_of(folder: Path) -> list[Path]:
+    """What a manifest speaks of."""
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
+
+
+def manifest(folder: Path, files: Sequence[Path] | None = None) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file in it, or of these."""
+    files = files_of(folder) if files is None else files
     return {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
 
 
@@ -217,7 +226,7 @@ def _set_state(part: Any, state: Any) -> None:
         part.copy_(state)
 
 
-def _random_state(generator: torch.Generator) -> dict[str, Any]:
+def random_state(generator: torch.Generator) -> dict[str, Any]:
     state: dict[str, Any] = {"run": generator.get_state(), "torch": torch.get_rng_state(), "python": random.getstate()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
@@ -227,7 +236,7 @@ def _random_state(generator: torch.Generator) -> dict[str, Any]:
     return state
 
 
-def _set_random_state(generator: torch.Generator, state: dict[str, Any]) -> None:
+def set_random_state(generator: torch.Generator, state: dict[str, Any]) -> None:
     generator.set_state(state["run"])
     torch.set_rng_state(state["torch"])
     version, numbers, gauss = state["python"]
@@ -241,25 +250,25 @@ def _set_random_state(generator: torch.Generator, state: dict[str, Any]) -> None
         numpy.random.set_state((name, keys.numpy().astype("uint32"), *rest))
 
 
-def _packed(x: Any, tensors: dict[str, Tensor], path: str) -> Any:
+def packed(x: Any, tensors: dict[str, Tensor], path: str) -> Any:
     """x for JSON, its tensors put aside by the path to them; keys that are numbers keep their type."""
     if isinstance(x, Tensor):
         tensors[path] = x.detach().cpu().contiguous().clone()
         return {"tensor": path}
     if isinstance(x, dict):
         if all(isinstance(key, str) for key in x) and "tensor" not in x and "numbered" not in x:
-            return {key: _packed(value, tensors, f"{path}/{key}") for key, value in x.items()}
-        return {"numbered": [[key, _packed(value, tensors, f"{path}/{key}")] for key, value in x.items()]}
+            return {key: packed(value, tensors, f"{path}/{key}") for key, value in x.items()}
+        return {"numbered": [[key, packed(value, tensors, f"{path}/{key}")] for key, value in x.items()]}
     if isinstance(x, list | tuple):
-        return [_packed(value, tensors, f"{path}/{i}") for i, value in enumerate(x)]
+        return [packed(value, tensors, f"{path}/{i}") for i, value in enumerate(x)]
     return x
 
 
-def _unpacked(x: Any, tensors: dict[str, Tensor]) -> Any:
+def unpacked(x: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(x, dict):
         if "tensor" in x:
             return tensors[x["tensor"]]
         if "numbered" in x:
-            return {key: _unpacked(value, tensors) for key, value in x["numbered"]}
-        return {key: _unpacked(value, tensors) for key, value in x.items()}
-    return [_unpacked(value, tensors) for value in x] if isinstance(x, list) else x
+            return {key: unpacked(value, tensors) for key, value in x["numbered"]}
+        return {key: unpacked(value, tensors) for key, value in x.items()}
+    return [unpacked(value, tensors) for value in x] if isinstance(x, list) else x

@@ -25,6 +25,7 @@ from trivet.batch import Example
 from trivet.data import LazyExamples, load_examples, split_by_prompt
 from trivet.errors import InputError
 from trivet.generation.server import NoServerError
+from trivet.model.blocks import checkpoint_blocks
 from trivet.model.load import (
     load_policy,
     load_scorer,
@@ -36,6 +37,7 @@ from trivet.model.load import (
 from trivet.model.text import decode_completion, load_tokenizer, stop_ids
 from trivet.report.runs import method_of
 from trivet.rewards.functions import load_rewards
+from trivet.run import ranks
 from trivet.run.adapted import adapted, check_adapter
 from trivet.run.arguments import read_toml, typed
 from trivet.run.checkpoints import Checkpoints, save_whole
@@ -47,7 +49,6 @@ from trivet.run.loop import Metrics, Run
 from trivet.run.memory import by_part, memory_now, peak_memory
 from trivet.run.options import Options
 from trivet.run.record import Record, short
-from trivet.run.remembered import digest
 from trivet.run.rescue import OutOfMemoryError, Skips, halved, is_out_of_memory, save_beginning
 from trivet.run.servers import servers_of
 from trivet.run.trackers import send, trackers, until_end
@@ -62,7 +63,7 @@ class Launch:
         check(config, self.method, again=again)
         self.start_from = model_folder(config.model)
         check_adapter(config, self.start_from)
-        self.out = Path(config.out or f"runs/{self.method}-{time.strftime('%Y%m%d-%H%M%S')}")
+        self.out = Path(ranks.same(config.out or f"runs/{self.method}-{time.strftime('%Y%m%d-%H%M%S')}"))
         device = usable_device(config.device)
         budget = config.microbatch_tokens or microbatch_that_fits(device)
         self.config = config = replace(config, microbatch_tokens=budget)
@@ -74,10 +75,12 @@ class Launch:
         self.counts: Counter[str] = Counter()
         train, heldout = self._examples()
         torch.manual_seed(config.seed)
-        load = load_scorer if self.recipe.TRAINS == "scorer" else load_policy
+        load = ranks.loading(load_scorer if self.recipe.TRAINS == "scorer" else load_policy)
         how: dict[str, Any] = {"precision": config.precision, "quantize": config.quantize}
         model = load(self.start_from, device=device, from_scratch=config.from_scratch, **how)
         model = adapted(model, config, self.start_from)
+        if config.gradient_checkpointing and ranks.US is None:
+            checkpoint_blocks(model)
         if self.recipe.TRAINS == "scorer":
             self._give_pad_token(model)
         else:
@@ -98,6 +101,7 @@ class Launch:
             refill=refill,
         )
         self.record = Record(self.out, config, self.method, self.run.steps, self.tokenizer, self.run.decode)
+        self.record = ranks.recorder(self.record)
         self.record.reward, self.run.keep, self.run.keeps = self.run.reward, self.record.keep, self.record.keeps
 
     def example(self, most: int = 120) -> dict[str, Any]:
@@ -174,6 +178,9 @@ def launch(config: Options, watch: Watch | None = None, *, again: bool = False) 
     It holds config.toml, run.json, metrics.jsonl (a line a step), samples.jsonl, summary.json, checkpoints/ and model/.
     again: go on with the run in config.out from its newest checkpoint that is whole, as if it had never stopped.
     """
+    if ranks.started():
+        with ranks.together(config):
+            return launch(config, watch if ranks.leads() else None, again=again)
     if watch is None and "ipykernel" in sys.modules:  # in a notebook somebody looks
         from trivet.run.terminal import Terminal
 
@@ -193,15 +200,22 @@ def _launch(config: Options, watch: Watch | None, again: bool) -> Path:
     program = memory_now(usable_device(config.device))
     launched = Launch(config, again)
     run, record, out = launched.run, launched.record, launched.out
-    checkpoints = Checkpoints(out, run, launched.tokenizer)
+    checkpoints = ranks.keeper(Checkpoints)(out, run, launched.tokenizer)
     run.holds = checkpoints.holds
     if watch:
         watch(launched, 0, {})
-    about = {"started_from": launched.start_from, "start": digest(run.model, []), "began": time.time()}
+    about = {"started_from": launched.start_from, "start": ranks.start_of(run.model), "began": time.time()}
     about |= {"data": launched.counts, "example": launched.example()}
     about |= {"parameters": sum(p.numel() for p in run.model.parameters())}
     generates = servers_of(run, out, launched.start_from, launched.context)
-    with record.locked(), clock_on(launched.recipe) as clock, asked_to_stop(run) as asked, generates as elsewhere:
+    together = ranks.at_work(launched.recipe, run)
+    with (
+        record.locked(),
+        together,
+        clock_on(launched.recipe) as clock,
+        asked_to_stop(run) as asked,
+        generates as elsewhere,
+    ):
         counted = (checkpoints.go_on(run.note) if again else {}) or {
             "step": 0,
             "seconds": 0.0,
@@ -211,7 +225,9 @@ def _launch(config: Options, watch: Watch | None, again: bool) -> Path:
         done, tokens, heldout = counted["step"], Counter[str](counted["tokens"]), dict[str, float](counted["eval"])
         skips = Skips(out, run, checkpoints)
         record.begin(about, done)
-        tracked = trackers(config.track, out, {"method": launched.method} | vars(launched.config))
+        tracked = trackers(
+            config.track if ranks.leads() else (), out, {"method": launched.method} | vars(launched.config)
+        )
         began = time.perf_counter() - counted["seconds"]
         saved = time.monotonic()
         try:
@@ -225,8 +241,9 @@ def _launch(config: Options, watch: Watch | None, again: bool) -> Path:
                 send(tracked, step, metrics)
                 late = time.monotonic() - saved > SAVE_SECONDS
                 due = step % config.save_every == 0 if config.save_every else late
-                stopping = bool(asked)  # looked at once: the signal may come at any moment
                 counted = {"seconds": seconds, "tokens": dict(tokens), "eval": dict(heldout)}
+                stopping = asked[0] if asked else 0  # looked at once: the signal may come at any moment
+                due, stopping = ranks.agreed(due, stopping)
                 if (stopping or (due and not skips.in_a_row)) and step < run.steps:
                     checkpoints.save(step, counted, config.keep if config.save_every else 2)
                     saved = time.monotonic()
@@ -236,10 +253,10 @@ def _launch(config: Options, watch: Watch | None, again: bool) -> Path:
                 done = step
                 checkpoints.step_begins()
                 if stopping and step < run.steps:
-                    raise asked_of(asked[0], f"stopped after step {step} of {run.steps}; to go on: trivet resume {out}")
+                    raise asked_of(stopping, f"stopped after step {step} of {run.steps}; to go on: trivet resume {out}")
         except BaseException as error:
             failed = error
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) and ranks.US is None:
                 save_beginning(checkpoints, done, counted)
                 failed = halved(out, run, done + 1, error)
             elif isinstance(error, NoServerError) and done:
@@ -250,7 +267,8 @@ def _launch(config: Options, watch: Watch | None, again: bool) -> Path:
             if failed is not error:
                 raise failed from None
             raise
-        save_whole(run.model, launched.tokenizer, out / "model", merge=config.merge)
+        if (whole := ranks.whole(run.model)) is not None:
+            save_whole(whole, launched.tokenizer, out / "model", merge=config.merge)
         peak, rewards = peak_memory(run.device), {} if run.reward is None else run.reward.rewards
         summary = {
             "steps": run.steps,

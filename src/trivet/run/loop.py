@@ -51,6 +51,7 @@ class Run:
     keeps: Callable[[int], bool] = lambda step: False  # whether this step's tokens are kept too
     engine: Callable[[Any], Any] = lambda engine: engine  # run.servers: what generates in its place
     refill: Any = None  # run.dynamic_sampling.refill: other prompts for groups that teach nothing
+    shares: Callable[..., None] = lambda *filled: None  # run.ranks: what a loop over microbatches fills by row
     holds: Callable[..., None] = lambda **parts: None  # run.checkpoints: what the recipe has made for its loop, by name
     done: int = 0  # steps that an earlier process has taken
 

@@ -48,6 +48,10 @@ class Options:
     """Most tokens to go through the model at once; 0 takes 2,048 on a CPU, 16,384 elsewhere. The result does not depend on it."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Type of the matrix products; weights are kept in float32."""
+    gradient_checkpointing: bool = False
+    """Keep only the input of each layer for the backward pass, and compute the rest again: less memory, a third more time."""
+    offload_optimizer: bool = False
+    """Keep weights, gradients and AdamW's moments in CPU memory between their uses (under torchrun)."""
     device: str = "auto"
     """cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."""
     chat_template: str = ""

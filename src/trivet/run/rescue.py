@@ -14,6 +14,7 @@ import torch
 
 from trivet.errors import InputError
 from trivet.report.runs import read_object
+from trivet.run import ranks
 from trivet.run.checkpoints import Checkpoints, damage, steps
 from trivet.run.files import write_json
 from trivet.run.loop import Metrics, Run
@@ -37,7 +38,7 @@ class Skips:
             self.in_a_row = 0
             return {}
         self.known, self.in_a_row = self.known + skipped, self.in_a_row + 1
-        kept = self._keep(step, counted) if self.in_a_row == 1 else None
+        kept = self._keep(step, counted) if self.in_a_row == 1 and ranks.US is None else None
         look = f"; to look at it: trivet replay {kept}" if kept else ""
         self.run.note(f"the gradient of step {step} is not finite; the step was not taken{look}")
         return {"skipped_updates": skipped}

@@ -1,0 +1,515 @@
+"""Many processes that take each step together: torchrun --nproc-per-node N -m trivet METHOD ...
+
+Every rank knows the whole step: its tokens, and the few numbers that go with each. What costs is shared: the passes through the
+models, by groups; generation, by prompts; and the weights (FSDP2: a block is gathered when its turn comes). So a recipe stays as
+it is, and whatever spans a step, a total, a mean, a whitening, an order drawn at random, is the same on all ranks because it is
+computed from the same numbers. The functions by whose names recipes call the stages are replaced from outside while a run goes
+on, as the clock does it. A process that torchrun has not started never comes here.
+"""
+
+import copy
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial, wraps
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from trivet.batch import Example, Groups, Rollouts, collate, group_rows, microbatches
+from trivet.errors import InputError
+from trivet.generation.engine import Engine
+from trivet.model.attention import NAME
+from trivet.model.blocks import blocks, checkpoint_blocks
+from trivet.model.forward import shares_prefix
+from trivet.model.load import PRECISIONS, load_scorer
+from trivet.model.load import _from_config as from_config
+from trivet.model.scalar import with_scalar_head
+from trivet.rewards import learned
+from trivet.run.loop import Run
+from trivet.run.options import Options
+from trivet.run.remembered import digest
+
+TOLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells each process
+PASSES = ("token_logprobs", "values", "scores")
+PATIENCE = timedelta(hours=1)  # for the slowest rank: rewards are asked for by one
+
+
+class Ranks:
+    """This process among those of the run, and the models that they hold together."""
+
+    def __init__(self, config: Options):
+        self.store, self.rank, self.size = next(dist.rendezvous("env://"))
+        local, name = int(os.environ["LOCAL_RANK"]), config.device
+        kind = "cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu"
+        if name not in ("auto", "cpu", "cuda"):
+            raise InputError(f"--device {name}: under torchrun each process takes its own; give cpu, cuda or auto")
+        if kind == "cuda":
+            if local >= torch.cuda.device_count():
+                raise InputError(
+                    f"{local + 1} processes on this node and {torch.cuda.device_count()} GPUs; start one a GPU"
+                )
+            torch.cuda.set_device(local)
+        self.device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size, timeout=PATIENCE)
+        self.mesh, self.config = init_device_mesh(kind, (self.size,)), config
+        self.roots: dict[int, Root] = {}  # by the identity of the model that it is the root of
+        self.starts: dict[int, str] = {}  # digest of the weights that a model was loaded with
+        self.filled: Sequence[Tensor] = ()  # what the recipe's loop writes by row
+        self.idle = False  # a pass for the company of the other ranks, which teaches nothing
+        self.rows, self.total_rows = torch.empty(0, dtype=torch.int64), 0  # of the whole generation, those sampled here
+
+    # what all ranks know
+
+    def same(self, x: Any = None) -> Any:
+        """What rank 0 has."""
+        told = [x]
+        dist.broadcast_object_list(told, 0, device=torch.device("cpu"))
+        return told[0]
+
+    def most(self, x: int) -> int:
+        """The largest of the ranks' numbers."""
+        told = torch.tensor(x)
+        dist.all_reduce(told, dist.ReduceOp.MAX)
+        return int(told)
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over the ranks, in place."""
+        dist.all_reduce(x)
+        return x
+
+    def merge(self, x: Tensor, owner: Tensor) -> None:
+        """Into each row of x goes that of the rank that owns it; rows without an owner (-1) stay. x: (B, ...), owner: (B,)"""
+        seen = (owner >= 0).nonzero()[:, 0]
+        rows, mine = x[seen], (owner[seen] == self.rank).view(-1, *[1] * (x.dim() - 1))
+        x[seen] = self.total(torch.where(mine, rows, 0))
+
+    # each rank's share of a step
+
+    def microbatches(
+        self, groups: Groups, budget: int, *, whole: bool = False, only: Tensor | None = None, into: Any = None
+    ) -> Iterator[tuple[Tensor, Groups]]:
+        """trivet.batch.microbatches of this rank's groups; then what the loop has filled by row is made whole on all ranks.
+
+        All ranks make the same number of passes, since weights are gathered in each: one with fewer goes through its last one
+        again, and its gradient is taken as zero.
+        """
+        lengths = groups.lengths.tolist()  # type: ignore[no-untyped-call]
+        visited = range(len(lengths)) if only is None else only.nonzero()[:, 0].tolist()
+        owner = torch.full((len(lengths),), -1)  # (P,)
+        owner[list(visited)] = torch.tensor(balanced([lengths[p] for p in visited], self.size), dtype=torch.int64)
+        owner = owner.to(groups.prompts.device)
+        parts = list(microbatches(groups, budget, whole=whole, only=owner == self.rank))
+        most = self.most(len(parts))
+        yield from parts
+        if most > len(parts):
+            borrowed = torch.arange(len(lengths), device=owner.device) == visited[0]
+            idle = parts[-1] if parts else next(microbatches(groups, budget, whole=whole, only=borrowed))
+            self.idle = True
+            try:
+                yield from [idle] * (most - len(parts))
+            finally:
+                self.idle = False
+        for x in self.filled if into is None else into:
+            self.merge(x, owner.repeat_interleave(groups.group_size))
+
+    @torch.no_grad()
+    def in_microbatches(
+        self, function: Callable[..., Tensor], model: Any, groups: Groups, budget: int, **options: Any
+    ) -> Tensor:
+        """trivet.model.forward.in_microbatches, each rank its share, the result on all."""
+        results = list[Tensor]()  # one, made by the first pass, when its shape is known
+        for rows, part in self.microbatches(groups, budget, into=results):
+            result = function(model, part, **options)
+            if not results:
+                results.append(result.new_zeros(len(groups.completions), *result.shape[1:]))
+            results[0][rows] = result
+        return results[0]
+
+    def shares(self, *filled: Tensor) -> None:
+        """Run.shares."""
+        self.filled = filled
+
+    def generate(
+        self,
+        original: Callable[..., Rollouts],
+        engine: Engine,
+        policy: Any,
+        prompts: Sequence[Example],
+        group_size: int,
+    ) -> Rollouts:
+        """Engine.generate, each rank its share of the prompts, the rollouts on all. The weights are gathered once for it."""
+        mine = range(self.rank, len(prompts), self.size)
+        own, start, size = [prompts[p] for p in mine], engine.generator.get_state(), len(prompts) * group_size
+        self.rows = group_rows(torch.tensor(mine, dtype=torch.int64, device=self.device), group_size)  # (R,)
+        self.total_rows, known = size, torch.get_rng_state()
+        root, plain = self.roots[id(policy)], not shares_prefix(policy)
+        if plain:  # transformers draws; so each rank has noise of its own
+            seed = int(torch.randint(2**31, (), generator=engine.generator, device=engine.generator.device))
+            start = engine.generator.get_state()
+            engine.generator.manual_seed(seed + self.rank)
+        with torch.no_grad(), gathered(root):
+            part = root(lambda: original(engine, policy, own, group_size)) if own else None
+        longest = self.most(0 if part is None else part.groups.completions.shape[1])
+        engine.generator.set_state(start)
+        torch.set_rng_state(known)
+        for _ in range(0 if plain else longest):  # as many draws as the rank of the longest completion has made
+            self._drawn(engine)
+
+        def whole(kind: torch.dtype, *shape: int, own: Tensor | None) -> Tensor:
+            x = torch.zeros(size, *shape, dtype=kind, device=self.device)
+            if own is not None:
+                x[self.rows] = (
+                    torch.nn.functional.pad(own.to(kind), (0, longest - own.shape[1])) if shape else own.to(kind)
+                )
+            return self.total(x)
+
+        texts: list[Any] = [None] * self.size
+        dist.all_gather_object(texts, [] if part is None else list(part.texts))
+        said = dict(zip((b for r in range(self.size) for p in range(r, len(prompts), self.size)
+                         for b in range(p * group_size, (p + 1) * group_size)), sum(texts, []), strict=True))  # fmt: skip
+        given = None if part is None else part.groups
+        present = whole(torch.uint8, longest, own=None if given is None else given.present).bool()
+        bare = collate([prompt.prompt for prompt in prompts], [[]] * len(prompts)).to(self.device)
+        written = whole(torch.int64, longest, own=None if given is None else given.completions)
+        return Rollouts(
+            groups=replace(bare, completions=written, mask=present, present=present, group_size=group_size),
+            logprobs=whole(torch.float32, longest, own=None if part is None else part.logprobs),
+            finished=whole(torch.uint8, own=None if part is None else part.finished).bool(),
+            texts=[said[b] for b in range(size)],
+            rows=[prompt.row for prompt in prompts],
+        )
+
+    def noise(self, engine: Engine, rows: Tensor) -> Tensor:
+        """Engine.noise: drawn for all rows of the step, so that a row's does not depend on who else is written here. (R, 1)"""
+        return self._drawn(engine)[self.rows[rows]]
+
+    def _drawn(self, engine: Engine) -> Tensor:
+        return torch.rand((self.total_rows, 1), generator=engine.generator, device=engine.generator.device)
+
+    def clip(self, parameters: Sequence[Any], limit: float) -> Tensor:
+        """torch.nn.utils.clip_grad_norm_ where gradients are in shards, or (of a head on a shared trunk) not yet added up."""
+        grads = [p.grad for p in parameters if p.grad is not None]
+        for grad in grads:
+            if not isinstance(grad, DTensor):
+                self.total(grad)
+        squares = [torch.zeros((), device=self.device), torch.zeros((), device=self.device)]  # in shards, whole
+        for grad in grads:
+            squares[not isinstance(grad, DTensor)] += local(grad).square().sum().to(self.device)
+        norm = (self.total(squares[0]) + squares[1]).sqrt()
+        for grad in grads:
+            local(grad).mul_((limit / (norm + 1e-6)).clamp(max=1).to(local(grad).device))
+        return norm
+
+    # models
+
+    def load(self, original: Callable[..., Any], name: str, **options: Any) -> Any:
+        """load_policy or load_scorer: rank 0 reads the files into its CPU memory, and each rank keeps its shards."""
+        labels, full, told = {"num_labels": 1} if original is load_scorer else {}, {}, None
+        if self.rank == 0:
+            model = original(name, **options | {"device": "cpu"})
+            own = getattr(model, "generation_config", None)  # as its file says
+            told = shares_prefix(model), digest(model, []), own, torch.get_rng_state()
+            full = {key: x.detach() for key, x in (*model.named_parameters(), *model.named_buffers())}
+        shares, start, own, random_state = self.same(told)
+        kind = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
+        with torch.device("meta"):
+            model = from_config(name, kind, **labels).eval()
+        model.compute_dtype = PRECISIONS[options.get("precision", self.config.precision)]
+        if own is not None:
+            model.generation_config = own
+        self._shard(model, shares, partial(self.from_first, full))
+        self.starts[id(model)] = start
+        torch.set_rng_state(random_state)
+        return model
+
+    def with_scalar_head(self, policy: Any, *, share: bool = False) -> Any:
+        """trivet.model.scalar.with_scalar_head."""
+        model = with_scalar_head(policy, share=True)
+        model._shares_prefix = shares_prefix(policy)
+        if share:
+            self.roots[id(model)] = self.roots[id(policy)]
+            return model
+        with torch.device("meta"):
+            trunk = type(policy.base_model)(copy.deepcopy(policy.base_model.config))
+        setattr(model, model.base_model_prefix, trunk)
+        return self._shard(model, shares_prefix(policy), partial(_gathered, policy))
+
+    def _twin(self, model: Any) -> Any:
+        """A copy of a model in shards."""
+        with torch.device("meta"):
+            twin = type(model)(copy.deepcopy(model.config)).eval()
+        twin.compute_dtype = model.compute_dtype
+        return self._shard(twin, shares_prefix(model), partial(_gathered, model))
+
+    def from_first(self, full: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
+        """This tensor of rank 0."""
+        x = torch.empty(like.shape, dtype=like.dtype, device=self.device)
+        if self.rank == 0:
+            x.copy_(full[name])
+        dist.broadcast(x, 0)
+        return x
+
+    def _shard(self, model: Any, shares: bool, weights: Callable[[str, Tensor], Tensor]) -> Any:
+        """Fill a model that stands on meta, a block at a time, each rank keeping its part of every tensor."""
+        model._shares_prefix = shares
+        if shares:
+            model.set_attn_implementation(NAME)
+        if self.config.gradient_checkpointing:
+            checkpoint_blocks(model)
+        names = {id(x): name for name, x in (*model.named_parameters(), *model.named_buffers())}
+        root, offload = Root(model), CPUOffloadPolicy() if self.config.offload_optimizer else OffloadPolicy()
+        for unit in (*blocks(model), root):
+            made = dict[int, tuple[Tensor, Tensor]]()  # tied weights are one
+            for owned in (owned for module in unit.modules() for owned in (module._parameters, module._buffers)):
+                for key, x in owned.items():
+                    if x is not None and x.is_meta:
+                        if id(x) not in made:
+                            full = weights(names[id(x)], x)
+                            made[id(x)] = x, torch.nn.Parameter(full) if isinstance(x, torch.nn.Parameter) else full
+                        owned[key] = made[id(x)][1]
+            # blocks travel in the type of the products; embeddings, head and last norm, which compute in float32, do not
+            kind = None if unit is root else model.compute_dtype
+            policy = MixedPrecisionPolicy(param_dtype=kind, reduce_dtype=torch.float32, cast_forward_inputs=False)
+            fully_shard(
+                unit, mesh=self.mesh, reshard_after_forward=unit is not root, mp_policy=policy, offload_policy=offload
+            )
+            unit.set_gradient_divide_factor(1.0)  # type: ignore[operator]  shares of one mean: they add up
+            unit.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
+        self.roots[id(model)] = root
+        model.__deepcopy__ = lambda memo: self._twin(model)
+        with torch.no_grad():
+            root(lambda: None)  # FSDP now knows which module is the root
+        root.reshard()  # type: ignore[operator]
+        return model
+
+    def through(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """token_logprobs, values or scores as the forward of the model's root, whose weights are gathered for it."""
+
+        @wraps(function)
+        def call(model: Any, *args: Any, **options: Any) -> Tensor:
+            root = self.roots[id(model)]
+
+            def forward() -> Tensor:
+                if (head := model.get_output_embeddings()) is not None:
+                    head.weight._cast_key = None  # gathered weights do not tell by their version that they have changed
+                return function(model, *args, **options).clone()  # FSDP hooks what is returned, and that is no view
+
+            result = root(forward)
+            if not torch.is_grad_enabled():
+                root.reshard()  # type: ignore[operator]  else these weights would also be those after the next update
+            return _Idle.apply(result) if self.idle and result.requires_grad else result  # type: ignore[no-any-return]
+
+        return call
+
+    @contextmanager
+    def at_work(self, recipe: ModuleType, run: Run) -> Iterator[None]:
+        """Within it the stages that this recipe calls are shared among the ranks."""
+        modules = [module for name, module in sys.modules.items() if name.startswith("trivet.recipes.")]
+        run.shares = self.shares
+        for name, reward in ({} if run.reward is None else run.reward.rewards).items():
+            if not isinstance(reward, learned.LearnedReward):
+                run.reward.rewards[name] = FromFirst(self, reward)
+        generate = Engine.generate
+        with ExitStack() as stack:
+            for module in (*modules, learned):
+                put = {"microbatches": self.microbatches, "in_microbatches": self.in_microbatches}
+                put |= {"with_scalar_head": self.with_scalar_head, "remembered": lambda model, rows, take, note: take()}
+                put |= {name: self.through(getattr(module, name)) for name in PASSES if hasattr(module, name)}
+                for name in put:
+                    if hasattr(module, name):
+                        stack.enter_context(patch.object(module, name, put[name]))
+            stack.enter_context(patch.object(Engine, "generate", lambda *args: self.generate(generate, *args)))
+            stack.enter_context(patch.object(Engine, "noise", lambda engine, rows: self.noise(engine, rows)))
+            stack.enter_context(patch.object(torch.nn.utils, "clip_grad_norm_", self.clip))
+            yield
+
+
+class Root(torch.nn.Module):
+    """What FSDP takes for the model: its forward is whatever needs the weights."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+
+    def forward(self, call: Callable[[], Any]) -> Any:
+        return call()
+
+
+class _Idle(torch.autograd.Function):
+    """The same numbers, and no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return torch.zeros_like(grads[0])
+
+
+class FromFirst:
+    """A reward that rank 0 asks, for all: one judge, one program with one state, whatever the number of processes."""
+
+    def __init__(self, ranks: Ranks, reward: Any):
+        self.ranks, self.reward, self.logged = ranks, reward, dict[str, float]()
+
+    def __call__(self, rollouts: Rollouts) -> Tensor:
+        told: Any = None
+        if self.ranks.rank == 0:
+            try:
+                told = self.reward(rollouts).cpu(), getattr(self.reward, "logged", {})
+            except InputError as error:
+                told = error
+        told = self.ranks.same(told)
+        if isinstance(told, InputError):
+            raise told
+        scores, self.logged = told
+        return scores.to(rollouts.logprobs.device)
+
+
+def balanced(lengths: Sequence[int], size: int) -> list[int]:
+    """The rank of each group, so that their sums of lengths are close: the longest first, each to whom has least."""
+    loads, ranks = [0] * size, [0] * len(lengths)
+    for group in sorted(range(len(lengths)), key=lambda p: -lengths[p]):
+        ranks[group] = rank = loads.index(min(loads))
+        loads[rank] += lengths[group]
+    return ranks
+
+
+def local(x: Tensor) -> Tensor:
+    """This rank's shard of a tensor, or the tensor."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+@contextmanager
+def gathered(root: Any) -> Iterator[None]:
+    """All weights of the model on every rank, until its end."""
+    units = [unit for unit in root.modules() if isinstance(unit, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(unit is not root, recurse=False)
+            unit.reshard()
+
+
+def _gathered(model: Any, name: str, like: Tensor) -> Tensor:
+    """This tensor of a model in shards, whole."""
+    x = {**dict(model.named_parameters()), **dict(model.named_buffers())}[name].detach()
+    return (x.full_tensor() if isinstance(x, DTensor) else x).to(x.device).clone()
+
+
+US: Ranks | None = None  # set while a run goes on that torchrun has started
+
+
+def started() -> bool:
+    """Whether torchrun has started this process, and it has not joined the others yet."""
+    return US is None and all(name in os.environ for name in TOLD)
+
+
+def leads() -> bool:
+    """Whether this process speaks and writes for the run."""
+    return US is None or US.rank == 0
+
+
+@contextmanager
+def together(config: Options) -> Iterator[None]:
+    """Within it this process takes part in the run."""
+    global US
+    US = Ranks(config)
+    with patch.object(learned, "load_scorer", partial(US.load, load_scorer)):
+        yield  # who fails stays a member until it has said so
+    dist.barrier()
+    dist.destroy_process_group()
+    US = None
+
+
+def first_to_fail() -> bool:
+    """Whether no other process has failed before this one: the one whose sentence is said."""
+    if US is None:
+        return os.environ.get("RANK", "0") == "0"
+    with suppress(Exception):  # whoever kept the count may have ended
+        return US.store.add("failed", 1) == 1
+    return False
+
+
+def same(x: Any) -> Any:
+    """What rank 0 has."""
+    return x if US is None else US.same(x)
+
+
+def agreed(*numbers: int) -> list[int]:
+    """The largest of each on any rank."""
+    return [int(x) if US is None else US.most(int(x)) for x in numbers]
+
+
+def loading(load: Callable[..., Any]) -> Callable[..., Any]:
+    """load_policy or load_scorer, for this run."""
+    return load if US is None else partial(US.load, load)
+
+
+def start_of(model: Any) -> str:
+    """The digest of the weights that it began with."""
+    return digest(model, []) if US is None else US.starts[id(model)]
+
+
+def at_work(recipe: ModuleType, run: Run) -> Any:
+    """Within it a recipe's stages are shared among the ranks."""
+    return nullcontext() if US is None else US.at_work(recipe, run)
+
+
+def whole(model: Any) -> Any:
+    """The model on one device, to be saved; None on ranks that save nothing."""
+    if US is None:
+        return model
+    full, seen = dict[str, Tensor](), dict[int, Tensor]()
+    for name, x in model.state_dict(keep_vars=True).items():
+        if id(x) not in seen:
+            seen[id(x)] = (x.full_tensor() if isinstance(x, DTensor) else x).detach().cpu()
+        full[name] = seen[id(x)]
+    if US.rank:
+        return None
+    with torch.device("meta"):
+        twin = type(model)(copy.deepcopy(model.config))
+    twin.load_state_dict(full, assign=True)
+    if hasattr(model, "generation_config"):
+        twin.generation_config = model.generation_config
+    return twin
+
+
+class Silent:
+    """The record of a rank that writes nothing."""
+
+    def __init__(self, record: Any):
+        self.keeps, self.locked = record.keeps, nullcontext
+        self.keep = self.begin = self.undo = self.step = self.end = lambda *args, **kwargs: None
+
+
+def recorder(record: Any) -> Any:
+    """The record, or one that writes nothing."""
+    return record if leads() else Silent(record)
+
+
+def keeper(alone: Any) -> Any:
+    """The class of checkpoints for this run."""
+    if US is None:
+        return alone
+    from trivet.run import shards
+
+    return partial(shards.Checkpoints, US)
