@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trivet.errors import InputError
-from trivet.model.load import save_model
+from trivet.model.load import restore, save_model
 from trivet.run.files import make_folder, to_disk, write_json
 from trivet.run.loop import Run
 
@@ -108,9 +108,9 @@ class Checkpoints:
 
     def _restore(self, folder: Path) -> None:
         if (folder / "shards").exists():  # many processes wrote it
-            from trivet.run.shards import restore
+            from trivet.run import shards
 
-            return restore(self.run, self.parts, folder)
+            return shards.restore(self.run, self.parts, folder)
         run, tensors = self.run, load_file(folder / "state.safetensors")
         state = unpacked(json.loads((folder / "state.json").read_text(encoding="utf-8"))["state"], tensors)
         run.done = state["step"]  # from here on: what was made before, DPO's reference, was of all steps
