@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from trivet.errors import InputError, first_line
+from trivet.model.lean import make_lean
 from trivet.model.trust import refusal, trusted
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
@@ -47,7 +48,7 @@ def load_scorer(name: str, *, device: str = "cpu", precision: str = "float32", f
 
 def _prepare(model: Any, device: torch.device | str, compute_dtype: torch.dtype | None) -> Any:
     model.compute_dtype = compute_dtype
-    return model.to(device).eval()  # no dropout: with it, policy and reference would never agree
+    return make_lean(model.to(device).eval())  # no dropout: with it, policy and reference would never agree
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
