@@ -1,0 +1,79 @@
+"""Modules that keep less for the backward pass: the numbers of the model's own, gradients up to rounding, fewer bytes kept."""
+
+import copy
+
+import pytest
+import torch
+from transformers import GPT2Config, LlamaConfig, MistralConfig, OlmoConfig, Qwen2Config, Qwen3Config
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from conftest import ragged, tiny
+from test_forward import gradients
+from trivet.model.forward import shares_prefix, token_logprobs
+from trivet.model.lean import make_lean
+
+KINDS = [LlamaConfig, Qwen2Config, Qwen3Config, MistralConfig, OlmoConfig, GPT2Config]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.model_type)
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+def test_the_same_numbers_and_gradients(kind, precision):
+    plain, groups = tiny(kind), ragged()
+    lean = make_lean(copy.deepcopy(plain))
+    outs = []
+    for model in (plain, lean):
+        model.compute_dtype = precision
+        shares_prefix(model)
+        outs.append(token_logprobs(model, groups))
+    assert torch.equal(*outs)
+    weights = torch.rand(outs[0].shape)
+    one, other = (gradients(m, (weights * x).sum()) for m, x in zip((plain, lean), outs, strict=True))
+    assert (one - other).norm() <= (1e-5 if precision is None else 2e-2) * one.norm()
+
+
+def test_a_copy_has_weights_of_its_own():
+    lean = make_lean(tiny(LlamaConfig))
+    twin = copy.deepcopy(lean)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    groups = ragged()
+    assert not torch.equal(token_logprobs(lean, groups), token_logprobs(twin, groups))
+
+
+def test_a_norm_that_only_looks_alike_keeps_its_own_forward():
+    class OddRMSNorm(LlamaRMSNorm):
+        def forward(self, hidden_states):
+            return 2 * super().forward(hidden_states)
+
+    model = torch.nn.Sequential(OddRMSNorm(8))
+    x = torch.randn(1, 3, 8)
+    before = model(x)
+    assert torch.equal(make_lean(model)(x), before)
+
+
+def kept_bytes(model, groups) -> int:
+    """Bytes that the graph keeps beyond the weights."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage()  # held, so that no address is used twice
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        token_logprobs(model, groups)
+    return sum(storage.nbytes() for place, storage in kept.items() if place not in own)
+
+
+def test_what_a_token_and_layer_no_longer_keep():
+    hidden, wide, groups = 32, 64, ragged(30, 1, 40)
+    less = []
+    for layers in (1, 3):
+        model = tiny(LlamaConfig, num_hidden_layers=layers, hidden_size=hidden, intermediate_size=wide)
+        model.compute_dtype = torch.bfloat16
+        shares_prefix(model)
+        less.append(kept_bytes(model, groups) - kept_bytes(make_lean(model), groups))
+    normed, casts, gated = 2 * 4 * hidden, 3 * 2 * hidden, 2 * 2 * wide  # of two norms; of k, v, up; silu, and times up
+    unseen = 2 * hidden * wide  # the cast of down's weight is kept as before, but the inner hook hides it from this one
+    assert less[1] - less[0] == 2 * (int(groups.lengths.sum()) * (normed + casts + gated) + unseen)
