@@ -5,6 +5,7 @@ tokens at some steps, summary.json at the end.
 """
 
 import json
+import math
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -182,8 +183,8 @@ def surroundings(device: str) -> dict[str, Any]:
 
 
 def short(x: Any) -> Any:
-    """Six digits of a number, null for NaN, which JSON does not have."""
-    return (float(f"{x:.6g}") if x == x else None) if isinstance(x, float) else x
+    """Six digits of a number, null for NaN and infinity, which JSON does not have."""
+    return (float(f"{x:.6g}") if math.isfinite(x) else None) if isinstance(x, float) else x
 
 
 def _cut(path: Path, step: int) -> None:
@@ -192,7 +193,7 @@ def _cut(path: Path, step: int) -> None:
         half = path.with_name(f".{path.name}")
         with path.open("rb") as lines, half.open("wb") as kept:
             for line in lines:
-                with suppress(ValueError):  # a line that a kill cut short
+                with suppress(ValueError, TypeError, LookupError, RecursionError):  # a line cut short, or damaged
                     if json.loads(line)["step"] <= step and line.endswith(b"\n"):
                         kept.write(line)
         to_disk(half)
@@ -204,5 +205,5 @@ def _append(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
         return
     with path.open("a", encoding="utf-8") as file:
         for line in lines:
-            known = {key: None if isinstance(x, float) and x != x else x for key, x in line.items()}
+            known = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in line.items()}
             file.write(json.dumps(known, ensure_ascii=False) + "\n")
