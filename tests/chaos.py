@@ -219,6 +219,7 @@ class Life:
             fcntl.fcntl(told, fcntl.F_SETPIPE_SZ, 1 << 20)
             os.dup2(told, 1)
             os.dup2(told, 2)
+            sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115  the old one may think it is a file
             os.environ["XDG_CACHE_HOME"] = str(Path(words[-1]).parent / "cache")  # the reference that dpo remembers
             watched(board)
             prepare()
