@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
+from fuzz_outside import rollouts, try_judge
 from test_resume import KilledError, config, killed_after, numbers, same
-from test_rewards import rollouts
 from trivet.cli import main
 from trivet.errors import InputError
 from trivet.recipes import sft
@@ -78,3 +78,9 @@ def test_half_of_a_surrogate_pair_can_be_printed(tmp_path, capsys):
     flags = ["--preset", "toy", "--steps=1", "--prompts-per-step=2", "--max-completion-tokens=4", "--eval-limit=1"]
     assert main(["grpo", *flags, "--reward", f"{tmp_path}/mine.py:f", "--out", str(tmp_path / "r")]) == 0
     assert "odd \\ud800" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("spent", [10**400, -5, 1.5, "many", None])
+def test_a_server_that_counts_nonsense_costs_nothing(tmp_path, spent):
+    body = {"choices": [{"message": {"content": "Score: 7"}}], "usage": {"prompt_tokens": spent}}
+    assert try_judge([(200, {}, json.dumps(body).encode())], False, "stop", "m", tmp_path) == "taken"

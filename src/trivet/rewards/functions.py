@@ -104,7 +104,11 @@ class FunctionReward:
             with contextlib.redirect_stdout(heard), contextlib.redirect_stderr(heard):
                 result = within(self.timeout, call)
             result = result.tolist() if hasattr(result, "tolist") else result  # an array or tensor
-            result = [x.tolist() if hasattr(x, "tolist") else x for x in result] if isinstance(result, list) else result
+            result = (
+                [x.tolist() if hasattr(x, "tolist") else x for x in result]
+                if isinstance(result, list | tuple)
+                else result
+            )
             values = self._checked(result, end - start)
         except (KeyboardInterrupt, _FailureError):
             raise
