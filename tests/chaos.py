@@ -10,6 +10,7 @@ samples.jsonl and summary.json the same but for the times. Exits with 1 if anyth
 import argparse
 import builtins
 import errno
+import fcntl
 import io
 import json
 import mmap
@@ -203,26 +204,44 @@ def noted(place: Path, shadow: Path) -> None:
     assert fsync is not os.fsync
 
 
-def life(words: list[str], log: Path, board: Board, prepare: Callable[[], None]) -> int:
-    """Fork a process that runs this command line; returns its id."""
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 99
-    try:
-        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(handle, 1)
-        os.dup2(handle, 2)
-        os.environ["XDG_CACHE_HOME"] = str(Path(words[-1]).parent / "cache")  # the reference that dpo remembers
-        watched(board)
-        prepare()
-        code = trivet(words)
-    except BaseException:
-        traceback.print_exc()
-    with suppress(BaseException):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(code)
+class Life:
+    """A forked process that runs this command line."""
+
+    def __init__(self, words: list[str], board: Board, prepare: Callable[[], Any] = lambda: None):
+        board[PHASE] = board[TAKEN] = board[CALLED] = 0
+        self.heard, told = os.pipe()  # not a file: its size may be limited
+        self.pid = os.fork()
+        if self.pid:
+            os.close(told)
+            return
+        code = 99
+        try:
+            fcntl.fcntl(told, fcntl.F_SETPIPE_SZ, 1 << 20)
+            os.dup2(told, 1)
+            os.dup2(told, 2)
+            sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115  the old one may think it is a file
+            os.environ["XDG_CACHE_HOME"] = str(Path(words[-1]).parent / "cache")  # the reference that dpo remembers
+            watched(board)
+            prepare()
+            code = trivet(words)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            with suppress(BaseException):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(code)
+
+    def gone(self) -> bool:
+        """Whether it has ended; it can still be waited for."""
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def end(self) -> tuple[int, str]:
+        """Kill it if it still runs; its exit code and what it said."""
+        os.kill(self.pid, signal.SIGKILL)
+        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        with open(self.heard, encoding="utf-8", errors="replace") as file:
+            return code, file.read()
 
 
 # From outside -------------------------------------------------------------------------------------------------------
@@ -285,10 +304,9 @@ class Chaos:
         """The run to compare with; how long it takes, and how many calls that can fail it makes."""
         self.whole[method] = self.folder / f"whole-{method}" / "run"
         self.whole[method].parent.mkdir()
-        board, log = Board(), self.folder / "log"
-        began = time.perf_counter()
-        pid = life(self.words(method, self.whole[method]), log, board, lambda: failing(board, 0, half))
-        assert os.waitpid(pid, 0)[1] == 0, log.read_text()
+        board, began = Board(), time.perf_counter()
+        alone = Life(self.words(method, self.whole[method]), board, lambda: failing(board, 0, half))
+        assert self.ended(alone, method, expected=(0,)) == 0
         self.seconds[method], self.calls[method] = time.perf_counter() - began, board[CALLED]
 
     def run(self, method: str, disturbed: Callable[[str, Path, Board], None], place: Path) -> None:
@@ -314,27 +332,25 @@ class Chaos:
         shutil.rmtree(place)
 
     def undisturbed(self, method: str, out: Path, board: Board) -> None:
-        self.ended(life(self.words(method, out), self.folder / "log", board, lambda: None), method, expected=(0,))
+        self.ended(Life(self.words(method, out), board), method, expected=(0,))
 
-    def moment(self, pid: int, method: str, out: Path, board: Board) -> None:
+    def moment(self, life: Life, method: str, out: Path, board: Board) -> None:
         """Wait for a moment of this life: in any of the steps it has left, its loading or its end, or while it writes."""
         left = STEPS - max((step for step, _ in steps(out / "checkpoints")), default=0)
         step, writing = self.draw.randint(0, left), self.draw.random() < 1 / 3
         until = step, WRITES if writing else range(len(PHASES))
-        while not gone(pid) and not (board[TAKEN] >= until[0] and board[PHASE] in until[1]):
+        while not life.gone() and not (board[TAKEN] >= until[0] and board[PHASE] in until[1]):
             time.sleep(0.0005)
         time.sleep(self.draw.uniform(0, 0.03 if writing else self.seconds[method] / (STEPS + 2)))
 
     def killed(self, method: str, out: Path, board: Board, prepare: Callable[[], None] = lambda: None) -> str:
         """A life that is killed; the phase in which that was, '' where it had ended."""
-        board[PHASE] = board[TAKEN] = 0
-        pid = life(self.words(method, out), self.folder / "log", board, prepare)
-        self.moment(pid, method, out, board)
-        if gone(pid):
-            self.ended(pid, method, expected=(0,))
+        life = Life(self.words(method, out), board, prepare)
+        self.moment(life, method, out, board)
+        if life.gone():
+            self.ended(life, method, expected=(0,))
             return ""
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        life.end()
         return PHASES[board[PHASE]]
 
     def kill(self, method: str, out: Path, board: Board) -> None:
@@ -356,7 +372,6 @@ class Chaos:
                 self.faults[f"{kind}: {phase}"] += 1
             shutil.rmtree(shadow)
             return
-        board[PHASE] = board[TAKEN] = board[CALLED] = 0
         number = self.draw.randint(1, self.calls[method])
         tensors, limit = self.draw.randint(1, 6), int(10 ** self.draw.uniform(2.5, 6.5))
         prepare: dict[str, Callable[[], Any]] = {
@@ -368,39 +383,32 @@ class Chaos:
             "half a tensor file": lambda: halved(board, tensors),
         }
         ballast = out.parent / "ballast"
-        pid = life(self.words(method, out), self.folder / "log", board, prepare[kind])
+        life = Life(self.words(method, out), board, prepare[kind])
         happened = False
         if kind == "full disk":
-            self.moment(pid, method, out, board)
-            happened = not gone(pid)
+            self.moment(life, method, out, board)
+            happened = not life.gone()
             with ballast.open("wb", buffering=0) as file, suppress(OSError):
                 while True:
                     file.write(bytes(65536))
-        code = self.ended(pid, method, expected=(0, 2))
+        code = self.ended(life, method, expected=(0, 2))
         ballast.unlink(missing_ok=True)
         if happened or code == 2 or board[CALLED] >= (tensors if kind == "half a tensor file" else number):
             self.faults[f"{kind}: {'stopped in a sentence' if code == 2 else 'went on'}"] += 1
 
-    def ended(self, pid: int, method: str, expected: tuple[int, ...]) -> int:
+    def ended(self, life: Life, method: str, expected: tuple[int, ...]) -> int:
         """Wait for it; its exit code. What it should not have done is counted as lost."""
         until = time.perf_counter() + HANGS
-        while not gone(pid) and time.perf_counter() < until:
+        while not life.gone() and time.perf_counter() < until:
             time.sleep(0.002)
-        if hung := not gone(pid):
-            os.kill(pid, signal.SIGKILL)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        said = (self.folder / "log").read_text(errors="replace")
-        if hung or code not in expected or "Traceback" in said:
+        hangs = not life.gone()
+        code, said = life.end()
+        if hangs or code not in expected or "Traceback" in said:
             self.lost.append(
-                f"{method}, run {self.runs}: {'it hangs' if hung else f'exit code {code}'}: {said[-1500:]}"
+                f"{method}, run {self.runs}: {'it hangs' if hangs else f'exit code {code}'}: {said[-1500:]}"
             )
             print(f"LOST: {self.lost[-1]}", flush=True)
         return code
-
-
-def gone(pid: int) -> bool:
-    """Whether this child has ended; it can still be waited for."""
-    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def wrong(run: Path, saved: int, seen: dict[str, set[str]]) -> Iterator[str]:

@@ -1,4 +1,6 @@
-"""Anything for input: rows and files, TOML, flags. Each case is taken, or refused by an InputError; nothing else, and no hang.
+"""Anything for input: rows and files, TOML, flags; what reward functions, judges and disks give back (fuzz_outside.py).
+
+Each case is taken, or refused by an InputError; nothing else, and no hang.
 
 python tests/fuzz.py --cases 100000        # of each target; prints how many were taken and refused
 """
@@ -21,6 +23,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from fuzz_outside import outside
 from trivet import rows
 from trivet.cli import parse
 from trivet.data import NEEDS, load_examples, split_by_prompt
@@ -219,7 +222,7 @@ def try_flags(config: Any, words: list[str]) -> str:
 
 
 def targets(cases: int) -> dict[str, Callable[[], None]]:
-    """The three, each over this many cases."""
+    """All of them, each over this many cases."""
     ways = settings(max_examples=cases, deadline=LONGEST, suppress_health_check=list(HealthCheck), database=None)
 
     @ways
@@ -241,7 +244,7 @@ def targets(cases: int) -> dict[str, Callable[[], None]]:
     def flags(config: Any, words: list[str]) -> None:
         TOOK[f"flags {try_flags(config, words)}"] += 1
 
-    return {"files": data, "TOML": toml, "flags": flags}
+    return {"files": data, "TOML": toml, "flags": flags} | outside(ways, TOOK, given)
 
 
 if __name__ == "__main__":

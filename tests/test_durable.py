@@ -53,6 +53,8 @@ def test_nothing_gets_its_name_before_it_is_on_the_disk(tmp_path, monkeypatch):
         launch(config(dpo, out), killed_after(3))
     (out / "metrics.jsonl").write_text((out / "metrics.jsonl").read_text() + "{")
     resume(out)
+    assert on_disk(out)
+    assert on_disk(out / "checkpoints")
     for path in renamed:  # and so are the names, up to the folder that was there before
         if path.parent.exists() and path.name.partition(".")[2] not in ("jsonl", "safetensors"):
             while path != tmp_path:

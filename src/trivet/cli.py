@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -41,6 +42,8 @@ Every method takes --preset toy (no download), --config FILE.toml, and flags on 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 2 for input that can't be used (said in one sentence), 130 for Ctrl-C."""
     args = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what can't be written, half of a surrogate pair, is spelled out
+        sys.stdout.reconfigure(errors="backslashreplace")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if "OMP_WAIT_POLICY" not in os.environ:  # threads that spin for long are slow where another process wants a core

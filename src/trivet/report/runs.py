@@ -52,11 +52,12 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object of a .json file; {} where there is none, or only its beginning so far."""
+    """The object of a .json file; {} where there is none, or no whole one."""
     try:
-        return json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def method_of(run: Path) -> str:

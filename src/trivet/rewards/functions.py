@@ -105,7 +105,11 @@ class FunctionReward:
             with contextlib.redirect_stdout(heard), contextlib.redirect_stderr(heard):
                 result = within(self.timeout, call)
             result = result.tolist() if hasattr(result, "tolist") else result  # an array or tensor
-            result = [x.tolist() if hasattr(x, "tolist") else x for x in result] if isinstance(result, list) else result
+            result = (
+                [x.tolist() if hasattr(x, "tolist") else x for x in result]
+                if isinstance(result, list | tuple)
+                else result
+            )
             values = self._checked(result, end - start)
         except (KeyboardInterrupt, _FailureError):
             raise
@@ -113,8 +117,12 @@ class FunctionReward:
             told = f"reward {self.spec} did not return within {self.timeout:g} seconds"
             raise _FailureError(told, slow=True) from None
         except BaseException as error:  # anything can go wrong in there
-            told = f"raised {type(error).__name__} in its line {self._line(error)}: {' '.join(str(error).split())}"
-            raise _FailureError(f"reward {self.spec} {told:.500}") from error
+            try:
+                said = str(error)
+            except Exception:  # it can't even say what it is
+                said = "?"
+            told = f"raised {type(error).__name__} in its line {self._line(error)}: {said}"
+            raise _FailureError(f"reward {self.spec} {' '.join(told.split()):.500}") from error
         finally:
             self._tell(heard.text)
         self.logged = logged

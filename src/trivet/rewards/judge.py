@@ -179,7 +179,7 @@ class Judge:
                 for key in ("prompt_tokens", "completion_tokens"):
                     usage = told.get("usage")
                     spent = usage.get(key) if isinstance(usage, dict) else None
-                    self.totals[key] += spent if isinstance(spent, int) else 0
+                    self.totals[key] += spent if isinstance(spent, int) and 0 <= spent < 1 << 40 else 0
                 content = told["choices"][0]["message"]["content"]
                 if content is not None and not isinstance(content, str):
                     raise TypeError

@@ -293,9 +293,11 @@ def resume(out: str | Path, watch: Watch | None = None) -> Path:
 
 def config_of(out: Path) -> Options:
     """The options of the run in this directory. Errors: InputError where it is none."""
-    if not (method := method_of(out)):
-        raise InputError(f"{out} is not a run directory: there is no config.toml in it that names a method")
-    kind = importlib.import_module(f"trivet.recipes.{method.replace('-', '_')}").Config
+    try:
+        kind = importlib.import_module(f"trivet.recipes.{method_of(out).replace('-', '_')}").Config
+    except (ImportError, AttributeError, ValueError):
+        said = "there is no config.toml in it that names a method"
+        raise InputError(f"{out} is not a run directory: {said}") from None
     return kind(**typed(kind, read_toml(str(out / "config.toml")), f"{out / 'config.toml'}: "))
 
 

@@ -197,7 +197,7 @@ def _cut(path: Path, step: int) -> None:
         half = path.with_name(f".{path.name}")
         with path.open("rb") as lines, half.open("wb") as kept:
             for line in lines:
-                with suppress(ValueError):  # a line that a kill cut short
+                with suppress(ValueError, TypeError, LookupError, RecursionError):  # a line cut short, or damaged
                     if json.loads(line)["step"] <= step and line.endswith(b"\n"):
                         kept.write(line)
         to_disk(half)
