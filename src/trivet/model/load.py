@@ -13,7 +13,7 @@ from trivet.errors import InputError, first_line
 from trivet.model.adapters import CONFIG as ADAPTER_CONFIG
 from trivet.model.adapters import SCORER, adapter_of, inject, merged, read_adapter, write_adapter
 from trivet.model.adapters import WEIGHTS as ADAPTER_WEIGHTS
-from trivet.model.quantize import quantization
+from trivet.model.quantize import keep_trainable, quantization
 from trivet.model.trust import refusal, trusted
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
@@ -72,7 +72,9 @@ def _with_adapter(model: Any, config: Any, name: str) -> Any:
 
 def _prepare(model: Any, device: torch.device | str, compute_dtype: torch.dtype | None) -> Any:
     model.compute_dtype = compute_dtype
-    return model.to(device).eval()  # no dropout: with it, policy and reference would never agree
+    return (
+        keep_trainable(model, model.name_or_path).to(device).eval()
+    )  # no dropout: with it, policy and reference would never agree
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, *, merge: bool = False) -> None:
