@@ -428,7 +428,7 @@ MUTANTS: list[Mutant] = [
         ("adapters: the base is a relative path", "str(Path(base).resolve()) if Path(base).exists() else base\n    return inject", "base\n    return inject"),
         ("adapters: tensors that do not fit are passed over", "if wrong := [*filter(is_adapters, result.missing_keys), *result.unexpected_keys]:", "if wrong := []:"),
     ),
-    *planted("model/adapters.py", "test_lora.py -k 'roles or all_weights'",
+    *planted("model/adapters.py", "test_lora.py -k 'roles or all_weights or by_itself'",
         ("adapters: the reward model has a base of its own", "if config is None or own is None or _place(config) != _place(own):", "if True:"),
         ("adapters: the reward model keeps the policy's adapter", "model = without_layers(with_scalar_head(policy))", "model = with_scalar_head(policy)"),
         ("adapters: the critic is the reward model", "copied = copy.deepcopy(model, shared)", "copied = model"),

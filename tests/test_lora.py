@@ -174,6 +174,13 @@ def test_ppo_is_four_roles_over_one_base(tmp_path, runs, start):
     assert not all(torch.equal(x, starts[name]) for name, x in held["critic"].named_parameters() if name in moved)
 
 
+def test_over_the_policys_base_a_reward_model_is_what_it_is_by_itself(tmp_path, runs):
+    judge = launch(config(reward_model, tmp_path / "rm", lora=2, lora_targets=("q_proj",), lr=1e-2))
+    run = Launch(config(ppo, tmp_path / "r", model=str(runs["sft"]), reward=(str(judge),))).run
+    expected = scores(load_scorer(str(judge / "model")), ragged(longest=5))
+    assert torch.equal(scores(run.reward.rewards["rm"].model, ragged(longest=5)), expected)
+
+
 def test_the_critic_without_a_reward_model_is_an_adapter_of_its_own(tmp_path):
     run = Launch(config(ppo, tmp_path / "r", lora=4)).run
     held, _ = parts_of_ppo(run)

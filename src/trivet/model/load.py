@@ -14,7 +14,7 @@ from trivet.model.adapters import CONFIG as ADAPTER_CONFIG
 from trivet.model.adapters import SCORER, adapter_of, inject, merged, read_adapter, write_adapter
 from trivet.model.adapters import WEIGHTS as ADAPTER_WEIGHTS
 from trivet.model.lean import make_lean
-from trivet.model.quantize import quantization
+from trivet.model.quantize import keep_trainable, quantization
 from trivet.model.trust import refusal, trusted
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
@@ -73,7 +73,8 @@ def _with_adapter(model: Any, config: Any, name: str) -> Any:
 
 def _prepare(model: Any, device: torch.device | str, compute_dtype: torch.dtype | None) -> Any:
     model.compute_dtype = compute_dtype
-    return make_lean(model.to(device).eval())  # no dropout: with it, policy and reference would never agree
+    model = keep_trainable(model, model.name_or_path).to(device).eval()  # no dropout: with it, policy and reference would differ
+    return make_lean(model)
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, *, merge: bool = False) -> None:

@@ -2,10 +2,13 @@
 
 import sys
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from trivet.run.remembered import plain
 
 
 def peak_memory(device: str) -> int:
@@ -37,7 +40,7 @@ def by_part(
     seen = set[int]()
 
     def bytes_of(tensors: Any) -> int:
-        new = {x.data_ptr(): x.nbytes for x in tensors if x.data_ptr() not in seen}
+        new = {x.data_ptr(): x.nbytes for x in chain(*map(plain, tensors)) if x.data_ptr() not in seen}
         seen.update(new)
         return sum(new.values())
 

@@ -44,7 +44,14 @@ def digest(model: Any, examples: Sequence[Example]) -> str:
     found = hashlib.sha256(repr(getattr(model, "compute_dtype", None)).encode())
     for name, weight in model.state_dict().items():
         found.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        found.update(weight.detach().cpu().contiguous().flatten().view(uint8).numpy())
+        for x in plain(weight.detach()):
+            found.update(x.cpu().contiguous().flatten().view(uint8).numpy())  # type: ignore[arg-type]
     for example in examples:
         found.update(repr((example.prompt, example.completions, example.learned)).encode())
     return found.hexdigest()
+
+
+def plain(x: Any) -> list[Tensor]:
+    """The tensors that a quantized one is made of; any other is itself."""
+    names = x.__tensor_flatten__()[0] if hasattr(x, "__tensor_flatten__") else ()
+    return [part for name in names for part in plain(getattr(x, name))] or [x]
