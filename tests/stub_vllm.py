@@ -39,6 +39,7 @@ class Stub:
         self.adapters: dict[str, Any] = {}  # a model each
         self.jobs: list[tuple[tuple[Any, ...], Example, list[Any], threading.Event]] = []
         self.ready, self.lock, self.closed = threading.Event(), threading.Lock(), False
+        self.dead = False
         self.restart()
         stub = self
 
@@ -86,6 +87,9 @@ class Stub:
 
     def route(self, handler: Any, body: dict[str, Any]) -> None:
         path = handler.path.split("?")[0]
+        if self.dead:
+            handler.close_connection = True
+            return None
         if path == "/inference/v1/generate":
             return self.generate(handler, body)
         if path == "/fault":
@@ -143,8 +147,9 @@ class Stub:
         if fault == "die":
             if self.process:
                 os._exit(9)
+            self.dead = True
             self.http.server_close()
-            handler.connection.close()
+            handler.close_connection = True
             return None
         if fault == "hang":
             self.held.wait()

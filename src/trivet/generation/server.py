@@ -276,7 +276,7 @@ class Servers:
     def metrics(self) -> dict[str, float]:
         """Of the last batch: how many steps its weights were behind; of the servers: how many work, work sent again, seconds of
         syncs since the last call, and the largest difference that the last probes have found."""
-        usable = [server for server in self.servers if server.has]
+        usable = [server for server in self.servers if not server.strikes]
         said = {
             "servers/usable": float(len(usable)),
             "servers/resent": float(self.resent),
@@ -288,6 +288,8 @@ class Servers:
 
     def close(self) -> None:
         """End what is under way, and the servers that are ours."""
+        if self.loop.is_closed():
+            return
         with suppress(Exception):
             asyncio.run_coroutine_threadsafe(self._end(), self.loop).result(SHORT)
         for server in self.servers:
