@@ -80,6 +80,7 @@ class Elsewhere:
         longest = min(self.context, config["max_prompt_tokens"] + config["max_completion_tokens"])
         flags = ["--dtype", config["precision"], "--max-model-len", str(longest), "--enable-scale-out"]
         flags += ["--logprobs-mode", "processed_logprobs", "--skip-tokenizer-init", "--generation-config", "vllm"]
+        flags += ["--disable-uvicorn-access-log"]
         if adapters := getattr(policy, "peft_config", None):
             rank = max(int(adapter.r) for adapter in adapters.values())
             flags += ["--enable-lora", "--max-lora-rank", str(next(r for r in RANKS if r >= rank))]
