@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: quickstart test bench install clean
+.PHONY: quickstart test bench install vllm clean
 
 quickstart: .venv/installed  ## all six methods on the embedded story model, a few minutes
 	@$(BIN)/trivet quickstart --out runs/quickstart
@@ -20,6 +20,12 @@ bench: .venv/developed  ## Trivet against TRL on this machine, small and medium 
 
 install: .venv/installed  ## the environment only
 
+vllm: .vllm/bin/vllm  ## vLLM's CPU build in an environment of its own, 3.4 GB, for --vllm; docs/servers.md
+
+.vllm/bin/vllm: scripts/install_vllm.sh
+	@PYTHON=$(PYTHON) sh scripts/install_vllm.sh .vllm
+	@touch $@
+
 # torch first and by itself: TORCH="torch --index-url https://download.pytorch.org/whl/cpu" picks another build
 .venv/installed: pyproject.toml
 	@echo "setting up .venv: $(TORCH), then trivet and what it needs (a minute or two) ..."
@@ -35,4 +41,4 @@ install: .venv/installed  ## the environment only
 	@touch $@
 
 clean:
-	rm -rf .venv runs dist build .pytest_cache .ruff_cache
+	rm -rf .venv .vllm runs dist build .pytest_cache .ruff_cache

@@ -39,6 +39,7 @@ class Stub:
         self.adapters: dict[str, Any] = {}  # a model each
         self.jobs: list[tuple[tuple[Any, ...], Example, list[Any], threading.Event]] = []
         self.ready, self.lock, self.closed = threading.Event(), threading.Lock(), False
+        self.dead = False
         self.restart()
         stub = self
 
@@ -86,6 +87,9 @@ class Stub:
 
     def route(self, handler: Any, body: dict[str, Any]) -> None:
         path = handler.path.split("?")[0]
+        if self.dead:
+            handler.close_connection = True
+            return None
         if path == "/inference/v1/generate":
             return self.generate(handler, body)
         if path == "/fault":
@@ -143,8 +147,9 @@ class Stub:
         if fault == "die":
             if self.process:
                 os._exit(9)
+            self.dead = True
             self.http.server_close()
-            handler.connection.close()
+            handler.close_connection = True
             return None
         if fault == "hang":
             self.held.wait()
@@ -161,11 +166,22 @@ class Stub:
         done.wait()
         if not probe and self.latency:
             time.sleep(self.latency)
+        if probe:
+            with self.lock, torch.no_grad():
+                served = self.adapters[body["model"]] if "model" in body else self.model
+                logits = served(torch.tensor([body["token_ids"]])).logits[0, -1] / given["temperature"]
+                top = logits.log_softmax(-1).topk(given["logprobs"])
+                likely = [
+                    {"token_id": t, "logprob": x}
+                    for t, x in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+                ]
         choices = []
         for i, (tokens, logprobs) in enumerate(result):
             ended = tokens[-1] in given["stop_token_ids"]
             spans = [{"version": version, "start": 0, "end": len(tokens)}]
             content = [{"token_id": t, "logprob": x, "rank": None} for t, x in zip(tokens, logprobs, strict=True)]
+            if probe:
+                content[0]["top_logprobs"] = likely
             choices.append({"index": i, "token_ids": tokens, "logprobs": {"content": content}, "stop_reason": None,
                             "finish_reason": "stop" if ended else "length", "weight_versions": spans})  # fmt: skip
         answer = {"request_id": f"generate-tokens-{body['request_id']}", "choices": choices}

@@ -45,6 +45,12 @@ def test_the_readme_names_commands_that_exist():
         assert re.search(rf"^{verb}:", makefile, re.M), verb
 
 
+def test_servers_md_names_the_options_of_servers():
+    text = (ROOT / "docs" / "servers.md").read_text()
+    for flag in ("--generate-with", "--vllm", "--max-staleness", "--importance-cap"):
+        assert f"`{flag}" in text or f" {flag} " in text, flag
+
+
 def test_every_public_name_says_what_it_is():
     """Modules, classes, functions and methods whose names do not begin with an underscore; fields in options.py and recipes
     have theirs checked above."""
@@ -79,7 +85,8 @@ def test_methods_md_names_options_presets_and_every_variant():
                 assert option.replace("-", "_") in fields, f"{method} has no --{option}"
         for preset in set(recipe.PRESETS) - {"toy", "arithmetic"}:
             assert f"--preset {preset}" in section[1], f"{preset} is not explained"
-        shared = {field.name for field in dataclasses.fields(importlib.import_module("trivet.run.options").Options)}
+        options = importlib.import_module("trivet.run.options").SamplingOptions
+        shared = {field.name for field in dataclasses.fields(options)}
         plain = {
             "beta",
             "reward",

@@ -1,5 +1,9 @@
 """Generation by servers: the protocol, the probe after each sync, faults of every kind, generation ahead of training."""
 
+import json
+import os
+import signal
+import sys
 import time
 from pathlib import Path
 
@@ -10,9 +14,17 @@ from peft import LoraConfig
 from conftest import tiny
 from stub_vllm import FAULTS, Stub
 from trivet.batch import Example
+from trivet.cli import main
+from trivet.errors import InputError
 from trivet.generation.engine import Engine
+from trivet.generation.local import Local
 from trivet.generation.server import NoServerError, Server, Servers
 from trivet.model.forward import in_microbatches, token_logprobs
+from trivet.model.load import load_policy
+from trivet.optimization import truncated_importance_weights
+from trivet.recipes import grpo, pairwise_grpo, ppo
+from trivet.run.launch import launch, resume
+from trivet.toy import ARITHMETIC
 
 PROMPTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9, 10, 11], [12]]
 ROWS = [Example(prompt=prompt, completions=[], learned=[], row={"number": i}) for i, prompt in enumerate(PROMPTS)]
@@ -256,3 +268,178 @@ def wait_for(condition, seconds: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def test_a_local_server_is_started_and_ends_with_us(folder, client, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
+    local = Local(Path(sys.executable), tmp_path / "log", ["--anything", "else"], module="stub_vllm")
+    servers = client(timeout=60.0)
+    url, cut = f"http://127.0.0.1:{local.port}", {"temperature": 0.7, "top_k": 0, "top_p": 1.0}
+    servers.servers.append(Server(url, [0], cut, 60.0, 1e-4, True, local=local))
+    policy = tiny()
+    assert agrees(policy, servers.generate(policy, ROWS, 2)) < 1e-5
+    first = local.process
+    os.kill(first.pid, signal.SIGKILL)
+    move(policy)
+    assert agrees(policy, servers.generate(policy, ROWS, 2)) < 1e-5  # another process, started on the newest weights
+    second = local.process
+    assert second.pid != first.pid
+    servers.close()
+    assert second.poll() is not None
+
+
+# Whole runs ---------------------------------------------------------------------------------------------------------
+
+TOY = {**ARITHMETIC, "group_size": 4, "prompts_per_step": 8, "keep_tokens_every": 1}
+TOY |= {"reward": (f"{__file__}:letters",)}  # every group has a best one from the start
+
+
+def letters(prompts, completions, **_) -> list[float]:
+    """A reward that nearly all completions have another value of."""
+    return [sum(map(ord, completion)) % 31 / 31 for completion in completions]
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """Stubs of the toy's model; their weights are others than the run's, which the first sync mends."""
+    folder = tmp_path / "toy"
+    load_policy(ARITHMETIC["model"], from_scratch=True).save_pretrained(folder)
+    made = [Stub(folder), Stub(folder)]
+    yield made
+    for server in made:
+        server.close()
+
+
+def lines(out: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (out / name).read_text().splitlines()]
+
+
+@pytest.mark.parametrize("recipe", [grpo, ppo, pairwise_grpo], ids=lambda recipe: recipe.__name__.rpartition(".")[2])
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_a_run_says_which_weights_wrote_what(toy, tmp_path, recipe, staleness):
+    out = launch(recipe.Config(**TOY, steps=5, generate_with=tuple(x.url for x in toy), out=str(tmp_path / "run"),
+                               max_staleness=staleness, lr=1e-3))  # fmt: skip
+    metrics, samples = lines(out, "metrics.jsonl"), lines(out, "samples.jsonl")
+    assert [x["sampling/staleness"] for x in metrics] == [min(staleness, i) for i in range(5)]
+    for sample in samples:
+        held = sample.get("set") == "held-out"
+        assert sample["staleness"] == (0 if held else min(staleness, sample["step"] - 1))
+        assert sample["version"] == sample["step"] - (0 if held else 1) - sample["staleness"]
+    largest = [x["sampling/logprob_difference/max"] for x in metrics]
+    assert largest[0] < 1e-4
+    assert all((x < 1e-4) == (staleness == 0) for x in largest[1:])
+    assert all(x["servers/usable"] == 2 for x in metrics)
+    assert not (out / "served").exists()
+
+
+def test_each_batch_is_trained_on_once_and_in_the_order_of_the_data(toy, tmp_path):
+    """What an undisturbed run trains on is what one with faults trains on: no group is lost, doubled or cut."""
+    prompts = {}
+    for name, faults in {
+        "plain": (),
+        "faults": ("500", "", "truncated", "duplicate", "", "partial group", "cut short"),
+    }.items():
+        toy[0].fault(*faults)
+        config = grpo.Config(
+            **TOY, steps=6, generate_with=tuple(x.url for x in toy), out=str(tmp_path / name), max_staleness=1
+        )
+        out = launch(config)
+        assert len(toy[0].faults) == 0
+        prompts[name] = [(x["step"], x["group"], x["prompt"]) for x in lines(out, "samples.jsonl")]
+        metrics = lines(out, "metrics.jsonl")
+        assert [x["step"] for x in metrics] == [1, 2, 3, 4, 5, 6]
+    assert prompts["plain"] == prompts["faults"]
+    assert metrics[-1]["servers/resent"] >= 5
+
+
+def test_without_a_server_the_run_stops_with_a_checkpoint_and_goes_on_later(toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TRIVET_SERVER_TIMEOUT", "2")
+    out, options = tmp_path / "run", dict(TOY, steps=6)
+    toy[0].fault(*[""] * 3 * 8, "die")
+    config = grpo.Config(**options, generate_with=(toy[0].url,), out=str(out))
+    with pytest.raises(
+        InputError, match=r"no server to generate with: .*; stopped after step 3, to go on: trivet resume"
+    ):
+        launch(config)
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-3"]
+    toml = (out / "config.toml").read_text()
+    (out / "config.toml").write_text(toml.replace(toy[0].url, toy[1].url))  # elsewhere by now
+    resume(out)
+    metrics = lines(out, "metrics.jsonl")
+    assert [x["step"] for x in metrics] == [1, 2, 3, 4, 5, 6]
+    assert [x["sampling/staleness"] for x in metrics] == [0] * 6
+    assert json.loads((out / "summary.json").read_text())["steps"] == 6
+
+
+def test_generation_overlaps_training(toy, tmp_path):
+    """A generator of known latency, and a reward that takes as long as it, in place of training."""
+    (tmp_path / "slow.py").write_text(
+        "import time\ndef slow(prompts, completions, **_):\n    time.sleep(0.4)\n    return [float(len(x)) for x in completions]\n"
+    )
+    seconds = {}
+    toy[0].latency = 0.4
+    for k in (0, 1):
+        options = dict(
+            TOY, steps=9, reward=(f"{tmp_path}/slow.py:slow",), eval_data="", eval_fraction=0.0, group_size=2
+        )
+        out = launch(grpo.Config(**options, generate_with=(toy[0].url,), out=str(tmp_path / f"k{k}"), max_staleness=k))
+        at = [x["seconds"] for x in lines(out, "metrics.jsonl")]
+        seconds[k] = (at[-2] - at[0]) / 7  # at the last step nothing is left to generate
+    assert seconds[1] <= 0.65 * seconds[0], seconds
+
+
+def test_arithmetic_is_learned_with_rollouts_a_step_old(toy, tmp_path):
+    options = {**grpo.PRESETS["arithmetic"], "generate_with": (toy[0].url,), "max_staleness": 1}
+    out = launch(grpo.Config(**options, out=str(tmp_path / "run")))
+    metrics = lines(out, "metrics.jsonl")
+    assert metrics[0]["reward"] < 0.3
+    assert metrics[-1]["eval/reward"] >= 0.9
+    assert all(x["sampling/staleness"] == 1 for x in metrics[1:])
+    assert 0.9 < metrics[50]["sampling/importance_sampling_ratio/mean"] < 1.1
+
+
+# Options and weights ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--max-staleness", "1"], "--max-staleness needs somebody who generates meanwhile"),
+        (["--generate-with", "localhost:8000"], "expected a URL like http://127.0.0.1:8000"),
+        (["--vllm"], "TRIVET_VLLM_PYTHON is /nowhere/python, which is not there"),
+    ],
+)
+def test_options_that_can_not_work_say_so(tmp_path, monkeypatch, capsys, words, said):
+    monkeypatch.setenv("TRIVET_VLLM_PYTHON", "/nowhere/python")
+    assert main(["grpo", "--preset", "arithmetic", "--steps", "1", "--out", str(tmp_path / "run"), *words]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_importance_weights_make_the_gradient_that_of_the_learner():
+    """Over all tokens of a small vocabulary: E_sampler[w A grad log pi] = E_pi[A grad log pi], as long as the cap is not met."""
+    torch.manual_seed(0)
+    logits = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    sampler, advantage = torch.randn(7, dtype=torch.float64).log_softmax(0), torch.randn(7, dtype=torch.float64)
+    logprobs = logits.log_softmax(0)
+
+    def gradient(weight: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad((weight * advantage * logprobs).sum(), logits, retain_graph=True)[0]
+
+    weights = truncated_importance_weights(logprobs, sampler, cap=1e9)
+    assert not weights.requires_grad
+    torch.testing.assert_close(gradient(sampler.exp() * weights), gradient(logprobs.exp().detach()))
+    capped = truncated_importance_weights(logprobs, sampler, cap=1.1)
+    assert capped.max() == 1.1
+    assert torch.equal(capped[weights < 1.1], weights[weights < 1.1])
+
+
+def test_the_cap_acts_in_grpo_and_ppo(toy, tmp_path):
+    """With rollouts that are two steps old a cap near 0 leaves the weights where they were; without servers it does nothing."""
+    for recipe in (grpo, ppo):
+        moved = {}
+        for cap in (1e-12, 2.0):
+            options = dict(TOY, steps=2, importance_cap=cap, generate_with=(toy[0].url,))
+            out = launch(recipe.Config(**options, out=str(tmp_path / f"{recipe.__name__}{cap}")))
+            moved[cap] = lines(out, "metrics.jsonl")[0]["grad_norm"]
+        assert moved[1e-12] < 1e-6 * moved[2.0]

@@ -1,6 +1,7 @@
 """A vLLM server on this machine, as a process of another Python: Trivet imports no vLLM, and leaves no server behind."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -33,6 +34,7 @@ class Local:
             found.bind(("127.0.0.1", 0))
             self.port: int = found.getsockname()[1]
         self.process: subprocess.Popen[bytes] | None = None
+        self.began = 0  # where in the log its output begins
 
     def start(self, model: str) -> None:
         """Begin to serve this model folder; what ran before is ended."""
@@ -43,6 +45,7 @@ class Local:
         environment |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONUNBUFFERED": "1"} | os.environ
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
+            self.began = log.tell()
             said = {"stdin": subprocess.PIPE, "stdout": log, "stderr": subprocess.STDOUT}
             self.process = subprocess.Popen(words, env=environment, start_new_session=True, **said)  # type: ignore[call-overload]
 
@@ -65,12 +68,12 @@ class Local:
             self.process.stdin.close()
         self.process = None
 
-    def last_words(self) -> str:
-        """The last line of its output that names an error."""
+    def complaint(self) -> str:
+        """The first error that it has named since it was started."""
         with suppress(OSError):
-            lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-400:]
-            said = [line for line in lines if "Error" in line and not line.rstrip().endswith(":")]
-            return said[-1].split("] ")[-1].strip()[:300] if said else ""
+            said = self.log.read_bytes()[self.began :].decode(errors="replace")
+            found = re.search(r"\b\w*Error: .+", said)
+            return found[0].strip()[:300] if found else ""
         return ""
 
 

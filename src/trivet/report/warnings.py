@@ -84,7 +84,9 @@ def warnings(options: dict[str, Any], metrics: Sequence[dict[str, Any]]) -> list
     apart = _now(metrics, "sampling/logprob_difference/mean")
     if apart > 0.05:
         reason = f"log-probabilities of the same tokens differ by {apart:.2g} nats on average"
-        add("Sampler and learner disagree", reason, "--precision float32")
+        elsewhere = options.get("generate_with") or options.get("vllm")
+        causes = "the server's --dtype and --logprobs-mode, a smaller --max-staleness, a smaller --lr"
+        add("Sampler and learner disagree", reason, causes if elsewhere else "--precision float32")
 
     if skipped := [line for line in metrics if line.get("skipped_updates")]:
         reason = f"the gradient was not finite in {len(skipped)} of {len(metrics)} steps, last in step {skipped[-1].get('step')}"

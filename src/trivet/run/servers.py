@@ -3,7 +3,7 @@
 import os
 import shlex
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -80,6 +80,7 @@ class Elsewhere:
         longest = min(self.context, config["max_prompt_tokens"] + config["max_completion_tokens"])
         flags = ["--dtype", config["precision"], "--max-model-len", str(longest), "--enable-scale-out"]
         flags += ["--logprobs-mode", "processed_logprobs", "--skip-tokenizer-init", "--generation-config", "vllm"]
+        flags += ["--disable-uvicorn-access-log"]
         if adapters := getattr(policy, "peft_config", None):
             rank = max(int(adapter.r) for adapter in adapters.values())
             flags += ["--enable-lora", "--max-lora-rank", str(next(r for r in RANKS if r >= rank))]
@@ -94,17 +95,22 @@ class Elsewhere:
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes
 
 
-@contextmanager
-def servers_of(run: Run, out: Path, start_from: str, context: int) -> Iterator[Elsewhere]:
+def servers_of(run: Run, out: Path, start_from: str, context: int) -> AbstractContextManager[Elsewhere]:
     """Within it the run generates where its options say; afterwards our own servers are ended.
 
     Errors: InputError for options that do not go together.
     """
-    elsewhere, config = Elsewhere(run, out, start_from, context), vars(run.config)
-    if config.get("generate_with") or config.get("vllm"):
-        run.engine = elsewhere.engine
-    elif config.get("max_staleness"):
+    config = vars(run.config)
+    servers = bool(config.get("generate_with") or config.get("vllm"))
+    if config.get("max_staleness") and not servers:
         raise InputError("--max-staleness needs somebody who generates meanwhile: give --generate-with URL, or --vllm")
+    return _within(Elsewhere(run, out, start_from, context), servers)
+
+
+@contextmanager
+def _within(elsewhere: Elsewhere, servers: bool) -> Iterator[Elsewhere]:
+    if servers:
+        elsewhere.run.engine = elsewhere.engine
     try:
         yield elsewhere
     finally:
