@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from trivet.cli import RECIPES, parse
@@ -43,7 +44,11 @@ def plan(args: Sequence[str]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     for line in header(steps[0]):
         console.print(line)
-    console.print(table(steps))
+    made = table(steps)
+    needed = Measurement.get(console, console.options.update(width=1000), made).maximum
+    Console(highlight=False, width=max(console.width, needed)).print(
+        made
+    )  # a narrow terminal breaks lines, nothing is cut
     for line in remarks(steps):
         console.print(line)
     if config.formulas:

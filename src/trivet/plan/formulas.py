@@ -213,11 +213,6 @@ def head_flops(head: float, learned: float) -> float:
     return 2 * head * learned
 
 
-def rotary_flops(tokens: float, width: float) -> float:
-    """Angles of the rotary embedding, half as many as it is wide, once for all layers."""
-    return tokens * width
-
-
 def backward_flops(forward: float, factors: float, again: float) -> float:
     """The gradient of each factor of a product costs as much as the product: both, or of a frozen matrix's only the states.
     again: what is computed a second time."""

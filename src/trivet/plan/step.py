@@ -391,7 +391,6 @@ class Step:
         terms = {
             "matrices": term(f.matrix_flops, active=shape.matrices + shape.active_experts, tokens=tokens),
             "attention": term(f.attention_flops, heads=shape.heads, **widths, pairs=pairs),
-            "rotary": term(f.rotary_flops, tokens=tokens, width=shape.rotary),
         }
         if self.config.lora:
             adapters = self.config.lora * shape.adapted
@@ -420,7 +419,7 @@ class Step:
                 columns = self.shape.vocabulary - self.head_columns[0]
                 numbers = {"learned": self.part.number * self.epochs * self.part.learned, "hidden": self.shape.hidden}
                 repeated = f.logits_again(**numbers, columns=columns)
-            factors = 0 if name == "rotary" else 1 if name in once and not (name == "head" and model.scalar) else 2
+            factors = 1 if name in once and not (name == "head" and model.scalar) else 2
             work[name] = term(f.backward_flops, forward=item.value, factors=factors, again=repeated)
         return work
 
