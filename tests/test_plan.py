@@ -353,6 +353,124 @@ def test_devices_needed_are_the_fewest():
     assert smallest.with_options(devices=needed // 2).peak > big.machine.memory
 
 
+def test_servers_take_the_sampling():
+    alone, served = step("grpo"), step("grpo", servers=4)
+    assert "generation" in alone.phases
+    assert "generation" not in served.phases
+    assert served.server["weights"].value == 2 * served.shape.parameters / 4
+    assert served.server["cache"].value == 2 * 8 * 73 * 3 * 2 * 16 / 4  # rows, columns, layers, kv heads, k and v
+    assert total(served.flops["generation"]) == pytest.approx(total(alone.flops["generation"]) / 4)
+    assert served.sent["generation"]["weights"].value == 2 * served.shape.parameters
+    assert not step("sft", servers=4).server
+    assert named_shape("DeepSeek-V3").latent == 576  # a server keeps what keys and values are made of
+
+
+def test_the_remedy_fits_and_is_the_gentlest():
+    cards = card_of("h100")
+    for method in ("sft", "grpo"):
+        big = Step(method, named_shape("Llama-3-8B"), None, Config(precision="bfloat16", prompts_per_step=64), cards)
+        assert not big.fits
+        way = big.remedy()
+        assert way["devices"] > 1
+        assert big.with_options(**way).fits
+        assert not big.with_options(**{**way, "devices": way["devices"] // 2}).fits
+    assert step("grpo").fits
+    tight = replace(
+        step("grpo", prompts_per_step=8), machine=CPU._replace(memory=step("grpo", microbatch_tokens=1).peak * 1.001)
+    )
+    assert list(tight.remedy()) == ["microbatch_tokens"]
+
+
+def test_one_block_too_large_is_said(capsys):
+    flags = "--model DeepSeek-V3 --card h100 --devices 64 --method sft --precision bfloat16"
+    assert main(["plan", *flags.split()]) == 0
+    printed = capsys.readouterr().out
+    assert "found nothing with which it fits" in printed
+    assert "one block of 11.5 B parameters" in printed
+
+
+BY_HAND = {  # formula: (what is put in, the result)
+    "program": ({"measured": 7}, 7),
+    "weights": ({"parameters": 10, "ranks": 2}, 20),
+    "quantized_weights": ({"parameters": 100, "matrices": 64, "bits": 4}, 4 * 36 + 32 + 4),
+    "gradients": ({"trained": 10, "ranks": 5}, 8),
+    "adam": ({"trained": 10, "ranks": 4}, 20),
+    "casts": ({"matrices": 3}, 6),
+    "head_cast": ({"head": 3}, 6),
+    "gathered": ({"block": 10, "root": 3, "size": 2}, 52),
+    "gathered_whole": ({"parameters": 100, "root": 10, "size": 2}, 220),
+    "block_gradients": ({"block": 10, "root": 3, "size": 2}, 72),
+    "activations": (
+        {"tokens": 2, "inputs": 5, "gates": 7, "norms": 3, "inner_norms": 1, "size": 2},
+        2 * (10 + 42 + 24 + 6),
+    ),
+    "expert_activations": ({"tokens": 2, "expert_inputs": 5, "expert_gates": 3, "size": 4}, 2 * 4 * 14),
+    "attention_activations": (
+        {
+            "layers": 2,
+            "heads": 4,
+            "kv_heads": 2,
+            "key_width": 8,
+            "value_width": 6,
+            "queries": 5,
+            "keys": 9,
+            "pairs": 45,
+            "size": 2,
+        },
+        4 * (160 + 252 + 180),
+    ),
+    "fused_attention_activations": (
+        {"layers": 2, "heads": 4, "kv_heads": 2, "key_width": 8, "value_width": 6, "queries": 5, "keys": 9, "size": 2},
+        4 * (280 + 252),
+    ),
+    "checkpointed": ({"tokens": 3, "hidden": 5, "layers": 4, "kept": 100}, 240 + 25),
+    "adapter_activations": ({"tokens": 3, "rank": 2, "adapters": 5, "size": 2}, 60),
+    "kept_logits": ({"learned": 3, "columns": 5, "size": 2}, 30),
+    "head_buffers": ({"learned": 3, "hidden": 5, "chunk": 10, "size": 2}, 60 + 15 * 12),
+    "head_gradient": ({"head": 3}, 12),
+    "tied_gradients": ({"head": 3}, 24),
+    "block_backward": ({"tokens": 2, "hidden": 3, "widest": 5, "size": 2}, 2 * (48 + 30)),
+    "passing": ({"tokens": 2, "hidden": 3, "widest": 5, "size": 4}, 2 * (48 + 60)),
+    "cache_bytes": (
+        {"rows": 2, "columns": 3, "layers": 5, "kv_heads": 2, "key_width": 4, "value_width": 3, "size": 2},
+        2 * 3 * 5 * 14 * 2,
+    ),
+    "server_weights": ({"parameters": 10, "servers": 4}, 5),
+    "server_cache": ({"rows": 2, "columns": 3, "layers": 5, "numbers": 7, "servers": 3}, 140),
+    "sampling": ({"rows": 2, "vocabulary": 5, "size": 2}, 140),
+    "kept_by_allocator": ({"working": 10, "share": 0.5}, 5),
+    "matrix_flops": ({"active": 5, "tokens": 3}, 30),
+    "attention_flops": ({"layers": 2, "heads": 3, "key_width": 4, "value_width": 3, "pairs": 5}, 420),
+    "head_flops": ({"head": 5, "learned": 3}, 30),
+    "backward_flops": ({"forward": 5, "factors": 2, "again": 3}, 13),
+    "logits_again": ({"learned": 3, "hidden": 5, "columns": 7}, 210),
+    "adapter_flops": ({"adapters": 5, "tokens": 3}, 30),
+    "adamw_flops": ({"trained": 2}, 40),
+    "forward_bytes": ({"microbatches": 2, "matrices": 5, "kept": 3, "size": 2}, 2 * 5 * (4 + 2 + 2) + 3),
+    "backward_bytes": ({"microbatches": 2, "matrices": 5, "kept": 3, "size": 2}, 2 * 5 * (2 + 4 + 4) + 6),
+    "touched_experts": ({"experts": 8, "share": 0.5, "rows": 2}, 6),
+    "decode_bytes": ({"steps": 3, "matrices": 5, "cache": 7, "size": 2}, 51),
+    "adamw_bytes": ({"trained": 10, "ranks": 4}, 10 * (4 * 4 + 3 * 4 + 3 * 4) / 4),
+    "gather_bytes": ({"passes": 3, "parameters": 8, "ranks": 4, "size": 2}, 36),
+    "scatter_bytes": ({"passes": 3, "trained": 8, "ranks": 4}, 72),
+    "offloaded": ({"passes": 3, "parameters": 8, "trained": 4, "ranks": 2}, 56),
+    "sync_bytes": ({"parameters": 5}, 10),
+    "compute_seconds": ({"flops": 12, "peak": 6, "efficiency": 0.5}, 4),
+    "moving_seconds": ({"moved": 12, "bandwidth": 6, "efficiency": 0.5}, 4),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_a_formula_by_hand(name):
+    numbers, result = BY_HAND[name]
+    assert getattr(formulas, name)(**numbers) == result
+
+
+def test_every_formula_is_done_by_hand():
+    made = {name for name, made in vars(formulas).items() if getattr(made, "__module__", "") == formulas.__name__}
+    assert set(BY_HAND) == {name for name in made if not name.startswith("_")} - {"Term", "term"}
+
+
 # The command --------------------------------------------------------------------------------------------------------------
 
 

@@ -105,6 +105,7 @@ class Shape:
     kv_heads: int
     key_width: int
     value_width: int
+    latent: int  # numbers of a token and layer that a server keeps of keys and values together (DeepSeek), or 0
     matrices: int  # parameters of the trunk's matrices that every token is multiplied by
     experts: int  # parameters of all experts
     active_experts: int  # of those that one token is multiplied by
@@ -191,6 +192,7 @@ def shape_of(config: Any, name: str, source: str) -> Shape:
         kv_heads=kv_heads,
         key_width=key_width,
         value_width=value_width,
+        latent=(getattr(text, "kv_lora_rank", None) or 0) and text.kv_lora_rank + text.qk_rope_head_dim,
         active_experts=counted["experts"] * chosen // there,
         block=max(blocks),
         root=total - sum(blocks),
