@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("sizes", nargs="+", choices=tuple(workloads.SHAPES))
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=tuple(CASES))
     parser.add_argument("--out", type=Path, default=Path("runs/memory"))
+    parser.add_argument("--compare", action="store_true", help="only set what was measured against the plan")
     parser.add_argument("--here", action="store_true", help="one case in this process; prints one JSON line")
     chosen = parser.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
@@ -51,6 +52,10 @@ def main() -> None:
         print(json.dumps(measure(chosen.sizes[0], chosen.cases[0], chosen.out)))
         return
     results = chosen.out / "measured.jsonl"
+    if chosen.compare:
+        for line in results.read_text().splitlines():
+            compare(json.loads(line))
+        return
     lines = results.read_text().splitlines() if results.exists() else []
     done = {(row["size"], row["case"]) for row in map(json.loads, lines)}
     for size in chosen.sizes:
@@ -103,6 +108,33 @@ def measure(size: str, case: str, out: Path) -> dict[str, Any]:
         "tokens_generated": summary["tokens_generated"],
         "lengths": lengths,
     }
+
+
+def compare(row: dict[str, Any]) -> None:
+    """A line of measured.jsonl against the plan, which knows mean lengths and the options, and nothing else of the run."""
+    from statistics import mean
+
+    from transformers import AutoConfig
+
+    from trivet.plan.shapes import Machine, shape_of
+    from trivet.plan.step import SAMPLES, Config, Step
+
+    shape = shape_of(AutoConfig.from_pretrained(workloads.model_folder(row["size"])), row["size"], "benchmark")
+    samples = row["method"] in SAMPLES
+    written = [n for _, lengths in row["lengths"] for n in lengths]
+    options = {key: row["options"][key] for key in ("shared_critic", "epochs_per_batch") if key in row["options"]}
+    options |= {"precision": row["options"].get("precision", "bfloat16"), "reference": row["options"].get("beta") != 0}
+    options |= {"prompt_tokens": round(mean(prompt for prompt, _ in row["lengths"]))}
+    options |= {"completion_tokens": workloads.ROOM[row["size"]] if samples else round(mean(written))}
+    options |= {
+        "prompts_per_step": row.get("prompts", workloads.EXAMPLES),
+        "group_size": samples * workloads.COMPLETIONS,
+    }
+    cpu = Machine("a CPU", True, 1, 1, 1, 1, 1, 1, row["memory"]["program"])
+    scorer = shape if "reward model" in row["case"] else None
+    planned = Step(row["method"], shape, scorer, Config(**options), cpu).peak
+    numbers = f"{row['peak'] / 2**20:7,.0f} {planned / 2**20:7,.0f} MiB {planned / row['peak'] - 1:+6.1%}"
+    print(f"{row['size']} {row['case']:20} measured, planned {numbers}")
 
 
 def reward_model(size: str, out: Path) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from trivet.cli import RECIPES, parse
@@ -43,7 +44,11 @@ def plan(args: Sequence[str]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     for line in header(steps[0]):
         console.print(line)
-    console.print(table(steps))
+    made = table(steps)
+    needed = Measurement.get(console, console.options.update(width=1000), made).maximum
+    Console(highlight=False, width=max(console.width, needed)).print(
+        made
+    )  # a narrow terminal breaks lines, nothing is cut
     for line in remarks(steps):
         console.print(line)
     if config.formulas:
@@ -150,14 +155,17 @@ def table(steps: list[Step]) -> Table:
 
     section("memory of a device at its peak", [step.parts for step in steps], BYTES)
     made.add_row(" which is in", *(SHORT.get(step.peak_phase, step.peak_phase) for step in steps))
-    made.add_row(" fits", *(fits(step) for step in steps))
+    if any(step.server for step in steps):
+        servers = [{name: item.value for name, item in step.server.items()} for step in steps]
+        section(f"memory of each of {steps[0].config.servers} that sample", servers, BYTES)
+    made.add_row(" fits", *("[green]yes[/green]" if step.fits else "[red]no[/red]" for step in steps))
     made.add_row(
         " --microbatch-tokens up to",
         *(f"{step.largest_microbatch:,}" if step.largest_microbatch else "-" for step in steps),
     )
     section("operations of a device and step", [sums(step.flops) for step in steps], OPERATIONS)
     section("moved to and from memory", [sums(step.moved) for step in steps], BYTES)
-    if steps[0].sharded:
+    if any(step.sent for step in steps):
         section("received from other devices", [sums(step.sent) for step in steps], BYTES)
     section("time of a step", [step.seconds for step in steps], (("ms", 1e-3), ("s", 1), ("min", 60)))
     return made
@@ -182,6 +190,19 @@ def digits(value: float) -> str:
 def remarks(steps: list[Step]) -> list[str]:
     """What a reader should know of these numbers."""
     step, said = steps[0], list[str]()
+    ways = [" ".join(as_flag(*item) for item in step.remedy().items()) for step in steps if not step.fits]
+    for way in dict.fromkeys(ways):
+        names = ", ".join(
+            step.method for step, own in zip((s for s in steps if not s.fits), ways, strict=True) if own == way
+        )
+        said.append(f"{names}: {f'fits with {way}' if way else 'found nothing with which it fits'}")
+    if "" in ways and step.undivided > step.machine.memory:
+        held, block = bytes_(step.undivided), count(step.shape.block)
+        said.append(
+            f"any number of devices: at least {held} on each, above all for one block of {block} parameters and its gradient; larger devices or --lora"
+        )
+    if step.sharded and any(s.peak_phase == "generation" and not s.fits for s in steps):
+        said.append("for sampling, every device gathers the whole model; --servers leaves that to vLLM")
     if any(step.method == "dpo" for step in steps):
         said.append(
             "dpo: the reference is a table of numbers, taken once for each pair before the first step; here in each step"
@@ -201,13 +222,9 @@ def remarks(steps: list[Step]) -> list[str]:
     return [f"[dim]{line}[/dim]" for line in said]
 
 
-def fits(step: Step) -> str:
-    """yes, or on how many devices it would."""
-    if step.peak <= step.machine.memory:
-        return "[green]yes[/green]"
-    if step.largest_microbatch:
-        return "[yellow]smaller[/yellow]"
-    return f"[red]on {step.devices_needed:,}[/red]" if step.devices_needed else "[red]no[/red]"
+def as_flag(name: str, value: int | bool) -> str:
+    """As it is written on the command line."""
+    return f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
 
 
 def shown(step: Step) -> list[str]:
@@ -223,6 +240,7 @@ def shown(step: Step) -> list[str]:
     section("memory that stays", step.resident, bytes_)
     for phase, terms in step.phases.items():
         section(f"memory in {phase}: {bytes_(step.held(phase))} in all", terms, bytes_)
+    section("memory of a device that samples", step.server, bytes_)
     for phase, terms in step.flops.items():
         section(f"operations of {phase}", terms, flops)
     for phase, terms in step.moved.items():
@@ -246,7 +264,9 @@ def as_json(steps: list[Step]) -> dict[str, Any]:
                 "memory": step.parts,
                 "resident": {name: item.value for name, item in step.resident.items()},
                 "phases": values(step.phases),
-                "fits": step.peak <= step.machine.memory,
+                "server": {name: item.value for name, item in step.server.items()},
+                "fits": step.fits,
+                "fits_with": {} if step.fits else step.remedy(),
                 "largest_microbatch_tokens": step.largest_microbatch,
                 "devices_needed": step.devices_needed,
                 "microbatch": step.part._asdict() | {"rows": step.part.rows._asdict()},

@@ -185,6 +185,16 @@ def cache_bytes(
     return rows * columns * layers * kv_heads * (key_width + value_width) * size
 
 
+def server_weights(parameters: float, servers: float) -> float:
+    """Weights in bfloat16, divided among the devices that serve."""
+    return 2 * parameters / servers
+
+
+def server_cache(rows: float, columns: float, layers: float, numbers: float, servers: float) -> float:
+    """Keys and values in bfloat16 of all rows, divided among them; numbers: of a token and layer."""
+    return 2 * rows * columns * layers * numbers / servers
+
+
 def sampling(rows: float, vocabulary: float, size: float) -> float:
     """Logits of the next token of every row: as the product made them, in float32, exponentials, these padded."""
     return rows * vocabulary * (size + 12)
@@ -211,11 +221,6 @@ def attention_flops(layers: float, heads: float, key_width: float, value_width: 
 def head_flops(head: float, learned: float) -> float:
     """Logits at the positions that predict a completion token."""
     return 2 * head * learned
-
-
-def rotary_flops(tokens: float, width: float) -> float:
-    """Angles of the rotary embedding, half as many as it is wide, once for all layers."""
-    return tokens * width
 
 
 def backward_flops(forward: float, factors: float, again: float) -> float:
@@ -280,6 +285,11 @@ def scatter_bytes(passes: float, trained: float, ranks: float) -> float:
 def offloaded(passes: float, parameters: float, trained: float, ranks: float) -> float:
     """Over the bus to the host's memory and back: shards of weights for every pass, of gradients once."""
     return (4 * passes * parameters + 4 * trained) / ranks
+
+
+def sync_bytes(parameters: float) -> float:
+    """New weights in bfloat16 to the servers."""
+    return 2 * parameters
 
 
 def compute_seconds(flops: float, peak: float, efficiency: float) -> float:

@@ -105,6 +105,7 @@ class Shape:
     kv_heads: int
     key_width: int
     value_width: int
+    latent: int  # numbers of a token and layer that a server keeps of keys and values together (DeepSeek), or 0
     matrices: int  # parameters of the trunk's matrices that every token is multiplied by
     experts: int  # parameters of all experts
     active_experts: int  # of those that one token is multiplied by
@@ -113,7 +114,6 @@ class Shape:
     root: int  # parameters outside of the blocks: embedding, head, last norm
     adapters: int  # matrices that adapters sit beside: all but head and experts
     adapted: int  # sum of in + out over them
-    rotary: int  # width that is rotated
     inputs: int  # sum of the widths that matrices read, each matrix for itself
     shared_inputs: int  # the same, an input that several matrices read (q, k, v; gate, up) once
     gates: int  # sum of the widths of gated feed-forwards
@@ -178,14 +178,27 @@ def shape_of(config: Any, name: str, source: str) -> Shape:
             inner = {"q_norm": heads * width, "k_norm": kv_heads * width}.get(kind)
             counted["norms" if inner is None else "inner_norms"] += inner or p.numel()
     total = sum(p.numel() for p in model.parameters())
-    tied, blocks = head.weight is embedding, [sum(p.numel() for p in layer.parameters()) for layer in body.layers]
+    blocks = [sum(p.numel() for p in layer.parameters()) for layer in body.layers]
     return Shape(
-        name=name, source=source, parameters=total, vocabulary=head.weight.shape[0], hidden=head.weight.shape[1],
-        layers=len(body.layers), head=head.weight.numel(), tied=tied, heads=heads, kv_heads=kv_heads, key_width=key_width,
-        value_width=value_width, active_experts=counted["experts"] * chosen // there,
-        block=max(blocks), root=total - sum(blocks), trunk=sum(p.numel() for p in body.parameters()),
-        rotary=getattr(text, "qk_rope_head_dim", None) or width, **counted,
-    )  # fmt: skip
+        name=name,
+        source=source,
+        parameters=total,
+        vocabulary=head.weight.shape[0],
+        hidden=head.weight.shape[1],
+        layers=len(blocks),
+        head=head.weight.numel(),
+        tied=head.weight is embedding,
+        heads=heads,
+        kv_heads=kv_heads,
+        key_width=key_width,
+        value_width=value_width,
+        latent=(getattr(text, "kv_lora_rank", None) or 0) and text.kv_lora_rank + text.qk_rope_head_dim,
+        active_experts=counted["experts"] * chosen // there,
+        block=max(blocks),
+        root=total - sum(blocks),
+        trunk=sum(p.numel() for p in body.parameters()),
+        **counted,
+    )
 
 
 def _experts(config: Any) -> tuple[int, int]:

@@ -66,6 +66,8 @@ class Config:
     """The optimizer's states live in the host's memory."""
     devices: int = 1
     """Devices that share weights and prompts (FSDP2)."""
+    servers: int = 0
+    """Further devices of this kind that sample with vLLM, sharing one copy of the weights; 0: those that train sample too."""
     card: str = "this"
     """What a device is: 'this' machine, measured now, or a known card."""
     memory_gb: float = 0.0
@@ -231,7 +233,7 @@ class Step:
     def phases(self) -> dict[str, Terms]:
         """Bytes that come and go, by phase."""
         phases = dict[str, Terms]()
-        if self.samples:
+        if self.samples and not self.config.servers:
             phases["generation"] = self._sampling(self.groups, self.group)
             if self.config.eval_limit:
                 phases["evaluation"] = self._sampling(math.ceil(self.config.eval_limit / self.ranks), 1)
@@ -286,6 +288,22 @@ class Step:
             numbers = {"parameters": shape.parameters, "root": shape.root, "size": self.size}
             return terms | {"gathered weights": term(f.gathered_whole, **numbers)}
         return terms | self._casts(shape, shape.matrices + shape.head)
+
+    @cached_property
+    def server(self) -> Terms:
+        """Bytes on a device that serves, as if all completions of a step were written at once."""
+        if not (self.samples and self.config.servers):
+            return {}
+        shape, servers = self.shape, self.config.servers
+        each = shape.latent or shape.kv_heads * (shape.key_width + shape.value_width)
+        rows = max(self.config.prompts_per_step * self.group, self.config.eval_limit)
+        columns = self.config.prompt_tokens + self.config.completion_tokens
+        numbers = {"rows": rows, "columns": columns, "layers": shape.layers, "numbers": each, "servers": servers}
+        return {
+            "program": term(f.program, measured=self.machine.program),
+            "weights": term(f.server_weights, parameters=shape.parameters, servers=servers),
+            "cache": term(f.server_cache, **numbers),
+        }
 
     def kept(self, shape: Shape) -> Terms:
         """What a microbatch's forward keeps for its backward."""
@@ -391,7 +409,6 @@ class Step:
         terms = {
             "matrices": term(f.matrix_flops, active=shape.matrices + shape.active_experts, tokens=tokens),
             "attention": term(f.attention_flops, heads=shape.heads, **widths, pairs=pairs),
-            "rotary": term(f.rotary_flops, tokens=tokens, width=shape.rotary),
         }
         if self.config.lora:
             adapters = self.config.lora * shape.adapted
@@ -400,10 +417,17 @@ class Step:
 
     def _decoding_flops(self) -> Terms:
         """The prompts at once, then every row token by token over the cache, used whole; as if nothing ended early."""
-        prompt, new, rows = self.config.prompt_tokens, self.config.completion_tokens - 1, self.groups * self.group
-        pairs = attention_rows(self.groups, 1, prompt, 0).pairs + rows * self._columns()
-        terms = self._trunk_flops(self.shape, self.groups * prompt + rows * new, pairs)
-        return terms | {"head": term(f.head_flops, head=self.shape.head, learned=self.groups + rows * new)}
+        prompt, new, groups = self.config.prompt_tokens, self.config.completion_tokens - 1, self._sampled
+        rows = groups * self.group
+        pairs = attention_rows(1, 1, prompt, 0).pairs * groups + rows * self._columns()
+        terms = self._trunk_flops(self.shape, groups * prompt + rows * new, pairs)
+        return terms | {"head": term(f.head_flops, head=self.shape.head, learned=groups + rows * new)}
+
+    @property
+    def _sampled(self) -> float:
+        """Prompts that a device samples from; of several servers its share of the work."""
+        servers = self.config.servers
+        return self.config.prompts_per_step / servers if servers else self.groups
 
     def _columns(self) -> int:
         """Columns of the cache, summed over the tokens that are decoded."""
@@ -420,7 +444,7 @@ class Step:
                 columns = self.shape.vocabulary - self.head_columns[0]
                 numbers = {"learned": self.part.number * self.epochs * self.part.learned, "hidden": self.shape.hidden}
                 repeated = f.logits_again(**numbers, columns=columns)
-            factors = 0 if name == "rotary" else 1 if name in once and not (name == "head" and model.scalar) else 2
+            factors = 1 if name in once and not (name == "head" and model.scalar) else 2
             work[name] = term(f.backward_flops, forward=item.value, factors=factors, again=repeated)
         return work
 
@@ -431,11 +455,14 @@ class Step:
         """Bytes to and from the device's memory by phase: estimates, of matrices, activations, cache and optimizer."""
         work, part, size = dict[str, Terms](), self.part, self.size
         if self.samples:
-            shape, rows, steps = self.shape, self.groups * self.group, max(1, self.config.completion_tokens - 1)
-            share = shape.active_experts / shape.experts if shape.experts else 0
-            experts = f.touched_experts(experts=shape.experts, share=share, rows=rows)
+            shape, steps, servers = self.shape, max(1, self.config.completion_tokens - 1), max(1, self.config.servers)
+            rows, share = self._sampled * self.group, shape.active_experts / (shape.experts or 1)
+            experts = f.touched_experts(experts=shape.experts, share=share, rows=rows * servers)
             cache = f.cache_bytes(rows=rows, columns=self._columns() / steps, **_widths(shape), size=size)
-            numbers = {"steps": steps, "matrices": shape.matrices + shape.head + experts, "cache": cache, "size": size}
+            if self.server:
+                cache = self.server["cache"].value
+            matrices = (shape.matrices + shape.head + experts) / servers
+            numbers = {"steps": steps, "matrices": matrices, "cache": cache, "size": 2 if self.server else size}
             work["generation"] = {"decoding": term(f.decode_bytes, **numbers)}
         for name, model in self._passes().items():
             work[name] = self._pass_bytes(f.forward_bytes, model, part.number)
@@ -457,10 +484,12 @@ class Step:
     @cached_property
     def sent(self) -> dict[str, Terms]:
         """Bytes that a device receives from the others by phase; with the optimizer offloaded also over the bus to the host."""
-        if not self.sharded:
-            return {}
         work, size, count = dict[str, Terms](), self.size, math.ceil(self.part.number)
-        if self.samples:
+        if self.server:
+            work["generation"] = {"weights": term(f.sync_bytes, parameters=self.shape.parameters)}
+        if not self.sharded:
+            return work
+        if self.samples and not self.server:
             numbers = {"parameters": self.shape.parameters, "ranks": self.ranks, "size": size}
             work["generation"] = {"gather": term(f.gather_bytes, passes=1, **numbers)}
         for name, model in self._passes().items():
@@ -472,6 +501,10 @@ class Step:
                 gather = {"gather": term(f.gather_bytes, passes=count * self.epochs, **numbers)}
                 scatter = term(f.scatter_bytes, passes=count * self.epochs, trained=model.trained, ranks=self.ranks)
                 work[FORWARD[name]], work[BACKWARD[name]] = gather, gather | {"scatter": scatter}
+                if self.config.offload_optimizer:
+                    numbers = {"parameters": model.parameters, "trained": model.trained, "ranks": self.ranks}
+                    bus = {"host": term(f.offloaded, passes=2 * count * self.epochs, **numbers)}
+                    work[BACKWARD[name]] = work[BACKWARD[name]] | bus
         return work
 
     @cached_property
@@ -529,12 +562,47 @@ class Step:
         return budgets[low - 1] if low else 0
 
     @property
+    def fits(self) -> bool:
+        """Whether the trainers and, where there are some, the servers have room."""
+        return max(self.peak, total(self.server)) <= self.machine.memory
+
+    @property
     def devices_needed(self) -> int:
         """The fewest devices, a power of two, on which a step fits with the smallest microbatch; 0: it never does."""
-        for devices in (2**power for power in range(17)):
-            if self.with_options(devices=devices, microbatch_tokens=1).peak <= self.machine.memory:
+        for devices in (2**power for power in range(15)):
+            if self.with_options(devices=devices, microbatch_tokens=1).fits:
                 return devices
         return 0
+
+    def remedy(self) -> dict[str, int | bool]:
+        """Options with which it fits, the gentlest first: a smaller microbatch, checkpointing, more devices, servers; {}: none."""
+        if self.largest_microbatch and total(self.server) <= self.machine.memory:
+            return {"microbatch_tokens": self.largest_microbatch}
+        ways: list[dict[str, int | bool]] = [{}, {"gradient_checkpointing": True}]
+        if self.samples and total(self.server) <= self.machine.memory:
+            ways += [way | {"servers": self._servers_needed} for way in ways if not self.config.servers]
+        elif self.samples:
+            ways = [way | {"servers": self._servers_needed} for way in ways]
+        for devices in (self.ranks * 2**power for power in range(15)):
+            for way in ways:
+                best = self.with_options(**way, devices=devices, microbatch_tokens=1)
+                if best.fits:
+                    more = {"devices": devices} if devices != self.ranks else {}
+                    return more | way | {"microbatch_tokens": best.largest_microbatch}
+        return {}
+
+    @property
+    def _servers_needed(self) -> int:
+        """The fewest servers, a power of two, that hold weights and cache."""
+        sampling = [self.with_options(servers=2**power) for power in range(15)]
+        return next(
+            (s.config.servers for s in sampling if total(s.server) <= self.machine.memory), sampling[-1].config.servers
+        )
+
+    @property
+    def undivided(self) -> float:
+        """Bytes that more devices don't make less: a block's weights and gradients, and the smallest microbatch."""
+        return self.with_options(devices=1 << 20, microbatch_tokens=1, gradient_checkpointing=True).held("backward")
 
 
 PHASES = ("generation", "evaluation", "reward", "reference", "old values")  # in the order of a step, then:
@@ -568,13 +636,17 @@ class Rows(NamedTuple):
 def attention_rows(groups: int, size: int, prompt: int, completion: int) -> Rows:
     """The rows of model.attention.Layout: a prompt with itself, a completion with its prompt and itself; one row of both for a
     single completion. Lengths of 32 and more are rounded up to multiples of it."""
-    up = lambda n: n if n < ROUND else -(-n // ROUND) * ROUND  # noqa: E731
-    whole = up(prompt + completion)
+    whole = _rounded(prompt + completion)
     if size == 1:
         kinds = [(groups, whole, whole)]
     else:
-        kinds = [(groups, up(prompt), up(prompt)), (groups * size * (completion > 0), up(completion), whole)]
+        kinds = [(groups, _rounded(prompt), _rounded(prompt))]
+        kinds += [(groups * size * (completion > 0), _rounded(completion), whole)]
     return Rows(*(sum(x) for x in zip(*((n * q, n * k, n * q * k) for n, q, k in kinds), strict=True)))
+
+
+def _rounded(length: int) -> int:
+    return length if length < ROUND else -(-length // ROUND) * ROUND
 
 
 class Part(NamedTuple):
