@@ -186,7 +186,12 @@ def launch(config: Options, watch: Watch | None = None, *, again: bool = False) 
     about = {"started_from": launched.start_from, "start": ranks.start_of(run.model), "began": time.time()}
     about |= {"data": launched.counts, "example": launched.example()}
     about |= {"parameters": sum(p.numel() for p in run.model.parameters())}
-    with record.locked(), ranks.at_work(launched.recipe, run), clock_on(launched.recipe) as clock, asked_to_stop(run) as asked:
+    with (
+        record.locked(),
+        ranks.at_work(launched.recipe, run),
+        clock_on(launched.recipe) as clock,
+        asked_to_stop(run) as asked,
+    ):
         counted = (checkpoints.go_on(run.note) if again else {}) or {
             "step": 0,
             "seconds": 0.0,
@@ -195,7 +200,9 @@ def launch(config: Options, watch: Watch | None = None, *, again: bool = False) 
         }
         done, tokens, heldout = counted["step"], Counter[str](counted["tokens"]), dict[str, float](counted["eval"])
         record.begin(about, done)
-        tracked = trackers(config.track if ranks.leads() else (), out, {"method": launched.method} | vars(launched.config))
+        tracked = trackers(
+            config.track if ranks.leads() else (), out, {"method": launched.method} | vars(launched.config)
+        )
         began = time.perf_counter() - counted["seconds"]
         saved = time.monotonic()
         try:

@@ -30,9 +30,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trivet.batch import Example, Groups, Rollouts, collate, group_rows, microbatches
 from trivet.errors import InputError
 from trivet.generation.engine import Engine
+from trivet.model.attention import NAME
 from trivet.model.blocks import blocks, checkpoint_blocks
 from trivet.model.forward import shares_prefix
-from trivet.model.attention import NAME
 from trivet.model.load import PRECISIONS, load_scorer
 from trivet.model.load import _from_config as from_config
 from trivet.model.scalar import with_scalar_head
@@ -57,7 +57,9 @@ class Ranks:
             raise InputError(f"--device {name}: under torchrun each process takes its own; give cpu, cuda or auto")
         if kind == "cuda":
             if local >= torch.cuda.device_count():
-                raise InputError(f"{local + 1} processes on this node and {torch.cuda.device_count()} GPUs; start one a GPU")
+                raise InputError(
+                    f"{local + 1} processes on this node and {torch.cuda.device_count()} GPUs; start one a GPU"
+                )
             torch.cuda.set_device(local)
         self.device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
@@ -141,7 +143,12 @@ class Ranks:
         self.filled = filled
 
     def generate(
-        self, original: Callable[..., Rollouts], engine: Engine, policy: Any, prompts: Sequence[Example], group_size: int
+        self,
+        original: Callable[..., Rollouts],
+        engine: Engine,
+        policy: Any,
+        prompts: Sequence[Example],
+        group_size: int,
     ) -> Rollouts:
         """Engine.generate, each rank its share of the prompts, the rollouts on all. The weights are gathered once for it."""
         mine = range(self.rank, len(prompts), self.size)
@@ -164,13 +171,14 @@ class Ranks:
         def whole(kind: torch.dtype, *shape: int, own: Tensor | None) -> Tensor:
             x = torch.zeros(size, *shape, dtype=kind, device=self.device)
             if own is not None:
-                x[self.rows] = torch.nn.functional.pad(own.to(kind), (0, longest - own.shape[1])) if shape else own.to(kind)
+                x[self.rows] = (
+                    torch.nn.functional.pad(own.to(kind), (0, longest - own.shape[1])) if shape else own.to(kind)
+                )
             return self.total(x)
 
-        texts: list[Any] = [None] * self.size
-        dist.all_gather_object(texts, [] if part is None else list(part.texts))
-        said = dict(zip((b for r in range(self.size) for p in range(r, len(prompts), self.size)
-                         for b in range(p * group_size, (p + 1) * group_size)), sum(texts, []), strict=True))  # fmt: skip
+        told: list[Any] = [None] * self.size
+        dist.all_gather_object(told, {} if part is None else dict(zip(self.rows.tolist(), part.texts, strict=True)))
+        texts = {b: text for some in told for b, text in some.items()}
         given = None if part is None else part.groups
         present = whole(torch.uint8, longest, own=None if given is None else given.present).bool()
         bare = collate([prompt.prompt for prompt in prompts], [[]] * len(prompts)).to(self.device)
@@ -179,7 +187,7 @@ class Ranks:
             groups=replace(bare, completions=written, mask=present, present=present, group_size=group_size),
             logprobs=whole(torch.float32, longest, own=None if part is None else part.logprobs),
             finished=whole(torch.uint8, own=None if part is None else part.finished).bool(),
-            texts=[said[b] for b in range(size)],
+            texts=[texts[b] for b in range(size)],
             rows=[prompt.row for prompt in prompts],
         )
 
@@ -270,7 +278,7 @@ class Ranks:
                         if id(x) not in made:
                             full = weights(names[id(x)], x)
                             made[id(x)] = x, torch.nn.Parameter(full) if isinstance(x, torch.nn.Parameter) else full
-                        owned[key] = made[id(x)][1]
+                        owned[key] = made[id(x)][1]  # type: ignore[assignment]
             # blocks travel in the type of the products; embeddings, head and last norm, which compute in float32, do not
             kind = None if unit is root else model.compute_dtype
             policy = MixedPrecisionPolicy(param_dtype=kind, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -310,9 +318,10 @@ class Ranks:
         """Within it the stages that this recipe calls are shared among the ranks."""
         modules = [module for name, module in sys.modules.items() if name.startswith("trivet.recipes.")]
         run.shares = self.shares
-        for name, reward in ({} if run.reward is None else run.reward.rewards).items():
-            if not isinstance(reward, learned.LearnedReward):
-                run.reward.rewards[name] = FromFirst(self, reward)
+        rewards = {} if run.reward is None else run.reward.rewards
+        for name, reward in rewards.items():
+            if not isinstance(reward, learned.LearnedReward):  # a model's passes are shared, as all passes
+                rewards[name] = FromFirst(self, reward)
         generate = Engine.generate
         with ExitStack() as stack:
             for module in (*modules, learned):
