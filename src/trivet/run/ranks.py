@@ -269,7 +269,8 @@ class Ranks:
         if self.config.gradient_checkpointing:
             checkpoint_blocks(model)
         names = {id(x): name for name, x in (*model.named_parameters(), *model.named_buffers())}
-        root, offload = Root(model), CPUOffloadPolicy() if self.config.offload_optimizer else OffloadPolicy()
+        root, pinned = Root(model), self.device.type == "cuda"
+        offload = CPUOffloadPolicy(pin_memory=pinned) if self.config.offload_optimizer else OffloadPolicy()
         for unit in (*blocks(model), root):
             made = dict[int, tuple[Tensor, Tensor]]()  # tied weights are one
             for owned in (owned for module in unit.modules() for owned in (module._parameters, module._buffers)):
