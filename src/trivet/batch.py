@@ -97,13 +97,11 @@ def collate(
 
     trained: per completion token, whether the policy learns it; None trains all.
     """
-    prompt_ids, prompt_mask = pad(prompts)
-    completion_ids, present = pad(completions)
+    (prompt_ids, prompt_mask), (completion_ids, present) = pad(prompts), pad(completions)
     mask = present.clone()
     if trained is not None:
         mask[present] = torch.tensor([flag for flags in trained for flag in flags], dtype=torch.bool)
-    size = len(completions) // len(prompts)
-    return _groups(prompt_ids, prompt_mask, completion_ids, mask, present, group_size=size)
+    return _groups(prompt_ids, prompt_mask, completion_ids, mask, present, group_size=len(completions) // len(prompts))
 
 
 def _groups(*tensors: Tensor, group_size: int) -> Groups:
@@ -130,8 +128,7 @@ def microbatches(
         size = next(smaller for smaller in range(size - 1, 0, -1) if size % smaller == 0)
         groups = groups.regroup(size)
     lengths: list[int] = groups.lengths.tolist()  # type: ignore[no-untyped-call]  one read of the device for the step
-    part: list[int] = []
-    used = 0
+    part, used = list[int](), 0
     order = sorted(range(len(lengths)), key=lambda p: -lengths[p])
     for p in [*order, None]:
         if part and (p is None or used + lengths[p] > budget):

@@ -62,12 +62,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (InputError, OSError) as error:  # an OSError: a full disk, a directory that can't be made
-        print(f"trivet {args[0]}: {' '.join(str(error).split())}", file=sys.stderr)
+        if first_to_fail():
+            print(f"trivet {args[0]}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stopped:
         said = str(stopped) or "stopped; what was written so far is kept"
-        print(f"\ntrivet {args[0]}: {said}", file=sys.stderr)
+        if leads():
+            print(f"\ntrivet {args[0]}: {said}", file=sys.stderr)
         return getattr(stopped, "code", 130)
+    except Exception:
+        if first_to_fail():
+            raise
+        return 1  # it fails because another process of the run has, and that one has said why
+
+
+def leads() -> bool:
+    """Whether this process speaks for the run: one alone, or the first of those that torchrun has started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def first_to_fail() -> bool:
+    """Whether this process says what went wrong: one alone, or of those that torchrun has started the first to fail."""
+    ranks = sys.modules.get("trivet.run.ranks")
+    return ranks.first_to_fail() if ranks else leads()
 
 
 def run_command(command: str, args: list[str]) -> int:
@@ -98,7 +115,8 @@ def run_command(command: str, args: list[str]) -> int:
                 config = parse(recipe.Config, args, f"trivet {command}", recipe.PRESETS)
                 quiet = config.quiet
                 out = launch(config, None if quiet else terminal)
-        print(out if quiet else f"  model in {out / 'model'}, all of it on one page: trivet report {out}")
+        if leads():
+            print(out if quiet else f"  model in {out / 'model'}, all of it on one page: trivet report {out}")
     elif command in others:
         module = importlib.import_module(f"trivet.{others[command]}")
         getattr(module, command)(args)

@@ -60,14 +60,12 @@ def _decode(engine: Engine, model: Any, bare: Groups, group_size: int) -> tuple[
     alive = torch.arange(len(logits), device=device)  # row numbers still being written; the cache holds these
     writing = torch.ones(len(logits), dtype=torch.bool, device=device)  # False: ended, not yet taken out of the cache
     completions = torch.zeros(len(logits), room, dtype=torch.int64, device=device)
-    logprobs = torch.zeros(len(logits), room, device=device)
-    present = torch.zeros_like(completions, dtype=torch.bool)
+    logprobs, present = completions.float(), completions.bool()
     stops = torch.tensor(engine.stops, device=device)
     cut: dict[str, Any] = {"temperature": engine.temperature, "top_k": engine.top_k, "top_p": engine.top_p}
     plain = cut == {"temperature": 1, "top_k": 0, "top_p": 1}
     for t in range(room):
-        given = logits if plain else warp(logits, **cut)
-        tokens, chosen = draw(given, engine.noise(alive))  # (R,), (R,)
+        tokens, chosen = draw(logits if plain else warp(logits, **cut), engine.noise(alive))  # (R,), (R,)
         completions[alive, t], logprobs[alive, t] = torch.where(writing, tokens, 0), torch.where(writing, chosen, 0.0)
         present[alive, t] = writing
         writing = writing & ~torch.isin(tokens, stops)

@@ -22,8 +22,8 @@ def warp(logits: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1
 
 
 def draw(logits: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-    """One token per row by the inverse of softmax's distribution function at this level, a uniform number, and its
-    log-probability. (R, V), (R, 1) -> (R,), (R,). Sums of stretches of the vocabulary are searched first, then one stretch."""
+    """One token per row, where softmax's distribution function reaches its level, a uniform number, and its log-probability.
+    (R, V), (R, 1) -> (R,), (R,). Sums of stretches of the vocabulary are searched first, then one stretch."""
     logits, width = logits.float(), int(logits.shape[-1] ** 0.5)
     top = logits.amax(-1, keepdim=True)
     chance = (logits - top).exp_()  # relative to the most likely token's

@@ -73,7 +73,9 @@ def _with_adapter(model: Any, config: Any, name: str) -> Any:
 
 def _prepare(model: Any, device: torch.device | str, compute_dtype: torch.dtype | None) -> Any:
     model.compute_dtype = compute_dtype
-    model = keep_trainable(model, model.name_or_path).to(device).eval()  # no dropout: with it, policy and reference would differ
+    model = (
+        keep_trainable(model, model.name_or_path).to(device).eval()
+    )  # no dropout: with it, policy and reference would differ
     return make_lean(model)
 
 

@@ -14,10 +14,7 @@ def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """k2 = (log pi - log pi_ref)^2 / 2. Agrees with the KL to second order; its gradient d * grad log pi is that of the KL.
-
-    (B, T) each; returns (B, T).
-    """
+    """k2 = (log pi - log pi_ref)^2 / 2. Agrees with the KL to second order; its gradient d * grad log pi is that of the KL."""
     return (logprobs - ref_logprobs).square() / 2
 
 

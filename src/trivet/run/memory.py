@@ -40,12 +40,16 @@ def by_part(
     seen = set[int]()
 
     def bytes_of(tensors: Any) -> int:
-        new = {x.data_ptr(): x.nbytes for x in chain(*map(plain, tensors)) if x.data_ptr() not in seen}
+        own = (getattr(x, "_local_tensor", x) for x in tensors)  # of what is in shards, this rank's
+        new = {x.data_ptr(): x.nbytes for x in chain(*map(plain, own)) if x.data_ptr() not in seen}
         seen.update(new)
         return sum(new.values())
 
     trained = [x for part in parts.values() if hasattr(part, "adamw") for x in part.parameters]
-    found = {"weights": bytes_of(model.parameters()), "gradients": sum(x.nbytes for x in trained)}
+    found = {
+        "weights": bytes_of(model.parameters()),
+        "gradients": sum(getattr(x, "_local_tensor", x).nbytes for x in trained),
+    }
     for name, part in parts.items():
         if isinstance(part, torch.nn.Module):
             found[name] = bytes_of(part.parameters())

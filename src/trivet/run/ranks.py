@@ -176,10 +176,9 @@ class Ranks:
                 )
             return self.total(x)
 
-        texts: list[Any] = [None] * self.size
-        dist.all_gather_object(texts, [] if part is None else list(part.texts))
-        said = dict(zip((b for r in range(self.size) for p in range(r, len(prompts), self.size)
-                         for b in range(p * group_size, (p + 1) * group_size)), sum(texts, []), strict=True))  # fmt: skip
+        told: list[Any] = [None] * self.size
+        dist.all_gather_object(told, {} if part is None else dict(zip(self.rows.tolist(), part.texts, strict=True)))
+        texts = {b: text for some in told for b, text in some.items()}
         given = None if part is None else part.groups
         present = whole(torch.uint8, longest, own=None if given is None else given.present).bool()
         bare = collate([prompt.prompt for prompt in prompts], [[]] * len(prompts)).to(self.device)
@@ -188,7 +187,7 @@ class Ranks:
             groups=replace(bare, completions=written, mask=present, present=present, group_size=group_size),
             logprobs=whole(torch.float32, longest, own=None if part is None else part.logprobs),
             finished=whole(torch.uint8, own=None if part is None else part.finished).bool(),
-            texts=[said[b] for b in range(size)],
+            texts=[texts[b] for b in range(size)],
             rows=[prompt.row for prompt in prompts],
         )
 
@@ -270,7 +269,8 @@ class Ranks:
         if self.config.gradient_checkpointing:
             checkpoint_blocks(model)
         names = {id(x): name for name, x in (*model.named_parameters(), *model.named_buffers())}
-        root, offload = Root(model), CPUOffloadPolicy() if self.config.offload_optimizer else OffloadPolicy()
+        root, pinned = Root(model), self.device.type == "cuda"
+        offload = CPUOffloadPolicy(pin_memory=pinned) if self.config.offload_optimizer else OffloadPolicy()
         for unit in (*blocks(model), root):
             made = dict[int, tuple[Tensor, Tensor]]()  # tied weights are one
             for owned in (owned for module in unit.modules() for owned in (module._parameters, module._buffers)):
@@ -279,7 +279,7 @@ class Ranks:
                         if id(x) not in made:
                             full = weights(names[id(x)], x)
                             made[id(x)] = x, torch.nn.Parameter(full) if isinstance(x, torch.nn.Parameter) else full
-                        owned[key] = made[id(x)][1]
+                        owned[key] = made[id(x)][1]  # type: ignore[assignment]
             # blocks travel in the type of the products; embeddings, head and last norm, which compute in float32, do not
             kind = None if unit is root else model.compute_dtype
             policy = MixedPrecisionPolicy(param_dtype=kind, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -319,9 +319,10 @@ class Ranks:
         """Within it the stages that this recipe calls are shared among the ranks."""
         modules = [module for name, module in sys.modules.items() if name.startswith("trivet.recipes.")]
         run.shares = self.shares
-        for name, reward in ({} if run.reward is None else run.reward.rewards).items():
-            if not isinstance(reward, learned.LearnedReward):
-                run.reward.rewards[name] = FromFirst(self, reward)
+        rewards = {} if run.reward is None else run.reward.rewards
+        for name, reward in rewards.items():
+            if not isinstance(reward, learned.LearnedReward):  # a model's passes are shared, as all passes
+                rewards[name] = FromFirst(self, reward)
         generate = Engine.generate
         with ExitStack() as stack:
             for module in (*modules, learned):

@@ -6,6 +6,7 @@ and, as checkpoints of one process do, state.json and state.safetensors for the 
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,14 +138,16 @@ def restore(
             part.copy_(said)
     found = {name: x.detach() for name, x in tensors(run, parts).items()}
     if given is None:
-        dcp.load(
-            found, storage_reader=HuggingFaceStorageReader(str(folder / "shards")), no_dist=not dist.is_initialized()
-        )
-    for name, x in found.items() if given is not None else ():
-        full = given(name, x)
-        x.copy_(
-            distribute_tensor(full, x.device_mesh, x.placements, src_data_rank=None) if isinstance(x, DTensor) else full
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process, on purpose
+            reader = HuggingFaceStorageReader(str(folder / "shards"))
+            dcp.load(found, storage_reader=reader, no_dist=not dist.is_initialized())
+    else:
+        for name, x in found.items():
+            full = given(name, x)
+            if isinstance(x, DTensor):
+                full = distribute_tensor(full, x.device_mesh, x.placements, src_data_rank=None)
+            x.copy_(full)
     alone.set_random_state(run.generator, state["random"])
 
 
