@@ -694,7 +694,7 @@ MUTANTS: list[Mutant] = [
         ("plan: a critic without optimizer", "trained = sum(model.trained for model in self.models.values())\n        terms[", "trained = self.models['weights'].trained\n        terms["),
         ("plan: gradients of the first microbatch forgotten", "several = self.part.number > 1", "several = False"),
         ("plan: the largest microbatch is one too large", "return budgets[low - 1] if low else 0", "return budgets[min(low, len(budgets) - 1)]"),
-        ("plan: a remedy that does not fit", "                    if best.fits:\n", "                    if not best.fits:\n"),
+        ("plan: a remedy that does not fit", "if best.fits:", "if not best.fits:"),
     ),
 ]
 # fmt: on

@@ -484,6 +484,8 @@ def test_every_formula_is_shown_as_it_was_computed():
                 name, expression, _ = item.shown().split(" = ")
                 assert eval(expression, {}, dict(item.numbers)) == item.value
                 used.add(name)
+        for phase, terms in one.times.items():
+            assert one.seconds[phase] == max(item.value for item in terms.values())
     assert len(used) > 25
 
 

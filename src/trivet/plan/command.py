@@ -232,7 +232,7 @@ def shown(step: Step) -> list[str]:
     lines = list[str]()
 
     def section(title: str, terms: dict[str, formulas.Term], unit: Any) -> None:
-        lines.append(f"  [dim]{title}[/dim]")
+        lines.extend([f"  [dim]{title}[/dim]"] if terms else [])
         lines.extend(
             f"    {name}: {item.shown()} = {unit(item.value)}".replace("[", "\\[") for name, item in terms.items()
         )
@@ -247,6 +247,8 @@ def shown(step: Step) -> list[str]:
         section(f"bytes moved in {phase}", terms, bytes_)
     for phase, terms in step.sent.items():
         section(f"bytes received in {phase}", terms, bytes_)
+    for phase, terms in step.times.items():
+        section(f"time of {phase}: the longest of", terms, seconds)
     return lines
 
 
@@ -293,6 +295,11 @@ def flops(value: float) -> str:
 def _with_unit(value: float, units: tuple[tuple[str, float], ...]) -> str:
     unit, size = next((unit for unit in units if value < 1000 * unit[1]), units[-1])
     return f"{digits(value / size)} {unit}"
+
+
+def seconds(value: float) -> str:
+    """With its unit."""
+    return _with_unit(value, (("ms", 1e-3), ("s", 1)))
 
 
 def count(value: float) -> str:

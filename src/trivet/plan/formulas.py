@@ -54,7 +54,7 @@ class _PutIn(ast.NodeTransformer):
 
 
 def _digits(value: float) -> str:
-    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.3g}"
+    return f"{value:,.0f}" if float(value).is_integer() or value >= 1000 else f"{value:.3g}"
 
 
 # Memory ----------------------------------------------------------------------------------------------------------------

@@ -508,18 +508,25 @@ class Step:
         return work
 
     @cached_property
-    def seconds(self) -> dict[str, float]:
-        """By phase, the slowest of computing, moving and sending: they overlap."""
-        machine, efficiency, times = self.machine, self.config.efficiency, dict[str, float]()
+    def times(self) -> dict[str, Terms]:
+        """Seconds of computing, of moving to and from memory, of receiving, by phase."""
+        machine, share, times = self.machine, self.config.efficiency, dict[str, Terms]()
         rate = machine.rate_16 if self.size == 2 else machine.rate_32
         link = machine.link if self.ranks <= NODE else machine.network
         for phase, terms in self.flops.items():
-            computing = f.compute_seconds(flops=total(terms), peak=rate, efficiency=efficiency)
-            numbers = {"bandwidth": machine.bandwidth, "efficiency": efficiency}
-            moving = f.moving_seconds(moved=total(self.moved[phase]), **numbers)
-            sent = total(self.sent.get(phase, {}))
-            times[phase] = max(computing, moving, f.moving_seconds(moved=sent, bandwidth=link, efficiency=efficiency))
+            moved, sent = total(self.moved[phase]), total(self.sent.get(phase, {}))
+            times[phase] = {
+                "computing": term(f.compute_seconds, flops=total(terms), peak=rate, efficiency=share),
+                "moving": term(f.moving_seconds, moved=moved, bandwidth=machine.bandwidth, efficiency=share),
+            }
+            if sent:
+                times[phase]["receiving"] = term(f.moving_seconds, moved=sent, bandwidth=link, efficiency=share)
         return times
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By phase, the slowest of these: they overlap."""
+        return {phase: max(item.value for item in terms.values()) for phase, terms in self.times.items()}
 
     # the answers -------------------------------------------------------------------------------------------------------------
 
