@@ -244,13 +244,16 @@ def test_the_folder_is_loaded_by_peft_transformers_and_us(runs):
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of peft
 def test_a_reward_model_brings_its_head(runs):
-    folder, ids = str(runs["rm"] / "model"), torch.randint(50, (1, 9))
+    folder, ids = str(runs["rm"] / "model"), torch.tensor([[7, 8, 9, 10, 11]])
     assert "base_model.model.score.weight" in load_file(f"{folder}/adapter_model.safetensors")
     ours = load_scorer(folder)
     expected = ours(ids).logits
     assert expected.abs() > 1e-4
-    theirs = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32).eval()
-    torch.testing.assert_close(theirs(ids).logits, expected, rtol=1e-4, atol=1e-6)
+    theirs = AutoPeftModelForSequenceClassification.from_pretrained(
+        folder, num_labels=1, pad_token_id=0, dtype=torch.float32
+    ).eval()
+    padded = torch.tensor([[7, 8, 9, 10, 11, 0, 0], [7] * 7])
+    torch.testing.assert_close(theirs(padded).logits[:1], expected, rtol=1e-4, atol=1e-6)
     theirs = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32).eval()
     torch.testing.assert_close(theirs(ids).logits, expected, rtol=1e-4, atol=1e-6)
 
@@ -360,6 +363,7 @@ def test_grpo_learns_with_an_adapter():
     [
         ({"merge": True}, "--merge belongs to an adapter"),
         ({"quantize": "4bit"}, "--quantize belongs to an adapter"),
+        ({"lora_alpha": 4}, "--lora-alpha belongs to an adapter"),
         ({"lora": 4, "from_scratch": True}, "--from-scratch trains all weights"),
         ({"lora": 4, "lora_targets": ("q_prj",)}, "--lora-targets q_prj: no such linear layer .* q_proj"),
         ({"lora": 4, "lora_targets": ("lm_head",)}, "--lora-targets lm_head: no such linear layer below the head"),

@@ -10,7 +10,9 @@ from trivet.run.options import Options
 def check_adapter(config: Options, start_from: str) -> None:
     """InputError for what is asked of an adapter where there is none, or another than the one that is gone on with."""
     own = adapter_of(start_from)
-    for name, asked in (("merge", config.merge), ("quantize", config.quantize != "none")):
+    asked_for = {"merge": config.merge, "quantize": config.quantize != "none"}
+    asked_for |= {"lora-alpha": config.lora_alpha, "lora-targets": config.lora_targets}
+    for name, asked in asked_for.items():
         if asked and own is None and not config.lora:
             raise InputError(f"--{name} belongs to an adapter; give --lora RANK, or an adapter as --model")
     if config.from_scratch and (own is not None or config.lora):
