@@ -150,7 +150,7 @@ MISBEHAVES = st.fixed_dictionaries(
         "returns": RETURNS,
         "raises": st.one_of(st.none(), st.none(), st.none(), TEXT.flatmap(lambda text: st.sampled_from(errors(text)))),
         "prints": st.one_of(st.just(""), TEXT, TEXT.map(lambda text: (text + "\n") * 30)),
-        "logs": st.one_of(st.none(), st.tuples(st.one_of(TEXT, NUMBER), st.one_of(NUMBER, BROKEN))),
+        "logs": st.one_of(st.none(), st.tuples(st.one_of(TEXT, NUMBER, st.just("step")), st.one_of(NUMBER, BROKEN))),
         "changes": st.booleans(),
         "asynchronous": st.sampled_from([False, False, False, True]),
         "on_failure": st.sampled_from(["stop", "skip"]),
