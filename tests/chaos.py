@@ -208,7 +208,7 @@ class Life:
     """A forked process that runs this command line."""
 
     def __init__(self, words: list[str], board: Board, prepare: Callable[[], Any] = lambda: None):
-        board[PHASE] = board[TAKEN] = board[CALLED] = 0
+        board[PHASE], board[TAKEN], board[CALLED] = -1, 0, 0  # -1: what is to happen to it is not prepared yet
         self.heard, told = os.pipe()  # not a file: its size may be limited
         self.pid = os.fork()
         if self.pid:
@@ -223,6 +223,7 @@ class Life:
             os.environ["XDG_CACHE_HOME"] = str(Path(words[-1]).parent / "cache")  # the reference that dpo remembers
             watched(board)
             prepare()
+            board[PHASE] = 0
             code = trivet(words)
         except BaseException:
             traceback.print_exc()
