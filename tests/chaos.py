@@ -468,6 +468,8 @@ def main() -> int:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM):  # ends with the table
+        signal.signal(number, signal.default_int_handler)
     began = time.perf_counter()
     with TemporaryDirectory() as folder:
         small = Path(folder) / "small"
@@ -484,6 +486,8 @@ def main() -> int:
                 chaos.run(method, kind, place / f"place-{chaos.runs}")
                 done = f"{chaos.runs} runs, {chaos.kills.total()} kills, {chaos.faults.total()} faults"
                 print(f"{done}, lost {len(chaos.lost)}: {method}, {time.perf_counter() - began:.0f} s", flush=True)
+        except KeyboardInterrupt:
+            print("stopped; what was counted so far:")
         finally:
             if mounted:
                 subprocess.call(["umount", str(small)])
