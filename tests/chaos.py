@@ -208,7 +208,7 @@ class Life:
     """A forked process that runs this command line."""
 
     def __init__(self, words: list[str], board: Board, prepare: Callable[[], Any] = lambda: None):
-        board[PHASE] = board[TAKEN] = board[CALLED] = 0
+        board[PHASE], board[TAKEN], board[CALLED] = -1, 0, 0  # -1: what is to happen to it is not prepared yet
         self.heard, told = os.pipe()  # not a file: its size may be limited
         self.pid = os.fork()
         if self.pid:
@@ -223,6 +223,7 @@ class Life:
             os.environ["XDG_CACHE_HOME"] = str(Path(words[-1]).parent / "cache")  # the reference that dpo remembers
             watched(board)
             prepare()
+            board[PHASE] = 0
             code = trivet(words)
         except BaseException:
             traceback.print_exc()
@@ -467,6 +468,8 @@ def main() -> int:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM):  # ends with the table
+        signal.signal(number, signal.default_int_handler)
     began = time.perf_counter()
     with TemporaryDirectory() as folder:
         small = Path(folder) / "small"
@@ -483,6 +486,8 @@ def main() -> int:
                 chaos.run(method, kind, place / f"place-{chaos.runs}")
                 done = f"{chaos.runs} runs, {chaos.kills.total()} kills, {chaos.faults.total()} faults"
                 print(f"{done}, lost {len(chaos.lost)}: {method}, {time.perf_counter() - began:.0f} s", flush=True)
+        except KeyboardInterrupt:
+            print("stopped; what was counted so far:")
         finally:
             if mounted:
                 subprocess.call(["umount", str(small)])

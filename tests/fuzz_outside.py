@@ -1,6 +1,7 @@
 """Anything that may come back: from reward functions, from a judge's server, from a disk. The targets of fuzz.py for it."""
 
 import asyncio
+import atexit
 import decimal
 import fractions
 import json
@@ -33,6 +34,7 @@ from trivet.run.config import to_toml
 from trivet.run.loop import Optimizer
 from trivet.run.record import Record, _append
 
+MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # where fsync costs nothing
 TEXT = st.one_of(st.sampled_from(["", "a", "\0", "\ud800", "é\u2028", "Score: 7", "x" * 600]), st.text(max_size=9))
 
 
@@ -150,7 +152,7 @@ MISBEHAVES = st.fixed_dictionaries(
         "returns": RETURNS,
         "raises": st.one_of(st.none(), st.none(), st.none(), TEXT.flatmap(lambda text: st.sampled_from(errors(text)))),
         "prints": st.one_of(st.just(""), TEXT, TEXT.map(lambda text: (text + "\n") * 30)),
-        "logs": st.one_of(st.none(), st.tuples(st.one_of(TEXT, NUMBER), st.one_of(NUMBER, BROKEN))),
+        "logs": st.one_of(st.none(), st.tuples(st.one_of(TEXT, NUMBER, st.just("step")), st.one_of(NUMBER, BROKEN))),
         "changes": st.booleans(),
         "asynchronous": st.sampled_from([False, False, False, True]),
         "on_failure": st.sampled_from(["stop", "skip"]),
@@ -318,19 +320,15 @@ def saved() -> tuple[Path, Checkpoints]:
     config = sft.Config()
     optimizer = Optimizer(model, config, 4)
     run = SimpleNamespace(model=model, generator=torch.Generator(), device="cpu", done=0)
-    out = Path(tempfile.mkdtemp()) / "run"
+    out = Path(tempfile.mkdtemp(dir=MEMORY)) / "run"
     made = Checkpoints(out, run, SimpleNamespace(save_pretrained=lambda folder: None), scorer=False)  # type: ignore[arg-type]
+    atexit.register(shutil.rmtree, out.parent)
     made.holds(optimizer=optimizer)
     for step in (2, 4):
         sum(p.square().sum() for p in model.parameters()).backward()
         optimizer.step()
         made.save(step, {"seconds": 1.0, "tokens": {}, "eval": {}})
     return out, made
-
-
-def removed() -> None:
-    """Leave nothing behind."""
-    shutil.rmtree(saved()[0].parent)
 
 
 ACCIDENT = st.sampled_from(["flip", "flip", "byte", "cut", "insert", "zeros", "gone", "empty", "other"])
@@ -391,7 +389,7 @@ def directory() -> dict[str, bytes]:
 
 def try_directory(name: str, content: bytes | None) -> str:
     """A run directory in which a file is something else: resume takes it or says why not, and cuts its record to whole lines."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         out = Path(folder)
         for each, known in directory().items():
             now = content if each == name else known
@@ -419,6 +417,7 @@ def try_directory(name: str, content: bytes | None) -> str:
 def outside(ways: Callable[[Any], Any], took: Any, given: Callable[..., Any]) -> dict[str, Callable[[], None]]:
     """The targets."""
     folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
 
     @ways
     @given(MISBEHAVES)

@@ -84,3 +84,12 @@ def test_half_of_a_surrogate_pair_can_be_printed(tmp_path, capsys):
 def test_a_server_that_counts_nonsense_costs_nothing(tmp_path, spent):
     body = {"choices": [{"message": {"content": "Score: 7"}}], "usage": {"prompt_tokens": spent}}
     assert try_judge([(200, {}, json.dumps(body).encode())], False, "stop", "m", tmp_path) == "taken"
+
+
+def test_a_reward_logs_names_that_can_be_written_and_none_of_the_run(tmp_path):
+    made = FunctionReward(lambda completions, log_metric: log_metric("\ud800", 2) or [1.0] * 4, "mine.py:f")
+    made(rollouts())
+    assert made.logged == {"\\ud800": 2.0}
+    made = FunctionReward(lambda completions, log_metric: log_metric("step", 2), "mine.py:f")
+    with pytest.raises(InputError, match="step is the run's own; choose another name"):
+        made(rollouts())

@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,7 +95,7 @@ class FunctionReward:
         logged: dict[str, float] = {}
         given = self._given(rollouts, start, end)
         if "log_metric" in given:
-            given["log_metric"] = lambda name, value: logged.__setitem__(str(name), float(value))
+            given["log_metric"] = partial(_log, logged)
         heard = Heard()
 
         def call() -> Any:
@@ -181,6 +182,13 @@ class FunctionReward:
         self.told += len(lines)
         if self.told >= SHOWN and self.told - len(lines) < SHOWN:
             self.note(f"reward {self.name or self.spec} prints much; the rest is not shown")
+
+
+def _log(logged: dict[str, float], name: object, value: Any) -> None:
+    """log_metric: what can be written, and not in the place of the run's own."""
+    if (name := str(name).encode("utf-8", "backslashreplace").decode()) in ("step", "seconds"):
+        raise ValueError(f"log_metric: {name} is the run's own; choose another name")
+    logged[name] = float(value)
 
 
 class _FailureError(Exception):
