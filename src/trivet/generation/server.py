@@ -12,7 +12,7 @@ import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -28,6 +28,7 @@ from trivet.calls import NoAnswerError, RefusedError, answered, pause
 from trivet.errors import InputError
 from trivet.generation.engine import Engine
 from trivet.generation.local import Local
+from trivet.generation.nccl import Link
 from trivet.generation.sync import Weights, digest, fingerprint, publish
 
 LARGEST = 256 << 20  # bytes of an answer
@@ -67,6 +68,7 @@ class Server:
     hopeless: bool = False  # the trouble is not of the kind that passes
     difference: float = 0.0  # largest one of the last probe, nats
     client: httpx.AsyncClient | None = None
+    link: Link | None = None  # of NCCL
 
     async def call(self, how: str, what: str, body: Any = None, timeout: float = 0.0) -> Any:
         """One call to it, as calls.answered makes them."""
@@ -171,6 +173,9 @@ class Server:
         return (await self.call("GET", "weight_info", timeout=SHORT))["weight_version"] == weights.name
 
     async def _load(self, weights: Weights) -> None:
+        if weights.tensors:
+            await self._send(weights)
+            return
         if digest(weights.folder) != weights.checksum:
             raise RefusedError(0, f"the files in {weights.folder} have changed since they were written")
         path = str(weights.folder)
@@ -183,6 +188,33 @@ class Server:
         await self.call("POST", "collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}})
         await self.call("POST", "update_weight_version", {"new_version": weights.name}, timeout=SHORT)
         await self.call("POST", "resume", timeout=SHORT)
+
+    async def _send(self, weights: Weights) -> None:
+        """Over NCCL: both sides at once, ours in a thread; a side that fails leaves the other to its time limit."""
+        if self.link is None:
+            workers = int((await self.call("GET", "get_world_size", timeout=SHORT))["world_size"])
+            link = Link(workers, next(iter(weights.tensors.values())).device)
+            joined = asyncio.to_thread(link.join)
+            await self._both(joined, "init_weight_transfer_engine", {"init_info": link.invitation()})
+            self.link = link
+        facts = [(name, str(x.dtype).removeprefix("torch."), list(x.shape)) for name, x in weights.tensors.items()]
+        told = dict(zip(("names", "dtype_names", "shapes"), map(list, zip(*facts, strict=True)), strict=True))
+        await self.call("POST", "pause?mode=abort")
+        await self.call("POST", "start_weight_update")
+        sent = asyncio.to_thread(self.link.send, weights.tensors.values())
+        await self._both(sent, "update_weights", {"update_info": told})
+        await self.call("POST", "finish_weight_update", {"weight_version": weights.name})
+        await self.call("POST", "resume", timeout=SHORT)
+
+    async def _both(self, ours: Coroutine[Any, Any, None], what: str, body: Any) -> None:
+        try:
+            async with asyncio.timeout(self.timeout):
+                await asyncio.gather(ours, self.call("POST", what, body))
+        except BaseException as error:  # the communicator is of no use any more
+            self.link = None
+            if isinstance(error, RuntimeError | TimeoutError):
+                raise NoAnswerError(f"{self.url}: weights over NCCL: {error or 'not within the time'}") from None
+            raise
 
     async def forget(self, name: str) -> None:
         """Let go of an adapter."""
@@ -224,6 +256,7 @@ class Servers:
     patience: float  # seconds to wait for a server that works
     staleness: int = 0
     untie: bool = False
+    nccl: bool = False
     note: Callable[[str], None] = lambda text: None
     cache_bytes: int = 0  # of this process: none
     counts: dict[str, float] = field(default_factory=dict[str, float], init=False)
@@ -328,7 +361,8 @@ class Servers:
         if (found := fingerprint(policy)) != self.print:
             self.print, engine, version = found, self.engine, self.step - (found == self.at_start)
             cut = {"temperature": engine.temperature, "top_k": engine.top_k, "top_p": engine.top_p}
-            self.weights = publish(policy, version, self.run, self.folder, self.probes, cut, self.untie)
+            how = (self.folder, self.probes, cut, self.untie, self.nccl)
+            self.weights = publish(policy, version, self.run, *how)
             if not self.weights.expected.isfinite().any():
                 raise InputError(
                     "the policy's probabilities are not numbers any more: lower --lr, or look at its weights"

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +32,37 @@ class Weights:
     folder: Path  # a peft adapter, or a model folder
     adapter: bool
     expected: Tensor  # (N, V) log-probabilities of the token after each probe, at the temperature that samples
+    tensors: dict[str, Tensor] = field(
+        default_factory=dict[str, Tensor]
+    )  # what NCCL sends: a copy, for training goes on
     waiting: int = 0  # groups that no server has taken yet
     batches: int = 0  # under way
 
 
 def publish(
-    policy: Any, version: int, run: str, into: Path, probes: Sequence[Sequence[int]], cut: dict[str, Any], untie: bool
+    policy: Any,
+    version: int,
+    run: str,
+    into: Path,
+    probes: Sequence[Sequence[int]],
+    cut: dict[str, Any],
+    untie: bool,
+    nccl: bool = False,
 ) -> Weights:
     """The policy as it is now, written into a folder of its own.
 
     run: a word that no other run has. probes: prompts in token ids. cut: temperature, top_k, top_p. untie: with a tied head's
-    weight written out, which a server on a CPU needs (docs/servers.md).
+    weight written out, which a server on a CPU needs (docs/servers.md). nccl: full weights are kept in memory in place of files.
     """
     half, adapter = into / ".half", bool(getattr(policy, "peft_config", None))
+    expected = torch.stack([_next_token(policy, ids, cut) for ids in probes])  # (N, V)
+    if nccl and not adapter:
+        dtype = getattr(policy, "compute_dtype", None) or policy.dtype
+        tensors = {name: x.detach().to(dtype, copy=True) for name, x in policy.named_parameters()}
+        said = "".join(f"{name} {torch.hash_tensor(x).view(torch.int64).item()} " for name, x in tensors.items())
+        checksum = hashlib.sha256(said.encode()).hexdigest()
+        name = f"trivet-{run}-{version}-{checksum[:12]}"
+        return Weights(version, name, checksum, into / name, adapter, expected, tensors)
     shutil.rmtree(half, ignore_errors=True)
     dtype = None if adapter else getattr(policy, "compute_dtype", None)
     cast = {} if dtype is None else {"state_dict": {name: x.to(dtype) for name, x in policy.state_dict().items()}}
@@ -58,7 +76,6 @@ def publish(
     name = f"trivet-{run}-{version}-{checksum[:12]}"
     shutil.rmtree(into / name, ignore_errors=True)
     half.rename(into / name)
-    expected = torch.stack([_next_token(policy, ids, cut) for ids in probes])  # (N, V)
     return Weights(version, name, checksum, (into / name).absolute(), adapter, expected)
 
 

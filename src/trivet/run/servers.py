@@ -57,6 +57,7 @@ class Elsewhere:
             patience=timeout,
             staleness=config["max_staleness"],
             untie=device == "cpu",
+            nccl=device == "cuda" and os.environ.get("TRIVET_WEIGHT_SYNC", "") == "nccl",
             note=run.note,
         )
         batches, keep = run.batches, run.keep
@@ -85,8 +86,6 @@ class Elsewhere:
             rank = max(int(adapter.r) for adapter in adapters.values())
             flags += ["--enable-lora", "--max-lora-rank", str(next(r for r in RANKS if r >= rank))]
             flags += ["--max-loras", str(1 + config["max_staleness"])]
-        elif cpu and policy.config.tie_word_embeddings:
-            flags += ["--hf-overrides", '{"tie_word_embeddings": false}']  # a tied head is not reloaded there
         flags += ["--enforce-eager", "--max-num-seqs", "64"] if cpu else ["--gpu-memory-utilization", "0.4"]
         flags += shlex.split(os.environ.get("TRIVET_VLLM_FLAGS", ""))
         return Local(python_with_vllm(), self.out / "vllm.log", flags)
