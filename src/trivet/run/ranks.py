@@ -352,6 +352,7 @@ class Root(torch.nn.Module):
         self.model = model
 
     def forward(self, call: Callable[[], Any]) -> Any:
+        """What it returns, with the root's weights gathered."""
         return call()
 
 

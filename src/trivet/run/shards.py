@@ -33,6 +33,7 @@ class Checkpoints(alone.Checkpoints):
         self.us = us
 
     def holds(self, **parts: Any) -> None:
+        """As alone; the state may be one process's."""
         self.parts = parts
         if self.us.rank == 0:
             self._make_room()
@@ -43,6 +44,7 @@ class Checkpoints(alone.Checkpoints):
                 restore(self.run, parts, self.start, self._of_one(self.start))
 
     def save(self, step: int, counted: dict[str, Any], keep: int = 0) -> None:
+        """As alone: each rank writes its shards, and reads a part of the files again for the manifest."""
         leads, small = self.us.rank == 0, dict[str, Tensor]()
         whole, half = self.folder / f"step-{step}", self.folder / f".step-{step}"
         state = {"step": step, "counted": counted, "random": alone._random_state(self.run.generator)}
@@ -81,10 +83,12 @@ class Checkpoints(alone.Checkpoints):
         dist.barrier()
 
     def go_on(self, note: Callable[[str], None]) -> dict[str, Any]:
+        """As alone: rank 0 looks which one is whole."""
         counted, self.start = self.us.same((super().go_on(note), self.start) if self.us.rank == 0 else None)
         return counted
 
     def expected(self) -> int:
+        """Bytes of a checkpoint before the first one is written."""
         return sum(x.numel() * x.itemsize for x in tensors(self.run, self.parts).values()) * 3
 
     def _of_one(self, folder: Path) -> Callable[[str, Tensor], Tensor]:
