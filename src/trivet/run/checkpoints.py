@@ -45,7 +45,7 @@ class Checkpoints:
     def step_begins(self) -> None:
         """Remember the small things that the next step will change."""
         tensors = {name: part.clone() for name, part in self.parts.items() if isinstance(part, Tensor)}
-        self.before = {"updates": self._updates(), "tensors": tensors, "random": random_state(self.run.generator)}
+        self.before = {"updates": self._updates(), "tensors": tensors, "random": _random_state(self.run.generator)}
 
     @property
     def untouched(self) -> bool:
@@ -74,7 +74,7 @@ class Checkpoints:
             "step": step,
             "counted": counted,
             "parts": {name: _state(part, own) for name, part in parts.items()},
-            "random": self.before["random"] if beginning else random_state(self.run.generator),
+            "random": self.before["random"] if beginning else _random_state(self.run.generator),
         }
         whole, half = self.folder / f"step-{step}", self.folder / f".step-{step}"
         self._make_room()
@@ -82,7 +82,7 @@ class Checkpoints:
         make_folder(half)
         try:
             save_model(self.run.model, self.tokenizer, half)
-            write_json(half / "state.json", {"state": packed(state, tensors, "")})
+            write_json(half / "state.json", {"state": _packed(state, tensors, "")})
             save_file(tensors, half / "state.safetensors")
             write_json(half / "manifest.json", {"step": step, "files": manifest(half)})
             _put_in_place(half, whole, self.folder.parent)
@@ -112,12 +112,12 @@ class Checkpoints:
 
             return shards.restore(self.run, self.parts, folder)
         run, tensors = self.run, load_file(folder / "state.safetensors")
-        state = unpacked(json.loads((folder / "state.json").read_text(encoding="utf-8"))["state"], tensors)
+        state = _unpacked(json.loads((folder / "state.json").read_text(encoding="utf-8"))["state"], tensors)
         run.done = state["step"]  # from here on: what was made before, DPO's reference, was of all steps
         restore(run.model, folder)
         for name, part in self.parts.items():
             _set_state(part, state["parts"][name])
-        set_random_state(run.generator, state["random"])
+        _set_random_state(run.generator, state["random"])
 
     def _make_room(self) -> None:
         """InputError where the disk can't take another one: before it is begun, so that nothing is lost."""
@@ -162,14 +162,18 @@ def steps(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(path.name.removeprefix("step-")), path) for path in found)
 
 
+def manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file in it."""
+    return facts_of(folder, files_of(folder))
+
+
 def files_of(folder: Path) -> list[Path]:
     """What a manifest speaks of."""
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
 
 
-def manifest(folder: Path, files: Sequence[Path] | None = None) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file in it, or of these."""
-    files = files_of(folder) if files is None else files
+def facts_of(folder: Path, files: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of these files."""
     return {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
 
 
@@ -226,7 +230,7 @@ def _set_state(part: Any, state: Any) -> None:
         part.copy_(state)
 
 
-def random_state(generator: torch.Generator) -> dict[str, Any]:
+def _random_state(generator: torch.Generator) -> dict[str, Any]:
     state: dict[str, Any] = {"run": generator.get_state(), "torch": torch.get_rng_state(), "python": random.getstate()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
@@ -236,7 +240,7 @@ def random_state(generator: torch.Generator) -> dict[str, Any]:
     return state
 
 
-def set_random_state(generator: torch.Generator, state: dict[str, Any]) -> None:
+def _set_random_state(generator: torch.Generator, state: dict[str, Any]) -> None:
     generator.set_state(state["run"])
     torch.set_rng_state(state["torch"])
     version, numbers, gauss = state["python"]
@@ -250,25 +254,25 @@ def set_random_state(generator: torch.Generator, state: dict[str, Any]) -> None:
         numpy.random.set_state((name, keys.numpy().astype("uint32"), *rest))
 
 
-def packed(x: Any, tensors: dict[str, Tensor], path: str) -> Any:
+def _packed(x: Any, tensors: dict[str, Tensor], path: str) -> Any:
     """x for JSON, its tensors put aside by the path to them; keys that are numbers keep their type."""
     if isinstance(x, Tensor):
         tensors[path] = x.detach().cpu().contiguous().clone()
         return {"tensor": path}
     if isinstance(x, dict):
         if all(isinstance(key, str) for key in x) and "tensor" not in x and "numbered" not in x:
-            return {key: packed(value, tensors, f"{path}/{key}") for key, value in x.items()}
-        return {"numbered": [[key, packed(value, tensors, f"{path}/{key}")] for key, value in x.items()]}
+            return {key: _packed(value, tensors, f"{path}/{key}") for key, value in x.items()}
+        return {"numbered": [[key, _packed(value, tensors, f"{path}/{key}")] for key, value in x.items()]}
     if isinstance(x, list | tuple):
-        return [packed(value, tensors, f"{path}/{i}") for i, value in enumerate(x)]
+        return [_packed(value, tensors, f"{path}/{i}") for i, value in enumerate(x)]
     return x
 
 
-def unpacked(x: Any, tensors: dict[str, Tensor]) -> Any:
+def _unpacked(x: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(x, dict):
         if "tensor" in x:
             return tensors[x["tensor"]]
         if "numbered" in x:
-            return {key: unpacked(value, tensors) for key, value in x["numbered"]}
-        return {key: unpacked(value, tensors) for key, value in x.items()}
-    return [unpacked(value, tensors) for value in x] if isinstance(x, list) else x
+            return {key: _unpacked(value, tensors) for key, value in x["numbered"]}
+        return {key: _unpacked(value, tensors) for key, value in x.items()}
+    return [_unpacked(value, tensors) for value in x] if isinstance(x, list) else x

@@ -309,7 +309,7 @@ class Ranks:
 
             result = root(forward)
             if not torch.is_grad_enabled():
-                root.reshard()  # type: ignore[operator]  else these weights would also be those after the next update
+                root.reshard()  # type: ignore[operator]  no backward pass will
             return _Idle.apply(result) if self.idle and result.requires_grad else result  # type: ignore[no-any-return]
 
         return call
@@ -335,7 +335,13 @@ class Ranks:
             stack.enter_context(patch.object(Engine, "generate", lambda *args: self.generate(generate, *args)))
             stack.enter_context(patch.object(Engine, "noise", lambda engine, rows: self.noise(engine, rows)))
             stack.enter_context(patch.object(torch.nn.utils, "clip_grad_norm_", self.clip))
-            yield
+            try:
+                yield
+            except torch.OutOfMemoryError as error:
+                raise InputError(
+                    f"out of memory on rank {self.rank}; lower --microbatch-tokens ({run.config.microbatch_tokens}), add "
+                    "--gradient-checkpointing, or start more processes"
+                ) from error
 
 
 class Root(torch.nn.Module):
@@ -346,6 +352,7 @@ class Root(torch.nn.Module):
         self.model = model
 
     def forward(self, call: Callable[[], Any]) -> Any:
+        """What it returns, with the root's weights gathered."""
         return call()
 
 

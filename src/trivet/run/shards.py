@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trivet.model.load import load_policy, load_scorer
 from trivet.run import checkpoints as alone
-from trivet.run.files import make_folder, to_disk, write_json
+from trivet.run.files import make_folder, write_json
 from trivet.run.loop import Run
 from trivet.run.ranks import Ranks
 
@@ -34,6 +34,7 @@ class Checkpoints(alone.Checkpoints):
         self.us = us
 
     def holds(self, **parts: Any) -> None:
+        """As alone; the state may be one process's."""
         self.parts = parts
         if self.us.rank == 0:
             self._make_room()
@@ -45,9 +46,10 @@ class Checkpoints(alone.Checkpoints):
         self.step_begins()
 
     def save(self, step: int, counted: dict[str, Any], keep: int = 0, *, beginning: bool = False) -> Path:
+        """As alone: each rank writes its shards, and reads a part of the files again for the manifest."""
         leads, small = self.us.rank == 0, dict[str, Tensor]()
         whole, half = self.folder / f"step-{step}", self.folder / f".step-{step}"
-        state = {"step": step, "counted": counted, "random": alone.random_state(self.run.generator)}
+        state = {"step": step, "counted": counted, "random": alone._random_state(self.run.generator)}
         state["parts"] = {name: _rest(part) for name, part in self.parts.items()}
         try:
             if leads:
@@ -59,24 +61,20 @@ class Checkpoints(alone.Checkpoints):
             writer = HuggingFaceStorageWriter(str(half / "shards"), save_distributed=True)
             dcp.save(written, storage_writer=writer)
             if leads:
-                write_json(half / "state.json", {"state": alone.packed(state, small, "")})
+                write_json(half / "state.json", {"state": alone._packed(state, small, "")})
                 save_file(small, half / "state.safetensors")
             dist.barrier()
             files, every = alone.files_of(half), [None] * self.us.size
-            dist.all_gather_object(every, alone.manifest(half, files[self.us.rank :: self.us.size]))
+            dist.all_gather_object(every, alone.facts_of(half, files[self.us.rank :: self.us.size]))
             if leads:
                 known = {name: facts for part in every for name, facts in part.items()}  # type: ignore[attr-defined]
                 write_json(half / "manifest.json", {"step": step, "files": known})
-                for path in (*half.rglob("*"), half):
-                    to_disk(path)
-                shutil.rmtree(whole, ignore_errors=True)
-                half.rename(whole)
+                alone._put_in_place(half, whole, self.folder.parent)
         except BaseException:
             if leads:
                 shutil.rmtree(half, ignore_errors=True)
             raise
         if leads:
-            to_disk(self.folder)
             self.size = sum(path.stat().st_size for path in whole.rglob("*"))
             for _, old in alone.steps(self.folder)[: -keep or None] if keep else []:
                 shutil.rmtree(old)
@@ -84,10 +82,12 @@ class Checkpoints(alone.Checkpoints):
         return whole
 
     def go_on(self, note: Callable[[str], None]) -> dict[str, Any]:
+        """As alone: rank 0 looks which one is whole."""
         counted, self.start = self.us.same((super().go_on(note), self.start) if self.us.rank == 0 else None)
         return counted
 
     def expected(self) -> int:
+        """Bytes of a checkpoint before the first one is written."""
         return sum(x.numel() * x.itemsize for x in tensors(self.run, self.parts).values()) * 3
 
     def _of_one(self, folder: Path) -> Callable[[str, Tensor], Tensor]:
@@ -121,7 +121,7 @@ def restore(
 ) -> None:
     """Take the state in a checkpoint. given: where its tensors come from, if not from its shards."""
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))["state"]
-    state = alone.unpacked(state, load_file(folder / "state.safetensors"))
+    state = alone._unpacked(state, load_file(folder / "state.safetensors"))
     run.done = state["step"]
     for name, part in parts.items():
         said = state["parts"][name]
@@ -131,9 +131,12 @@ def restore(
                 x = part.parameters[i]
                 moments = {key: torch.zeros_like(x) for key in ("exp_avg", "exp_avg_sq")}
                 part.adamw.state[x] = {"step": torch.tensor(float(step), device=x.device), **moments}
+            base = part.schedule.base_lrs  # of the config, which may have been lowered since
             part.schedule.load_state_dict(said["schedule"])
-            for group, lr in zip(part.adamw.param_groups, part.schedule.get_last_lr(), strict=True):
-                group["lr"] = lr
+            part.schedule.base_lrs = base
+            for group, lr, scale in zip(part.adamw.param_groups, base, part.schedule.lr_lambdas, strict=True):
+                group["initial_lr"], group["lr"] = lr, lr * scale(part.schedule.last_epoch)
+            part.schedule._last_lr = [group["lr"] for group in part.adamw.param_groups]
         elif isinstance(part, Tensor):
             part.copy_(said)
     found = {name: x.detach() for name, x in tensors(run, parts).items()}
@@ -148,7 +151,7 @@ def restore(
             if isinstance(x, DTensor):
                 full = distribute_tensor(full, x.device_mesh, x.placements, src_data_rank=None)
             x.copy_(full)
-    alone.set_random_state(run.generator, state["random"])
+    alone._set_random_state(run.generator, state["random"])
 
 
 def _rest(part: Any) -> Any:
