@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trivet.batch import Example, Groups, Rollouts, collate, group_rows, microbatches
 from trivet.errors import InputError
 from trivet.generation.engine import Engine
+from trivet.model.adapters import adapter_of
 from trivet.model.attention import NAME
 from trivet.model.blocks import blocks, checkpoint_blocks
 from trivet.model.forward import shares_prefix
@@ -52,6 +53,14 @@ class Ranks:
     def __init__(self, config: Options):
         self.store, self.rank, self.size = next(dist.rendezvous("env://"))
         local, name = int(os.environ["LOCAL_RANK"]), config.device
+        for option in ("lora", "generate_with", "vllm"):  # each needs the whole model in one process
+            if getattr(config, option, None):
+                said = f"--{option.replace('_', '-')} does not work under torchrun yet"
+                raise InputError(f"{said}; leave it out, or run in one process")
+        if adapter_of(config.model) or config.quantize != "none":
+            raise InputError(
+                f"--model {config.model}: adapters and quantized bases do not work under torchrun yet; run in one process"
+            )
         kind = "cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu"
         if name not in ("auto", "cpu", "cuda"):
             raise InputError(f"--device {name}: under torchrun each process takes its own; give cpu, cuda or auto")
