@@ -103,13 +103,13 @@ class Stub:
                 self.adapters[body["lora_name"]] = base = self.fresh()
                 if self.reload != "none":
                     base.load_adapter(body["lora_path"])
-            return self.say(handler, None)
+            return self.say(handler, f"Success: LoRA adapter '{body['lora_name']}' added successfully.", plain=True)
         elif path == "/v1/unload_lora_adapter":
             with self.lock:
                 if body["lora_name"] not in self.adapters:
                     return self.say(handler, {"error": {"message": "cannot be found"}}, 404)
                 del self.adapters[body["lora_name"]]
-            return self.say(handler, None)
+            return self.say(handler, "Success: removed", plain=True)
         elif path == "/v1/models":
             return self.say(handler, {"data": [{"id": name} for name in ("base", *self.adapters)]})
         elif path == "/collective_rpc":
@@ -242,8 +242,8 @@ class Stub:
                             result.append((groups.completions[b][own].tolist(), rollouts.logprobs[b][own].tolist()))
                         done.set()
 
-    def say(self, handler: Any, body: Any, code: int = 200, fault: str = "") -> None:
-        data = b"" if body is None else json.dumps(body).encode()
+    def say(self, handler: Any, body: Any, code: int = 200, fault: str = "", plain: bool = False) -> None:
+        data = body.encode() if plain else json.dumps(body).encode()
         data = b"<html>" if fault == "not json" else data
         with contextlib.suppress(OSError):
             handler.send_response(code)

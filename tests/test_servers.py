@@ -148,6 +148,7 @@ def test_an_adapter_has_a_name_for_each_version_and_old_ones_are_unloaded(stub, 
         names.append([x["model"] for x in stub.asked][-1])
         move(policy, step)
     assert len(set(names)) == 3
+    assert servers.servers[0].strikes == 0
     assert list(stub.adapters) == names[-1:]
     assert {x["cache_salt"] for x in stub.asked} == set(names)  # no prefix of other weights is reused
 

@@ -34,11 +34,19 @@ class RefusedError(Exception):
 
 
 async def answered(
-    client: httpx.AsyncClient, how: str, url: str, what: str, body: Any = None, *, timeout: float, largest: int
+    client: httpx.AsyncClient,
+    how: str,
+    url: str,
+    what: str,
+    body: Any = None,
+    *,
+    timeout: float,
+    largest: int,
+    plain: bool = False,
 ) -> Any:
     """The JSON that the server at this url answers with on /what; None where it says nothing.
 
-    timeout: seconds until the answer must be complete. largest: bytes of an answer. Errors: NoAnswerError for what may go better
+    timeout: seconds until the answer must be complete. largest: bytes of an answer. plain: it is text, not JSON. Errors: NoAnswerError for what may go better
     another time (no connection, too slow, 408, 409, 429, 5xx, too much, not JSON), RefusedError for any other code.
     """
     try:
@@ -61,7 +69,7 @@ async def answered(
     if code != 200:
         raise RefusedError(code, text[:300].decode(errors="replace") or "nothing more")
     try:
-        return json.loads(text) if text else None
+        return text.decode(errors="replace") if plain else json.loads(text) if text else None
     except (ValueError, RecursionError):
         raise NoAnswerError(f"{url} answers with something that is not JSON") from None
 

@@ -70,7 +70,7 @@ class Server:
     client: httpx.AsyncClient | None = None
     link: Link | None = None  # of NCCL
 
-    async def call(self, how: str, what: str, body: Any = None, timeout: float = 0.0) -> Any:
+    async def call(self, how: str, what: str, body: Any = None, timeout: float = 0.0, plain: bool = False) -> Any:
         """One call to it, as calls.answered makes them."""
         if self.client is None:
             key = os.environ.get("VLLM_API_KEY", "")
@@ -78,7 +78,8 @@ class Server:
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=AT_ONCE)
             self.client = httpx.AsyncClient(headers=headers, timeout=None, limits=limits, trust_env=False)
         limit = timeout or self.timeout
-        return await answered(self.client, how, self.url, what, body, timeout=limit, largest=LARGEST)
+        told = {"timeout": limit, "largest": LARGEST, "plain": plain}
+        return await answered(self.client, how, self.url, what, body, **told)
 
     async def sample(self, weights: Weights, prompt: Sequence[int], n: int, seed: int, limit: int) -> list[Completion]:
         """n completions of one prompt by these weights. Errors: NoAnswerError for any answer that is not whole or not theirs."""
@@ -182,7 +183,7 @@ class Server:
         if weights.adapter:
             with suppress(RefusedError, NoAnswerError):
                 await self.forget(weights.name)
-            await self.call("POST", "v1/load_lora_adapter", {"lora_name": weights.name, "lora_path": path})
+            await self.call("POST", "v1/load_lora_adapter", {"lora_name": weights.name, "lora_path": path}, plain=True)
             return
         await self.call("POST", "pause?mode=abort")  # and clear the cache of prefixes
         await self.call("POST", "collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}})
@@ -219,7 +220,7 @@ class Server:
     async def forget(self, name: str) -> None:
         """Let go of an adapter."""
         self.has.discard(name)
-        await self.call("POST", "v1/unload_lora_adapter", {"lora_name": name}, timeout=SHORT)
+        await self.call("POST", "v1/unload_lora_adapter", {"lora_name": name}, timeout=SHORT, plain=True)
 
     async def _probe(self, weights: Weights, probes: Sequence[Sequence[int]]) -> None:
         asked = [self._choices(weights, prompt, 1, seed, 1, TOP) for seed, prompt in enumerate(probes)]
