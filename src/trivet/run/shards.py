@@ -43,7 +43,11 @@ class Checkpoints(alone.Checkpoints):
                 restore(self.run, parts, self.start)
             else:
                 restore(self.run, parts, self.start, self._of_one(self.start))
-        self.step_begins()
+
+    @property
+    def untouched(self) -> bool:
+        """False: a step of many processes is not made again."""
+        return False
 
     def save(self, step: int, counted: dict[str, Any], keep: int = 0, *, beginning: bool = False) -> Path:
         """As alone: each rank writes its shards, and reads a part of the files again for the manifest."""
