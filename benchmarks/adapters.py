@@ -1,6 +1,6 @@
 """PPO's peak memory: policy, critic, reference and reward model as adapters over one base, against four models.
 
-    python benchmarks/adapters.py --out /tmp/adapters --size M
+    python benchmarks/adapters.py --out runs/adapters --size M
 
 The base has random weights (shape M of the benchmarks, 134.5 M parameters), so only memory means anything. Every stage is a fresh process: a reward
 model, one step long, then two steps of PPO with it. Weights of one copy are what the base's file holds in float32.
