@@ -27,6 +27,12 @@ FAULTS = ("500", "hang", "truncated", "not json", "wrong version", "duplicate", 
           "other request", "abort", "nan", "die")  # fmt: skip
 
 
+class Listener(ThreadingHTTPServer):
+    """Takes as many connections at once as a step has prompts."""
+
+    request_queue_size = 512
+
+
 class Stub:
     """One server. `faults` are taken one a request for completions, the probe's not counted; `asked` is what it was asked for."""
 
@@ -57,7 +63,7 @@ class Stub:
             def log_message(self, format: str, *args: Any) -> None:
                 pass
 
-        self.http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.http = Listener(("127.0.0.1", port), Handler)
         self.http.daemon_threads = True
         self.http.handle_error = lambda *args: None  # type: ignore[method-assign]  clients go away
         self.port = self.http.server_address[1]

@@ -223,7 +223,8 @@ class Server:
         await self.call("POST", "v1/unload_lora_adapter", {"lora_name": name}, timeout=SHORT, plain=True)
 
     async def _probe(self, weights: Weights, probes: Sequence[Sequence[int]]) -> None:
-        asked = [self._choices(weights, prompt, 1, seed, 1, TOP) for seed, prompt in enumerate(probes)]
+        top = min(TOP, weights.expected.shape[1])
+        asked = [self._choices(weights, prompt, 1, seed, 1, top) for seed, prompt in enumerate(probes)]
         differences = list[float]()
         for expected, choices in zip(weights.expected, await asyncio.gather(*asked), strict=True):
             said = choices[0][1][0]
