@@ -321,7 +321,7 @@ def saved() -> tuple[Path, Checkpoints]:
     optimizer = Optimizer(model, config, 4)
     run = SimpleNamespace(model=model, generator=torch.Generator(), device="cpu", done=0)
     out = Path(tempfile.mkdtemp(dir=MEMORY)) / "run"
-    made = Checkpoints(out, run, SimpleNamespace(save_pretrained=lambda folder: None), scorer=False)  # type: ignore[arg-type]
+    made = Checkpoints(out, run, SimpleNamespace(save_pretrained=lambda folder: None))  # type: ignore[arg-type]
     atexit.register(shutil.rmtree, out.parent)
     made.holds(optimizer=optimizer)
     for step in (2, 4):

@@ -14,7 +14,10 @@ def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """k2 = (log pi - log pi_ref)^2 / 2. Agrees with the KL to second order; its gradient d * grad log pi is that of the KL."""
+    """k2 = (log pi - log pi_ref)^2 / 2. Agrees with the KL to second order; its gradient d * grad log pi is that of the KL.
+
+    (B, T) each; returns (B, T).
+    """
     return (logprobs - ref_logprobs).square() / 2
 
 

@@ -376,12 +376,13 @@ def defaults(method: str) -> dict[str, tuple[Any, str]]:
     """Option: (default, what it is for), as the recipe's source says; reading it spares the page an import of torch."""
     found: dict[str, tuple[Any, str]] = {}
     for path in (SOURCE / "run" / "options.py", SOURCE / "recipes" / f"{method.replace('-', '_')}.py"):
-        classes = ast.parse(path.read_text(encoding="utf-8")).body if path.exists() else []
-        for body in (node.body for node in classes if isinstance(node, ast.ClassDef)):
-            for field, after in pairwise(body):
-                if isinstance(field, ast.AnnAssign) and field.value and isinstance(after, ast.Expr):
-                    name, help = ast.unparse(field.target), ast.literal_eval(after.value)
-                    found[name] = (ast.literal_eval(field.value), str(help))
+        source = path.read_text(encoding="utf-8") if path.exists() else ""
+        for body in (node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef)):
+            for field, after in pairwise([*body, None]):
+                if isinstance(field, ast.AnnAssign) and field.value:
+                    help = source.splitlines()[field.lineno - 1].partition("  # ")[2]  # or a docstring below it
+                    help = str(ast.literal_eval(after.value)) if isinstance(after, ast.Expr) else help
+                    found[ast.unparse(field.target)] = (ast.literal_eval(field.value), help)
     return found
 
 

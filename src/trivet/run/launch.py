@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -257,6 +258,8 @@ def _launch(config: Options, watch: Watch | None, again: bool) -> Path:
         except BaseException as error:
             failed = error
             if is_out_of_memory(error) and ranks.US is None:
+                traceback.clear_frames(error.__traceback__)  # what the step held
+                gc.collect()
                 save_beginning(checkpoints, done, counted)
                 failed = halved(out, run, done + 1, error)
             elif isinstance(error, NoServerError) and done:
