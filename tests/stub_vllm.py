@@ -27,6 +27,9 @@ FAULTS = ("500", "hang", "truncated", "not json", "wrong version", "duplicate", 
           "other request", "abort", "nan", "die")  # fmt: skip
 
 
+LOADING = threading.Lock()  # two loads at once leave transformers in a state where it ties no weights any more
+
+
 class Listener(ThreadingHTTPServer):
     """Takes as many connections at once as a step has prompts."""
 
@@ -79,7 +82,8 @@ class Stub:
             self.version, self.adapters, self.paused = "default", {}, False
 
     def fresh(self) -> Any:
-        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+        with LOADING:
+            return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
 
     def fault(self, *kinds: str) -> None:
         """Misbehave so at the coming requests, one after the other; '' is a good one."""
