@@ -280,6 +280,16 @@ MUTANTS: list[Mutant] = [
         ("skipped steps in a row are never enough", "self.in_a_row == self.run.config.max_skipped_steps or", "False or"),
         ("skipped steps are not counted in a row", "            self.in_a_row = 0\n", "            pass\n"),
         ("weights that moved pass for the step's beginning", "if done and checkpoints.untouched and", "if done and")),
+    # Samples of another engine --------------------------------------------------------------------------------------
+    *planted("optimization/policy.py", "test_servers.py -k importance",
+        ("importance weights: upside down", "return (logprobs - sampler_logprobs).detach()", "return (sampler_logprobs - logprobs).detach()"),
+        ("importance weights: not cut", ".detach().exp().clamp(max=cap)", ".detach().exp()"),
+        ("importance weights: differentiated", "return (logprobs - sampler_logprobs).detach()", "return (logprobs - sampler_logprobs)")),
+    *planted("recipes/grpo.py", "test_servers.py -k cap_acts",
+        ("importance weights: not used by grpo", "loss = loss * truncated_importance_weights(old,", "loss = loss + 0 * truncated_importance_weights(old,")),
+    *planted("generation/server.py", "test_servers.py -k 'in_part or temperature_that or weights_are_sent or back_with_old'",
+        ("the probe is never failed", "if not (self.difference if self.exact else average) <= self.tolerance:", "if False:"),
+        ("weights that have changed are not sent", "if (found := fingerprint(policy)) != self.print:", "if (found := fingerprint(policy)) != self.print and not self.print:")),
     # The forward: shift, positions, attention ------------------------------------------------------------------------
     *planted("model/attention.py", "test_forward.py -k 'one_sequence_at_a_time'",
         ("next-token shift: predicts itself", "prompt_end, own_start[:, None] + own_column - 1)", "prompt_end, own_start[:, None] + own_column)"),
