@@ -268,9 +268,9 @@ def watch(launched, step, metrics):
     if step == 1 and not held:
         pages = int(open("/proc/self/statm").read().split()[0])
         held.append(resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + SPACE, -1)))
-launch(config(dpo, sys.argv[1], steps=3, prompts_per_step=128, microbatch_tokens=65536, save_every=0, eval_fraction=0.0), watch)
+launch(config(dpo, sys.argv[1], steps=3, prompts_per_step=256, microbatch_tokens=65536, save_every=0, eval_fraction=0.0), watch)
 """
-    for limit in (100e6, 50e6):
+    for limit in (400e6, 200e6, 100e6):
         text = program.replace("SPACE", str(int(limit)))
         done = subprocess.run(
             [sys.executable, "-c", text, str(tmp_path / f"{limit:g}")], capture_output=True, text=True
