@@ -200,7 +200,7 @@ def _sha256(path: Path) -> str:
 
 def _require_whole(path: Path) -> None:
     """OSError where a file of tensors is not as long as its own header says."""
-    size, ends = path.stat().st_size, list[int]()
+    size, length, ends = path.stat().st_size, 0, list[int]()
     with path.open("rb") as file, suppress(ValueError):  # half a header
         length = int.from_bytes(file.read(8), "little")
         tensors = json.loads(file.read(min(length, size)))
