@@ -275,7 +275,7 @@ MUTANTS: list[Mutant] = [
         ("the schedule goes on over a skipped step", "            self.schedule.step()\n", "        self.schedule.step()\n")),
     *planted("run/checkpoints.py", "test_rescue.py -k 'nothing_and_is_replayed and grpo or lower'",
         ("a step is replayed with the noise after it", 'self.before["random"] if beginning', 'self.before["random"] if False'),
-        ("a resumed run keeps the old learning rate", "        part.schedule.base_lrs = base\n", "        base = part.schedule.base_lrs\n")),
+        ("a resumed run keeps the old learning rate", "    part.schedule.base_lrs = base\n", "    base = part.schedule.base_lrs\n")),
     *planted("run/rescue.py", "test_rescue.py -k 'too_many or second_epoch or three'",
         ("skipped steps in a row are never enough", "self.in_a_row == self.run.config.max_skipped_steps or", "False or"),
         ("skipped steps are not counted in a row", "            self.in_a_row = 0\n", "            pass\n"),

@@ -27,9 +27,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from test_resume import RECIPES, KilledError
 from trivet.cli import main
 from trivet.generation import engine
-from trivet.recipes import dpo, grpo, pairwise_grpo, ppo, reward_model, sft
 from trivet.run import launch as launching
 from trivet.run import ranks
 from trivet.run.clock import Clock
@@ -37,24 +37,12 @@ from trivet.run.launch import launch, resume
 from trivet.run.ranks import balanced
 from trivet.toy import STORIES
 
-RECIPES = {
-    "sft": sft,
-    "reward-model": reward_model,
-    "dpo": dpo,
-    "ppo": ppo,
-    "grpo": grpo,
-    "pairwise-grpo": pairwise_grpo,
-}
 OF_REWARDS = {"reward": ("trivet.toy.stories:gold",), "group_size": 2, "max_completion_tokens": 10}
 SMALL = {
     "ppo": OF_REWARDS | {"minibatches": 2, "critic_lr": 1e-3, "whiten_rewards": True},
     "grpo": OF_REWARDS | {"epochs_per_batch": 2, "scale_rewards": "batch"},
     "pairwise-grpo": OF_REWARDS,
 }
-
-
-class KilledError(BaseException):
-    """As good as a kill: nothing catches it."""
 
 
 @cache

@@ -92,9 +92,12 @@ class Checkpoints:
         if trouble := damage(whole):
             raise InputError(f"{whole} is not as it was written ({trouble}); is the disk failing?")
         self.size = sum(path.stat().st_size for path in whole.rglob("*"))
+        self._prune(keep)
+        return whole
+
+    def _prune(self, keep: int) -> None:
         for _, old in steps(self.folder)[: -keep or None] if keep else []:
             shutil.rmtree(old)
-        return whole
 
     def go_on(self, note: Callable[[str], None]) -> dict[str, Any]:
         """Take the newest checkpoint that is whole as the start; returns what launch had counted, {} where there is none."""
@@ -222,17 +225,22 @@ def _set_state(part: Any, state: Any) -> None:
     if state is None:
         return
     if hasattr(part, "adamw"):
-        base = part.schedule.base_lrs  # of the config, which may have been lowered since
         part.adamw.load_state_dict(state["adamw"])
-        part.schedule.load_state_dict(state["schedule"])
-        part.schedule.base_lrs = base
-        for group, lr, scale in zip(part.adamw.param_groups, base, part.schedule.lr_lambdas, strict=True):
-            group["initial_lr"], group["lr"] = lr, lr * scale(part.schedule.last_epoch)
-        part.schedule._last_lr = [group["lr"] for group in part.adamw.param_groups]
+        _set_schedule(part, state["schedule"])
     elif isinstance(part, torch.nn.Module):
         part.load_state_dict(state, strict=False)
     else:
         part.copy_(state)
+
+
+def _set_schedule(part: Any, state: dict[str, Any]) -> None:
+    """The position of an optimizer's schedule, on the learning rate of the config, which may have been lowered since."""
+    base = part.schedule.base_lrs
+    part.schedule.load_state_dict(state)
+    part.schedule.base_lrs = base
+    for group, lr, scale in zip(part.adamw.param_groups, base, part.schedule.lr_lambdas, strict=True):
+        group["initial_lr"], group["lr"] = lr, lr * scale(part.schedule.last_epoch)
+    part.schedule._last_lr = [group["lr"] for group in part.adamw.param_groups]
 
 
 def _random_state(generator: torch.Generator) -> dict[str, Any]:

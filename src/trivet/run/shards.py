@@ -80,8 +80,7 @@ class Checkpoints(alone.Checkpoints):
             raise
         if leads:
             self.size = sum(path.stat().st_size for path in whole.rglob("*"))
-            for _, old in alone.steps(self.folder)[: -keep or None] if keep else []:
-                shutil.rmtree(old)
+            self._prune(keep)
         dist.barrier()
         return whole
 
@@ -135,12 +134,7 @@ def restore(
                 x = part.parameters[i]
                 moments = {key: torch.zeros_like(x) for key in ("exp_avg", "exp_avg_sq")}
                 part.adamw.state[x] = {"step": torch.tensor(float(step), device=x.device), **moments}
-            base = part.schedule.base_lrs  # of the config, which may have been lowered since
-            part.schedule.load_state_dict(said["schedule"])
-            part.schedule.base_lrs = base
-            for group, lr, scale in zip(part.adamw.param_groups, base, part.schedule.lr_lambdas, strict=True):
-                group["initial_lr"], group["lr"] = lr, lr * scale(part.schedule.last_epoch)
-            part.schedule._last_lr = [group["lr"] for group in part.adamw.param_groups]
+            alone._set_schedule(part, said["schedule"])
         elif isinstance(part, Tensor):
             part.copy_(said)
     found = {name: x.detach() for name, x in tensors(run, parts).items()}
