@@ -1,6 +1,7 @@
 """Modules that keep less for the backward pass: the numbers of the model's own, gradients up to rounding, fewer bytes kept."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from conftest import ragged, tiny
 from test_forward import gradients
+from trivet.model import lean
 from trivet.model.forward import shares_prefix, token_logprobs
 from trivet.model.lean import make_lean
 
@@ -19,26 +21,28 @@ KINDS = [LlamaConfig, Qwen2Config, Qwen3Config, MistralConfig, OlmoConfig, GPT2C
 @pytest.mark.parametrize("precision", [None, torch.bfloat16])
 def test_the_same_numbers_and_gradients(kind, precision):
     plain, groups = tiny(kind), ragged()
-    lean = make_lean(copy.deepcopy(plain))
+    kept_less = make_lean(copy.deepcopy(plain))
     outs = []
-    for model in (plain, lean):
+    for model in (plain, kept_less):
         model.compute_dtype = precision
         shares_prefix(model)
         outs.append(token_logprobs(model, groups))
     assert torch.equal(*outs)
+    with torch.no_grad():
+        assert torch.equal(outs[0], token_logprobs(kept_less, groups))
     weights = torch.rand(outs[0].shape)
-    one, other = (gradients(m, (weights * x).sum()) for m, x in zip((plain, lean), outs, strict=True))
+    one, other = (gradients(m, (weights * x).sum()) for m, x in zip((plain, kept_less), outs, strict=True))
     assert (one - other).norm() <= (1e-5 if precision is None else 2e-2) * one.norm()
 
 
 def test_a_copy_has_weights_of_its_own():
-    lean = make_lean(tiny(LlamaConfig))
-    twin = copy.deepcopy(lean)
+    kept_less = make_lean(tiny(LlamaConfig))
+    twin = copy.deepcopy(kept_less)
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.zero_()
     groups = ragged()
-    assert not torch.equal(token_logprobs(lean, groups), token_logprobs(twin, groups))
+    assert not torch.equal(token_logprobs(kept_less, groups), token_logprobs(twin, groups))
 
 
 def test_a_norm_that_only_looks_alike_keeps_its_own_forward():
@@ -77,3 +81,14 @@ def test_what_a_token_and_layer_no_longer_keep():
     normed, casts, gated = 2 * 4 * hidden, 3 * 2 * hidden, 2 * 2 * wide  # of two norms; of k, v, up; silu, and times up
     unseen = 2 * hidden * wide  # the cast of down's weight is kept as before, but the inner hook hides it from this one
     assert less[1] - less[0] == 2 * (int(groups.lengths.sum()) * (normed + casts + gated) + unseen)
+
+
+def test_the_product_of_a_gated_layer_is_not_kept(monkeypatch):
+    mlp = make_lean(tiny(LlamaConfig)).model.layers[0].mlp
+    made, apply = [], lean._Gated.apply
+    monkeypatch.setattr(
+        lean._Gated, "apply", lambda *args: made.append(weakref.ref((x := apply(*args)).untyped_storage())) or x
+    )
+    out = mlp(torch.randn(1, 5, mlp.gate_proj.in_features, requires_grad=True))
+    assert made[0]() is None
+    assert out.requires_grad

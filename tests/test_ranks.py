@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from test_resume import RECIPES, KilledError
 from trivet.cli import main
-from trivet.generation import engine
+from trivet.generation import engine, sampling
 from trivet.run import launch as launching
 from trivet.run import ranks
 from trivet.run.clock import Clock
@@ -81,7 +81,7 @@ def exact_draw(logits: torch.Tensor, level: torch.Tensor) -> tuple[torch.Tensor,
 def ragged():
     """Sampling that ends early now and then, as of a trained model: one token in six is a stop."""
     stops = [1, *range(2, 85)]
-    with patch.object(engine, "draw", exact_draw), patch.object(launching, "stop_ids", lambda *args: stops):
+    with patch.object(sampling, "draw", exact_draw), patch.object(launching, "stop_ids", lambda *args: stops):
         yield
 
 

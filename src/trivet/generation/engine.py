@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from trivet.batch import Example, Groups, Rollouts, collate
 from trivet.errors import InputError
-from trivet.generation.sampling import draw, warp
+from trivet.generation.sampling import sample
 from trivet.model.attention import Layout, attend_dense, hide
 from trivet.model.forward import autocast, shares_prefix, token_logprobs, trunk
 
@@ -63,9 +63,8 @@ def _decode(engine: Engine, model: Any, bare: Groups, group_size: int) -> tuple[
     logprobs, present = completions.float(), completions.bool()
     stops = torch.tensor(engine.stops, device=device)
     cut: dict[str, Any] = {"temperature": engine.temperature, "top_k": engine.top_k, "top_p": engine.top_p}
-    plain = cut == {"temperature": 1, "top_k": 0, "top_p": 1}
     for t in range(room):
-        tokens, chosen = draw(logits if plain else warp(logits, **cut), engine.noise(alive))  # (R,), (R,)
+        tokens, chosen = sample(logits, engine.noise(alive), **cut)  # (R,), (R,)
         completions[alive, t], logprobs[alive, t] = torch.where(writing, tokens, 0), torch.where(writing, chosen, 0.0)
         present[alive, t] = writing
         writing = writing & ~torch.isin(tokens, stops)

@@ -1,8 +1,23 @@
 """From logits to a token: pure functions on (R, V) logits."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+CELLS = {
+    "cpu": 1 << 20
+}  # logits that are looked at in one go: 4 MB in float32, what a cache holds; elsewhere all of them
+
+
+def sample(logits: Tensor, level: Tensor, **cut: Any) -> tuple[Tensor, Tensor]:
+    """draw from the distribution that warp makes by `cut`, a few rows at a time."""
+    rows = max(1, CELLS.get(logits.device.type, logits.numel()) // logits.shape[-1])
+    plain = cut == {"temperature": 1, "top_k": 0, "top_p": 1}
+    parts = zip(logits.split(rows), level.split(rows), strict=True)
+    tokens, logprobs = zip(*(draw(x if plain else warp(x, **cut), u) for x, u in parts), strict=True)
+    return torch.cat(tokens), torch.cat(logprobs)
 
 
 def warp(logits: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:

@@ -36,7 +36,15 @@ def _lean_forward(module: Any) -> Any:
 
 
 def _norm(self: Any, hidden_states: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return _normed(hidden_states, self.weight, self.variance_epsilon)[0]
     return _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)  # type: ignore[no-any-return]
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    wide = x.to(torch.float32)
+    scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()  # (..., 1)
+    return weight * (wide * scale).to(x.dtype), scale
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -44,10 +52,9 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(torch.float32)
-        scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()  # (..., 1)
+        normed, scale = _normed(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        return weight * (wide * scale).to(x.dtype)
+        return normed
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -61,10 +68,13 @@ class _RMSNorm(torch.autograd.Function):
 
 def _gated(self: Any, x: Tensor) -> Tensor:
     gate, up = self.gate_proj(x), self.up_proj(x)
+    if not torch.is_grad_enabled():
+        return self.down_proj(silu(gate) * up)  # type: ignore[no-any-return]
     product = _Gated.apply(gate, up)
+    place = product.data_ptr()  # an integer: autograd holds the functions below, and what they hold
 
     def pack(kept: Tensor) -> Any:
-        return kept.shape if kept.data_ptr() == product.data_ptr() else kept
+        return kept.shape if kept.data_ptr() == place else kept
 
     def unpack(kept: Any) -> Tensor:
         return kept if isinstance(kept, Tensor) else (silu(gate) * up).view(kept)
