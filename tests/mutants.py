@@ -42,6 +42,7 @@ PACKAGE = TESTS.parent / "src" / "trivet"
 TOY_DATA = ("stories", "arithmetic")  # folders of toy/ that are linked, not copied
 AT_ONCE, LIMIT, WAITS = 2, 120, 900  # processes; seconds that each may compute, and may take
 PLAIN = [word for plugin in ("cacheprovider", "xdist", "anyio") for word in ("-p", f"no:{plugin}")]
+PLAIN += ["--assert=plain"]  # else pytest looks for the differences of long lists, for minutes where CI is set
 REFUSED = 70  # exit code of a child in which pytest's own says nothing
 
 
