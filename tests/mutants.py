@@ -501,7 +501,7 @@ MUTANTS: list[Mutant] = [
         ("shards: steps are counted anew", "torch.tensor(float(step), device", "torch.tensor(0.0, device"),
         ("shards: random numbers begin again", "    alone._set_random_state(run.generator, state[\"random\"])\n", ""),
     ),
-    *planted("run/ranks.py", "test_ranks_servers.py -k 'give_one and options1'",
+    *planted("run/ranks.py", "test_ranks_servers.py -k 'give_one and options0'",
         ("ranks: versions stay with rank 0", "versions=versions)", "versions=() if part is None else versions)"),
     ),
     *planted("run/shards.py", "test_ranks_servers.py -k any_number",

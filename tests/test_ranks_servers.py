@@ -50,10 +50,8 @@ def lines(out: Path, name: str) -> list[dict]:
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        ("grpo", {"max_staleness": 1}),
         ("grpo", {"dynamic_sampling": 2, "max_staleness": 1, "importance_cap": 1.001}),
         ("ppo", {"importance_cap": 1.001, "max_staleness": 1}),
-        ("ppo", {}),
         ("pairwise-grpo", {}),
     ],
 )
@@ -85,10 +83,10 @@ def test_a_server_that_dies_and_comes_back_changes_nothing_however_long_it_takes
     def revive(pids: list[int]) -> None:
         while not stub.dead:
             time.sleep(0.02)
-        time.sleep(7)
+        time.sleep(5)
         back.append(Stub(folder() / "policy", port=stub.port, seeded=True))  # it has the weights of its folder
 
-    with patch.object(ranks, "PATIENCE", timedelta(seconds=5)), patch.object(server, "MINUTE", 0.5):
+    with patch.object(ranks, "PATIENCE", timedelta(seconds=4)), patch.object(server, "MINUTE", 0.5):
         given = config("grpo", tmp_path / "2", **options)
         codes = on_ranks(2, lambda: alone(stub) or (launch(given) and 0), revive)
     back[0].close()
@@ -116,7 +114,7 @@ def test_without_a_server_all_stop_with_a_checkpoint_that_any_number_goes_on_fro
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-2"]
     assert not (out / "served").exists()
     back = Stub(folder() / "policy", port=stub.port, seeded=True)
-    for size in (0, 1, 2):
+    for size in (0, 2):
         shutil.copytree(out, here := tmp_path / str(size))
         if size:
             assert on_ranks(size, lambda here=here: resume(here) and 0) == [0] * size
