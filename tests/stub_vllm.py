@@ -39,8 +39,9 @@ class Listener(ThreadingHTTPServer):
 class Stub:
     """One server. `faults` are taken one a request for completions, the probe's not counted; `asked` is what it was asked for."""
 
-    def __init__(self, model: str, port: int = 0, latency: float = 0.0, process: bool = False):
+    def __init__(self, model: str, port: int = 0, latency: float = 0.0, process: bool = False, seeded: bool = False):
         self.folder, self.latency, self.process = str(model), latency, process
+        self.seeded = seeded  # a group depends on weights, prompt and the request's seed alone
         self.faults: deque[str] = deque()
         self.asked: list[dict[str, Any]] = []
         self.answered: list[dict[str, Any]] = []
@@ -184,6 +185,7 @@ class Stub:
         example = Example(prompt=body["token_ids"], completions=[], learned=[], row={})
         result, done = list[Any](), threading.Event()
         key = (body.get("model"), given["n"], given["max_tokens"], given["temperature"], tuple(given["stop_token_ids"]))
+        key += (given["seed"] if self.seeded else None,)
         with self.lock:
             version = self.version
             self.jobs.append((key, example, result, done))
@@ -241,9 +243,10 @@ class Stub:
                 while jobs:
                     key = jobs[0][0]
                     alike, jobs = [x for x in jobs if x[0] == key], [x for x in jobs if x[0] != key]
-                    model, n, limit, temperature, stops = key
+                    model, n, limit, temperature, stops, seed = key
+                    random = GENERATOR if seed is None else torch.Generator().manual_seed(seed)
                     served = self.adapters[model] if model else self.model
-                    engine = Engine(lambda prompt, ids: "", stops, limit, temperature, GENERATOR)
+                    engine = Engine(lambda prompt, ids: "", stops, limit, temperature, random)
                     rollouts = engine.generate(served, [x[1] for x in alike], n)
                     groups = rollouts.groups
                     for p, (_, _, result, done) in enumerate(alike):
@@ -272,6 +275,7 @@ if __name__ == "__main__":
     parser.add_argument("--model")
     parser.add_argument("--port", type=int)
     parser.add_argument("--latency", type=float, default=0.0)
+    parser.add_argument("--seeded", action="store_true")
     known, _ = parser.parse_known_args()
     torch.set_num_threads(1)
-    Stub(known.model, known.port, known.latency, process=True).http.serve_forever()
+    Stub(known.model, known.port, known.latency, process=True, seeded=known.seeded).http.serve_forever()

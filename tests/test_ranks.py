@@ -109,7 +109,12 @@ def on_ranks(size: int, work: Callable[[], object], late: Callable[[list[int]], 
             sys.stderr.flush()
             os._exit(code)
         pids.append(pid)
-    late(pids)
+    try:
+        late(pids)
+    except BaseException:
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        raise
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 
@@ -124,7 +129,9 @@ def trained(method: str, out: Path, size: int, **options) -> Path:
 
 def numbers(run: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: x for key, x in line.items() if key != "seconds" and not key.startswith("time/")} for line in lines]
+    return [
+        {key: x for key, x in line.items() if "seconds" not in key and not key.startswith("time/")} for line in lines
+    ]
 
 
 def differences(one: Path, other: Path) -> tuple[float, float, str]:

@@ -23,6 +23,10 @@ runpy.run_module({module!r}, run_name="__main__")
 """
 
 
+# what torchrun tells the processes that it starts, of which the server is none
+TORCHRUN = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")
+
+
 class Local:
     """One server process, on a free port of 127.0.0.1, its output in a file."""
 
@@ -42,7 +46,8 @@ class Local:
         own = ("--model", model, "--host", "127.0.0.1", "--port", str(self.port))
         words = [str(self.python), "-c", WATCHED.format(module=self.module), *own, *self.flags]
         environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "HF_HUB_OFFLINE": "1"}
-        environment |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONUNBUFFERED": "1"} | os.environ
+        environment |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONUNBUFFERED": "1"}
+        environment |= {name: said for name, said in os.environ.items() if not TORCHRUN.fullmatch(name)}
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self.began = log.tell()

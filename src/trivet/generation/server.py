@@ -13,14 +13,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from trivet.batch import Example, Rollouts, collate
@@ -29,10 +31,11 @@ from trivet.errors import InputError
 from trivet.generation.engine import Engine
 from trivet.generation.local import Local
 from trivet.generation.nccl import Link
-from trivet.generation.sync import Weights, digest, fingerprint, publish
+from trivet.generation.sync import Weights, digest, fingerprint, next_tokens, publish
 
 LARGEST = 256 << 20  # bytes of an answer
 SHORT, BEAT = 10.0, 5.0  # seconds: for answers that need no model; between looks at a server that is at work
+MINUTE = 60.0  # between signs of life to whoever waits with us
 AT_ONCE, TRIES = 64, 10  # groups under way at a server; how often a group is tried
 TOP, FLOOR = 20, -20.0  # most likely tokens after each probe that are compared, down to so many nats
 
@@ -238,6 +241,11 @@ class Server:
             )
 
 
+def in_one_piece(policy: Any, expects: Callable[[Any], Tensor]) -> tuple[Any, Tensor]:
+    """A policy as it can be written, and what it expects of the tokens after the probes."""
+    return policy, expects(policy)
+
+
 @dataclass(eq=False)
 class Ahead:
     """A batch of prompts, and its generation once that is under way."""
@@ -260,6 +268,8 @@ class Servers:
     untie: bool = False
     nccl: bool = False
     note: Callable[[str], None] = lambda text: None
+    whole: Callable[..., tuple[Any, Tensor]] = in_one_piece  # or run.ranks, for a policy in shards
+    waits: Callable[[], None] = lambda: None  # called while servers write: others wait with us
     cache_bytes: int = 0  # of this process: none
     counts: dict[str, float] = field(default_factory=dict[str, float], init=False)
 
@@ -308,6 +318,8 @@ class Servers:
         for ahead, future in zip(wanted, begun, strict=True):
             ahead.future = future
         try:
+            while not wait(begun[:1], MINUTE).done:
+                self.waits()
             rollouts = begun[0].result()
         except BaseException:
             begun[0].cancel()
@@ -363,8 +375,8 @@ class Servers:
         if (found := fingerprint(policy)) != self.print:
             self.print, engine, version = found, self.engine, self.step - (found == self.at_start)
             cut = {"temperature": engine.temperature, "top_k": engine.top_k, "top_p": engine.top_p}
-            how = (self.folder, self.probes, cut, self.untie, self.nccl)
-            self.weights = publish(policy, version, self.run, *how)
+            whole, expected = self.whole(policy, partial(next_tokens, probes=self.probes, cut=cut))
+            self.weights = publish(whole, expected, version, self.run, self.folder, self.untie, self.nccl)
             if not self.weights.expected.isfinite().any():
                 raise InputError(
                     "the policy's probabilities are not numbers any more: lower --lr, or look at its weights"

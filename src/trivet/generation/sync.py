@@ -41,21 +41,19 @@ class Weights:
 
 def publish(
     policy: Any,
+    expected: Tensor,
     version: int,
     run: str,
     into: Path,
-    probes: Sequence[Sequence[int]],
-    cut: dict[str, Any],
     untie: bool,
     nccl: bool = False,
 ) -> Weights:
     """The policy as it is now, written into a folder of its own.
 
-    run: a word that no other run has. probes: prompts in token ids. cut: temperature, top_k, top_p. untie: with a tied head's
-    weight written out, which a server on a CPU needs (docs/servers.md). nccl: full weights are kept in memory in place of files.
+    expected: its next_tokens. run: a word that no other run has. untie: with a tied head's weight written out, which a server
+    on a CPU needs (docs/servers.md). nccl: full weights are kept in memory in place of files.
     """
     half, adapter = into / ".half", bool(getattr(policy, "peft_config", None))
-    expected = torch.stack([_next_token(policy, ids, cut) for ids in probes])  # (N, V)
     if nccl and not adapter:
         dtype = getattr(policy, "compute_dtype", None) or policy.dtype
         tensors = {name: x.detach().to(dtype, copy=True) for name, x in policy.named_parameters()}
@@ -100,7 +98,8 @@ def rank_of(folder: Path) -> int:
 
 
 @torch.no_grad()
-def _next_token(policy: Any, ids: Sequence[int], cut: dict[str, Any]) -> Tensor:
+def next_tokens(policy: Any, probes: Sequence[Sequence[int]], cut: dict[str, Any]) -> Tensor:
+    """Log-probabilities of the token after each of these prompts (N, V). cut: temperature, top_k, top_p."""
     with autocast(policy):
-        logits = policy(torch.tensor([ids], device=policy.device), use_cache=False).logits[0, -1:]
-    return warp(logits, **cut)[0].cpu()
+        given = (torch.tensor([ids], device=policy.device) for ids in probes)
+        return torch.cat([warp(policy(ids, use_cache=False).logits[0, -1:], **cut).cpu() for ids in given])

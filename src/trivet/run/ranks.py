@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from trivet.batch import Example, Groups, Rollouts, collate, group_rows, microbatches
 from trivet.errors import InputError
 from trivet.generation.engine import Engine
+from trivet.generation.server import Servers
 from trivet.model.adapters import adapter_of
 from trivet.model.attention import NAME
 from trivet.model.blocks import blocks, checkpoint_blocks
@@ -53,7 +54,7 @@ class Ranks:
     def __init__(self, config: Options):
         self.store, self.rank, self.size = next(dist.rendezvous("env://"))
         local, name = int(os.environ["LOCAL_RANK"]), config.device
-        for option in ("lora", "generate_with", "vllm"):  # each needs the whole model in one process
+        for option in ("lora",):  # it needs the whole model in one process
             if getattr(config, option, None):
                 said = f"--{option.replace('_', '-')} does not work under torchrun yet"
                 raise InputError(f"{said}; leave it out, or run in one process")
@@ -86,6 +87,24 @@ class Ranks:
         """What rank 0 has."""
         told = [x]
         dist.broadcast_object_list(told, 0, device=torch.device("cpu"))
+        return told[0]
+
+    def first(self, call: Callable[[], Any], join: Callable[[Any], Any] = lambda asked: None) -> Any:
+        """What this call gives on rank 0, or the error in what it was given, on all; join: what rank 0 asks of the others meanwhile.
+
+        It asks by `same`, of anything but a tuple.
+        """
+        if self.rank == 0:
+            try:
+                told = call(), None
+            except (InputError, OSError) as error:
+                told = None, error
+            self.same(told)
+        else:
+            while not isinstance(told := self.same(), tuple):
+                join(told)
+        if told[1] is not None:
+            raise told[1]
         return told[0]
 
     def most(self, x: int) -> int:
@@ -176,6 +195,43 @@ class Ranks:
         torch.set_rng_state(known)
         for _ in range(0 if plain else longest):  # as many draws as the rank of the longest completion has made
             self._drawn(engine)
+        return self._joined(part, longest, prompts, group_size)
+
+    def served(
+        self,
+        original: Callable[..., Rollouts],
+        servers: Any,
+        policy: Any,
+        prompts: Sequence[Example],
+        group_size: int,
+    ) -> Rollouts:
+        """Servers.generate, which rank 0 alone does, the rollouts on all. The others take part where it publishes the weights."""
+        part: Rollouts | None = None
+
+        def generate() -> list[int]:
+            nonlocal part
+            part = original(servers, policy, prompts, group_size)
+            return list(part.versions)
+
+        versions = self.first(generate, lambda asked: asked and self.published(policy, asked))
+        self.total_rows = len(prompts) * group_size
+        self.rows = torch.arange(0 if part is None else self.total_rows, device=self.device)
+        longest = self.most(0 if part is None else part.groups.completions.shape[1])
+        return replace(self._joined(part, longest, prompts, group_size), versions=versions)
+
+    def published(self, policy: Any, expects: Callable[[Any], Tensor]) -> tuple[Any, Tensor]:
+        """The policy in the CPU memory of rank 0, None elsewhere, and what it expects after probes, by all ranks' weights."""
+        if self.rank == 0:
+            self.same(expects)
+        with torch.no_grad():
+            expected = self.through(expects)(policy)
+        if (twin := whole(policy)) is not None:
+            twin.compute_dtype = policy.compute_dtype
+        return twin, expected
+
+    def _joined(self, part: Rollouts | None, longest: int, prompts: Sequence[Example], group_size: int) -> Rollouts:
+        """Rollouts on all ranks, where each has written self.rows, part."""
+        size = self.total_rows
 
         def whole(kind: torch.dtype, *shape: int, own: Tensor | None) -> Tensor:
             x = torch.zeros(size, *shape, dtype=kind, device=self.device)
@@ -332,7 +388,7 @@ class Ranks:
         for name, reward in rewards.items():
             if not isinstance(reward, learned.LearnedReward):  # a model's passes are shared, as all passes
                 rewards[name] = FromFirst(self, reward)
-        generate = Engine.generate
+        generate, serve = Engine.generate, Servers.generate
         with ExitStack() as stack:
             for module in (*modules, learned):
                 put = {"microbatches": self.microbatches, "in_microbatches": self.in_microbatches}
@@ -341,7 +397,10 @@ class Ranks:
                 for name in put:
                     if hasattr(module, name):
                         stack.enter_context(patch.object(module, name, put[name]))
-            stack.enter_context(patch.object(Engine, "generate", lambda *args: self.generate(generate, *args)))
+            away = vars(run.config).get("generate_with") or vars(run.config).get("vllm")
+            share = self.served if away else self.generate
+            stack.enter_context(patch.object(Engine, "generate", lambda *args: share(generate, *args)))
+            stack.enter_context(patch.object(Servers, "generate", lambda *args: self.served(serve, *args)))
             stack.enter_context(patch.object(Engine, "noise", lambda engine, rows: self.noise(engine, rows)))
             stack.enter_context(patch.object(torch.nn.utils, "clip_grad_norm_", self.clip))
             try:
@@ -384,16 +443,8 @@ class FromFirst:
         self.ranks, self.reward, self.logged = ranks, reward, dict[str, float]()
 
     def __call__(self, rollouts: Rollouts) -> Tensor:
-        told: Any = None
-        if self.ranks.rank == 0:
-            try:
-                told = self.reward(rollouts).cpu(), getattr(self.reward, "logged", {})
-            except InputError as error:
-                told = error
-        told = self.ranks.same(told)
-        if isinstance(told, InputError):
-            raise told
-        scores, self.logged = told
+        asked = self.ranks.first(lambda: (self.reward(rollouts).cpu(), getattr(self.reward, "logged", {})))
+        scores, self.logged = asked
         return scores.to(rollouts.logprobs.device)
 
 
@@ -471,6 +522,16 @@ def same(x: Any) -> Any:
     return x if US is None else US.same(x)
 
 
+def first(call: Callable[[], Any]) -> Any:
+    """What this call gives on rank 0, or the error in what it was given, on all."""
+    return call() if US is None else US.first(call)
+
+
+def publishing() -> dict[str, Any]:
+    """Of Servers: how they come by the policy of this run, and whom they keep waiting."""
+    return {} if US is None else {"whole": US.published, "waits": US.same}
+
+
 def agreed(*numbers: int) -> list[int]:
     """The largest of each on any rank."""
     return [int(x) if US is None else US.most(int(x)) for x in numbers]
@@ -498,7 +559,8 @@ def whole(model: Any) -> Any:
     full, seen = dict[str, Tensor](), dict[int, Tensor]()
     for name, x in model.state_dict(keep_vars=True).items():
         if id(x) not in seen:
-            seen[id(x)] = (x.full_tensor() if isinstance(x, DTensor) else x).detach().cpu()
+            told = (x.full_tensor() if isinstance(x, DTensor) else x).detach()
+            seen[id(x)] = told.cpu() if US.rank == 0 else torch.empty(0)
         full[name] = seen[id(x)]
     if US.rank:
         return None

@@ -75,7 +75,8 @@ class Skips:
 
 def save_beginning(checkpoints: Checkpoints, done: int, counted: dict[str, Any]) -> Path | None:
     """A checkpoint of the beginning of the step after `done`, else the newest whole one before it; None stands for the start."""
-    if done and checkpoints.untouched and (done, checkpoints.folder / f"step-{done}") not in steps(checkpoints.folder):
+    missing = (done, checkpoints.folder / f"step-{done}") not in steps(checkpoints.folder)
+    if done and checkpoints.untouched and ranks.same(missing):
         return checkpoints.save(done, counted, checkpoints.run.config.keep, beginning=True)
     return next((path for step, path in reversed(steps(checkpoints.folder)) if step <= done and not damage(path)), None)
 

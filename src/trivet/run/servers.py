@@ -3,7 +3,7 @@
 import os
 import shlex
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,6 +15,7 @@ from trivet.errors import InputError
 from trivet.generation.engine import Engine
 from trivet.generation.local import Local, python_with_vllm
 from trivet.generation.server import Server, Servers
+from trivet.run import ranks
 from trivet.run.loop import Metrics, Run, mean, reduced
 
 TIMEOUT = 600.0  # seconds for a group of completions, and to wait for a server that works; or TRIVET_SERVER_TIMEOUT
@@ -31,8 +32,8 @@ class Elsewhere:
         self.servers: Servers | None = None
         self.ratio: Metrics = {}
 
-    def engine(self, engine: Engine) -> Servers:
-        """What stands in the place of this engine from here on."""
+    def engine(self, engine: Engine) -> Engine | Servers:
+        """What stands in the place of this engine from here on; of many processes, in the first one."""
         run, config = self.run, vars(self.run.config)
         exact, device = config["precision"] == "float32", torch.device(run.device).type
         timeout = float(os.environ.get("TRIVET_SERVER_TIMEOUT", "") or TIMEOUT)
@@ -44,8 +45,11 @@ class Elsewhere:
             "tolerance": EXACT.get(device, 1e-2) if exact else ROUGH,
         }
         servers = [Server(url=url, **known) for url in map(address, config["generate_with"])]
-        if config["vllm"]:
-            local = self._local()
+        python = ranks.first(python_with_vllm) if config["vllm"] else None
+        if not ranks.leads():
+            return engine  # whose generate takes what the first one is given
+        if python:
+            local = self._local(python)
             adapter = bool(getattr(run.model, "peft_config", None))
             url = f"http://127.0.0.1:{local.port}"
             servers.append(Server(url=url, local=local, base=self.start_from if adapter else "", **known))
@@ -57,8 +61,9 @@ class Elsewhere:
             patience=timeout,
             staleness=config["max_staleness"],
             untie=device == "cpu",
-            nccl=device == "cuda" and os.environ.get("TRIVET_WEIGHT_SYNC", "") == "nccl",
+            nccl=device == "cuda" and over_nccl(),
             note=run.note,
+            **ranks.publishing(),
         )
         batches, keep = run.batches, run.keep
         run.batches = lambda: self.servers.batches(batches) if self.servers else batches()
@@ -75,7 +80,7 @@ class Elsewhere:
         """Of the step that has just been taken."""
         return {} if self.servers is None else self.ratio | self.servers.metrics()
 
-    def _local(self) -> Local:
+    def _local(self, python: Path) -> Local:
         run, config = self.run, vars(self.run.config)
         cpu, policy = torch.device(run.device).type == "cpu", run.model
         longest = min(self.context, config["max_prompt_tokens"] + config["max_completion_tokens"])
@@ -88,7 +93,7 @@ class Elsewhere:
             flags += ["--max-loras", str(1 + config["max_staleness"])]
         flags += ["--enforce-eager", "--max-num-seqs", "64"] if cpu else ["--gpu-memory-utilization", "0.4"]
         flags += shlex.split(os.environ.get("TRIVET_VLLM_FLAGS", ""))
-        return Local(python_with_vllm(), self.out / "vllm.log", flags)
+        return Local(python, self.out / "vllm.log", flags)
 
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes
@@ -103,6 +108,10 @@ def servers_of(run: Run, out: Path, start_from: str, context: int) -> AbstractCo
     servers = bool(config.get("generate_with") or config.get("vllm"))
     if config.get("max_staleness") and not servers:
         raise InputError("--max-staleness needs somebody who generates meanwhile: give --generate-with URL, or --vllm")
+    if servers and over_nccl() and ranks.US is not None:
+        raise InputError(
+            "TRIVET_WEIGHT_SYNC=nccl does not work under torchrun yet; leave it out, weights then go as files"
+        )
     return _within(Elsewhere(run, out, start_from, context), servers)
 
 
@@ -115,6 +124,13 @@ def _within(elsewhere: Elsewhere, servers: bool) -> Iterator[Elsewhere]:
     finally:
         if elsewhere.servers is not None:
             elsewhere.servers.close()
+            with suppress(OSError):
+                elsewhere.out.rmdir()  # of a run that failed in its first step nothing else is left
+
+
+def over_nccl() -> bool:
+    """Whether full weights are to go from GPU to GPU."""
+    return os.environ.get("TRIVET_WEIGHT_SYNC", "") == "nccl"
 
 
 def address(url: str) -> str:

@@ -44,17 +44,15 @@ class Checkpoints(alone.Checkpoints):
             else:
                 restore(self.run, parts, self.start, self._of_one(self.start))
 
-    @property
-    def untouched(self) -> bool:
-        """False: a step of many processes is not made again."""
-        return False
-
     def save(self, step: int, counted: dict[str, Any], keep: int = 0, *, beginning: bool = False) -> Path:
         """As alone: each rank writes its shards, and reads a part of the files again for the manifest."""
         leads, small = self.us.rank == 0, dict[str, Tensor]()
         whole, half = self.folder / f"step-{step}", self.folder / f".step-{step}"
-        state = {"step": step, "counted": counted, "random": alone._random_state(self.run.generator)}
-        state["parts"] = {name: _rest(part) for name, part in self.parts.items()}
+        random, parts = alone._random_state(self.run.generator), self.parts
+        if beginning:
+            random, parts = self.before["random"], parts | self.before["tensors"]
+        state = {"step": step, "counted": counted, "random": random}
+        state["parts"] = {name: _rest(part) for name, part in parts.items()}
         try:
             if leads:
                 self._make_room()

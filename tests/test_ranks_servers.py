@@ -1,0 +1,188 @@
+"""Many processes and servers: the first process asks, all train on the same; nobody waits for ever."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from unittest.mock import patch
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch
+
+import pytest
+
+from stub_vllm import Stub
+from test_ranks import config, folder, numbers, on_ranks, ragged, same, trained
+from trivet.cli import main
+from trivet.generation import server
+from trivet.generation.local import Local
+from trivet.run import ranks, servers
+from trivet.run.launch import launch, resume
+
+
+@pytest.fixture(autouse=True)
+def sampled_lengths_are_ragged():
+    with ragged():
+        yield
+
+
+@pytest.fixture
+def stub():
+    """A server whose answers repeat."""
+    made = Stub(folder() / "policy", seeded=True)
+    yield made
+    made.close()
+
+
+def alone(stub: Stub) -> None:
+    """In a forked process: without its copy of the stub's socket, which would be listened to after the stub is gone."""
+    stub.http.socket.close()
+
+
+def lines(out: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (out / name).read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("grpo", {"dynamic_sampling": 2, "max_staleness": 1, "importance_cap": 1.001}),
+        ("ppo", {"importance_cap": 1.001, "max_staleness": 1}),
+        ("pairwise-grpo", {}),
+    ],
+)
+def test_servers_and_two_processes_give_what_they_give_one(stub, tmp_path, method, options):
+    options = options | {"generate_with": (stub.url,), "lr": 1e-2}
+    one = trained(method, tmp_path / "1", 0, **options)
+    same(one, trained(method, tmp_path / "2", 2, **options))
+    stale, out = options.get("max_staleness", 0), tmp_path / "2"
+    assert [x["sampling/staleness"] for x in numbers(out)] == [min(stale, i) for i in range(4)]
+    assert all((x["sampling/logprob_difference/max"] > 1e-4) == (stale > 0) for x in numbers(out)[1:])
+    assert all(x["servers/probe_difference"] < 1e-5 for x in numbers(out))
+    versions = [[x["version"] for x in lines(run, "samples.jsonl")] for run in (one, out)]
+    assert versions[0] == versions[1]
+    assert not (out / "served").exists()
+
+
+def test_more_processes_than_prompts_held_out(stub, tmp_path):
+    """Four, who have no share in what is sampled."""
+    options = {"generate_with": (stub.url,), "eval_limit": 1, "prompts_per_step": 2, "steps": 2}
+    same(trained("grpo", tmp_path / "1", 0, **options), trained("grpo", tmp_path / "4", 4, **options))
+
+
+def test_a_server_that_dies_and_comes_back_changes_nothing_however_long_it_takes(stub, tmp_path):
+    """Longer than any one message between processes may take."""
+    options = {"generate_with": (stub.url,)}
+    one, back = trained("grpo", tmp_path / "1", 0, **options), list[Stub]()
+    stub.fault("", "", "", "", "", "", "", "die")  # the third group of the second step
+
+    def revive(pids: list[int]) -> None:
+        while not stub.dead:
+            time.sleep(0.02)
+        time.sleep(5)
+        back.append(Stub(folder() / "policy", port=stub.port, seeded=True))  # it has the weights of its folder
+
+    with patch.object(ranks, "PATIENCE", timedelta(seconds=4)), patch.object(server, "MINUTE", 0.5):
+        given = config("grpo", tmp_path / "2", **options)
+        codes = on_ranks(2, lambda: alone(stub) or (launch(given) and 0), revive)
+    back[0].close()
+    assert codes == [0, 0]
+    assert numbers(tmp_path / "2")[-1]["servers/resent"] >= 1
+    for run in (one, tmp_path / "2"):  # but for these counts
+        found = [{key: x for key, x in line.items() if not key.startswith("servers/")} for line in numbers(run)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
+    same(one, tmp_path / "2")
+
+
+def test_without_a_server_all_stop_with_a_checkpoint_that_any_number_goes_on_from(stub, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("TRIVET_SERVER_TIMEOUT", "1")
+    options = {"generate_with": (stub.url,), "group_size": 4, "kl_target": 1.0, "eval_every": 0}
+    whole, out = trained("ppo", tmp_path / "whole", 2, **options), tmp_path / "run"
+    stub.fault(*[""] * 10, "", "die")
+    given = config("ppo", out, **options)
+    with patch("trivet.cli.parse", lambda *args: given):
+        codes = on_ranks(3, lambda: alone(stub) or main(["ppo"]))
+    said = capfd.readouterr().err
+    assert codes == [2, 2, 2]
+    assert said.count("trivet ppo: no server to generate with:") == 1
+    assert said.count(f"stopped after step 2, to go on: trivet resume {out}") == 1
+    assert "Traceback" not in said
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-2"]
+    assert not (out / "served").exists()
+    back = Stub(folder() / "policy", port=stub.port, seeded=True)
+    for size in (0, 2):
+        shutil.copytree(out, here := tmp_path / str(size))
+        if size:
+            assert on_ranks(size, lambda here=here: resume(here) and 0) == [0] * size
+        else:
+            resume(here)
+        same(whole, here)
+    back.close()
+
+
+def test_before_the_first_step_nothing_is_left(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("TRIVET_SERVER_TIMEOUT", "1")
+    monkeypatch.setenv("TRIVET_VLLM_PYTHON", "/nowhere/python")
+    for options, said in (
+        ({"generate_with": ("http://127.0.0.1:9",)}, "no server to generate with: http://127.0.0.1:9 can't be reached"),
+        ({"vllm": True}, "TRIVET_VLLM_PYTHON is /nowhere/python, which is not there"),
+    ):
+        given = config("grpo", tmp_path / "run", **options)
+        with patch("trivet.cli.parse", lambda *args, given=given: given):
+            assert on_ranks(2, lambda: main(["grpo"])) == [2, 2]
+        found = capfd.readouterr().err
+        assert found.count("trivet grpo:") == found.count(said) == 1
+        assert "Traceback" not in found
+        assert not (tmp_path / "run").exists()
+
+
+def test_weights_over_nccl_are_refused(stub, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("TRIVET_WEIGHT_SYNC", "nccl")
+    given = config("grpo", tmp_path / "run", generate_with=(stub.url,))
+    with patch("trivet.cli.parse", lambda *args: given):
+        assert on_ranks(2, lambda: main(["grpo"])) == [2, 2]
+    assert "TRIVET_WEIGHT_SYNC=nccl does not work under torchrun yet" in capfd.readouterr().err
+
+
+def test_the_first_process_starts_a_server_which_ends_with_it_however_it_ends(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRIVET_VLLM_PYTHON", sys.executable)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
+    monkeypatch.setattr(servers, "Local", partial(Local, module="stub_vllm"))
+    given, found = config("grpo", tmp_path / "run", steps=10000, vllm=True), list[int]()
+
+    def of_server() -> list[int]:
+        running = [path for path in Path("/proc").glob("[0-9]*") if path.name != str(os.getpid())]
+        return [int(path.name) for path in running if b"import os, runpy" in said(path / "cmdline") and named(path)]
+
+    def named(path: Path) -> bool:
+        return str(tmp_path).encode() in said(path / "cmdline")
+
+    def said(path: Path) -> bytes:
+        try:
+            return path.read_bytes()
+        except OSError:
+            return b""
+
+    def kill(pids: list[int]) -> None:
+        for _ in range(1200):
+            time.sleep(0.05)
+            if (tmp_path / "run" / "metrics.jsonl").exists():
+                break
+        found.extend(of_server())
+        environment = said(Path(f"/proc/{found[0]}/environ"))
+        assert not any(line.startswith((b"RANK=", b"LOCAL_RANK=", b"MASTER_")) for line in environment.split(b"\0"))
+        os.kill(pids[0], signal.SIGKILL)
+
+    codes = on_ranks(2, lambda: launch(given) and 0, kill)
+    assert codes[0] == -signal.SIGKILL
+    assert codes[1] > 0
+    assert len(found) == 1
+    for _ in range(100):
+        if not of_server():
+            return
+        time.sleep(0.05)
+    raise AssertionError(of_server())
