@@ -833,10 +833,6 @@ def child(mutant: Mutant, folder: Path) -> NoReturn:
         os.environ["PYTHONPATH"] = str(copy.parent)  # for processes that a test starts
         outcomes = Outcomes()
         options = ["-q", *PLAIN, "--basetemp", str(folder / "tmp")]
-        options += [
-            "-W",
-            "ignore:Module already imported:pytest.PytestAssertRewriteWarning",
-        ]  # on purpose, before forking
         stop = ["-x", "--tb=line"] if mutant.old else []
         code = int(pytest.main([*shlex.split(mutant.tests), *stop, *options], plugins=[outcomes]))
         found = sys.modules["trivet"].__file__ or ""
