@@ -256,17 +256,7 @@ def _launch(config: Options, watch: Watch | None, again: bool) -> Path:
                 if stopping and step < run.steps:
                     raise asked_of(stopping, f"stopped after step {step} of {run.steps}; to go on: trivet resume {out}")
         except BaseException as error:
-            failed = error
-            if is_out_of_memory(error) and ranks.US is None:
-                traceback.clear_frames(error.__traceback__)  # what the step held
-                gc.collect()
-                save_beginning(checkpoints, done, counted)
-                failed = halved(out, run, done + 1, error)
-            elif isinstance(error, NoServerError) and done:
-                save_beginning(checkpoints, done, counted)
-                failed = InputError(f"{error}; stopped after step {done}, to go on: trivet resume {out}")
-            if done == 0 and isinstance(failed, InputError | OSError | KeyboardInterrupt):
-                record.undo()
+            failed = _failed(error, launched, checkpoints, done, counted)
             if failed is not error:
                 raise failed from None
             raise
@@ -284,6 +274,24 @@ def _launch(config: Options, watch: Watch | None, again: bool) -> Path:
         }
         record.end(summary | {key: about[key] for key in ("started_from", "data", "parameters")})
     return RunDirectory(out)
+
+
+def _failed(
+    error: BaseException, launched: Launch, checkpoints: Checkpoints, done: int, counted: dict[str, Any]
+) -> BaseException:
+    """What the run ends with in place of this error of the step after `done`, whose beginning is saved if that helps."""
+    run, out, failed = launched.run, launched.out, error
+    if is_out_of_memory(error) and ranks.US is None:
+        traceback.clear_frames(error.__traceback__)  # what the step held
+        gc.collect()
+        save_beginning(checkpoints, done, counted)
+        failed = halved(out, run, done + 1, error)
+    elif isinstance(error, NoServerError) and done:
+        save_beginning(checkpoints, done, counted)
+        failed = InputError(f"{error}; stopped after step {done}, to go on: trivet resume {out}")
+    if done == 0 and isinstance(failed, InputError | OSError | KeyboardInterrupt):
+        launched.record.undo()
+    return failed
 
 
 def resume(out: str | Path, watch: Watch | None = None) -> Path:
