@@ -219,3 +219,14 @@ def test_the_ends_of_the_unit_interval_draw_the_first_and_the_last_token_with_ma
         logprobs[:, [0, -1]] = -INF
         with patch("torch.rand", lambda shape, **_: torch.full(shape, level)):
             assert draw(logprobs, generator())[0].tolist() == [token] * 8
+
+
+@pytest.mark.parametrize("cut", [{}, {"temperature": 0.7}, {"top_k": 3}, {"temperature": 0.5, "top_p": 0.9}])
+def test_a_few_rows_at_a_time_are_all_rows(monkeypatch, cut):
+    monkeypatch.setitem(sampling.CELLS, "cpu", 3 * 7)
+    logits, levels = torch.randn(10, 7, generator=generator()), torch.rand(10, 1, generator=generator(1))
+    cut = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | cut
+    logprobs = warp(logits, **cut)
+    tokens, own = sampling.sample(logits, levels, **cut)
+    assert tokens.tolist() == sampling.draw(logprobs, levels)[0].tolist()
+    assert_close(own, logprobs.gather(-1, tokens[:, None])[:, 0])

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import linear, silu
 
 
@@ -67,43 +66,57 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _gated(self: Any, x: Tensor) -> Tensor:
-    gate, up = self.gate_proj(x), self.up_proj(x)
-    if not torch.is_grad_enabled():
-        return self.down_proj(silu(gate) * up)  # type: ignore[no-any-return]
-    product = _Gated.apply(gate, up)
-    place = product.data_ptr()  # an integer: autograd holds the functions below, and what they hold
-
-    def pack(kept: Tensor) -> Any:
-        return kept.shape if kept.data_ptr() == place else kept
-
-    def unpack(kept: Any) -> Tensor:
-        return kept if isinstance(kept, Tensor) else (silu(gate) * up).view(kept)
-
-    with saved_tensors_hooks(pack, unpack):
-        return self.down_proj(product)  # type: ignore[no-any-return]
+    gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
+    if type(down) is nn.Linear and down.bias is None and torch.is_grad_enabled():
+        return _GatedProduct.apply(gate, up, down.weight)  # type: ignore[no-any-return]
+    return down(silu(gate) * up)  # type: ignore[no-any-return]
 
 
-class _Gated(torch.autograd.Function):
-    """silu(gate) up. Keeps the two."""
+class _GatedProduct(torch.autograd.Function):
+    """(silu(gate) up) W'. Keeps gate and up, and W as it is trained."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return silu(gate) * up
+    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up, weight)
+        return linear(silu(gate) * up, weight.to(gate.dtype))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        gate, up = ctx.saved_tensors
-        grad = grads[0]
-        return torch.ops.aten.silu_backward(grad * up, gate), grad * silu(gate)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up, weight = ctx.saved_tensors
+        opened = silu(gate)
+        grad, grad_weight = _through(ctx, grads[0], opened * up, weight, 2)
+        return torch.ops.aten.silu_backward(grad * up, gate), grad * opened, grad_weight
 
 
 def _linear(self: Any, x: Tensor) -> Tensor:
-    """nn.Linear; under autocast the products of one tensor share its cast, so that it is kept once."""
+    """nn.Linear; under autocast the products of one tensor share its cast, and casts of weights are not kept."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind) or x.dtype != torch.float32:
+    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
         return linear(x, self.weight, self.bias)
-    narrow = getattr(x, "_narrow", None)
+    narrow = x if x.dtype != torch.float32 else getattr(x, "_narrow", None)
     if narrow is None:
         narrow = x._narrow = x.to(torch.get_autocast_dtype(kind))  # type: ignore[attr-defined]
+    if self.bias is None and torch.is_grad_enabled():
+        return _Product.apply(narrow, self.weight)  # type: ignore[no-any-return]
     return linear(narrow, self.weight, self.bias)
+
+
+class _Product(torch.autograd.Function):
+    """x W'. Keeps x, and W as it is trained and not its cast."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return linear(x, weight.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _through(ctx, grads[0], *ctx.saved_tensors, 1)
+
+
+def _through(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, place: int) -> tuple[Tensor, Tensor | None]:
+    """The gradients of x and of the weight, the argument at this place, in x W'."""
+    of_weight = None
+    if ctx.needs_input_grad[place]:
+        of_weight = (grad.flatten(0, -2).t() @ x.flatten(0, -2)).to(weight.dtype)
+    return grad @ weight.to(grad.dtype), of_weight
