@@ -129,7 +129,7 @@ def numbers(run: Path) -> list[dict[str, float]]:
 
 def differences(one: Path, other: Path) -> tuple[float, float, str]:
     """The largest of any weight, and of any metric, by its size if that is above 1, with its name."""
-    a, b = (load_file(run / "model" / "model.safetensors") for run in (one, other))
+    a, b = (load_file(*(run / "model").glob("*.safetensors")) for run in (one, other))
     assert a.keys() == b.keys()
     weights = max(float((a[key] - b[key]).abs().max()) for key in a)
     found = [(0.0, "")]
