@@ -8,6 +8,7 @@ on, as the clock does it. A process that torchrun has not started never comes he
 """
 
 import copy
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -45,7 +46,7 @@ from trivet.run.remembered import digest
 
 TOLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells each process
 PASSES = ("token_logprobs", "values", "scores")
-NO_QUANTIZED = "quantized weights can't be held in shards; leave it out, or run in one process"
+NO_QUANTIZED = "quantized weights can't be held in shards; take full ones, or run in one process"
 PATIENCE = timedelta(hours=1)  # for the slowest rank: rewards are asked for by one
 
 
@@ -245,6 +246,8 @@ class Ranks:
         if own is not None:
             model.generation_config = own
         self._shard(model, shares, partial(self.from_first, full))
+        full.clear()
+        gc.collect()  # its modules know themselves, so what was read would stay for a while
         self.starts[id(model)] = start
         torch.set_rng_state(random_state)
         return model
