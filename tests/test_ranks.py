@@ -178,7 +178,7 @@ def test_neither_do_variants(tmp_path, method, options):
 @pytest.mark.parametrize("method", ["reward-model", "grpo"])
 def test_a_process_of_torchrun_does_as_one_without_it(tmp_path, method):
     """Sampling too, as long as all rows are written: then both draw for the same ones."""
-    options = {"max_completion_tokens": 1} if method == "grpo" else {}
+    options = {"max_completion_tokens": 1, "reward": (str(folder() / "scorer"),)} if method == "grpo" else {}
     same(trained(method, tmp_path / "0", 0, **options), trained(method, tmp_path / "2", 2, **options))
 
 

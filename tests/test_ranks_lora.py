@@ -46,9 +46,10 @@ def start(method: str) -> str:
 
 
 def options_of(method: str, options: dict) -> dict:
-    """With the names of runs and models in place of short ones; PPO has a reward model that is an adapter."""
+    """With the names of runs and models in place of short ones; what rewards is an adapter too."""
     names = {name: start(name) for name in ("sft", "reward-model")} | {"scorer": str(folder() / "scorer")}
-    options = ({"reward": ("reward-model",), "critic_lr": 3e-3} if method == "ppo" else {}) | options
+    options = ({"reward": ("reward-model",)} if method in SMALL else {}) | options
+    options |= {"critic_lr": 3e-3} if method == "ppo" else {}
     options = {key: names.get(x, x) if isinstance(x, str) else x for key, x in options.items()}
     return options | {key: tuple(names.get(name, name) for name in options[key]) for key in options if key == "reward"}
 
@@ -96,6 +97,7 @@ def test_neither_does_the_number_of_processes_matter_to_its_roles(tmp_path, meth
         ("reward-model", {"model": "reward-model", "lr": 3e-3}),
         ("reward-model", LORA | {"model": "sft", "lora": 0, "merge": True}),
         ("dpo", CONTINUED),
+        ("grpo", CONTINUED | {"max_completion_tokens": 1}),
         ("dpo", LORA | {"gradient_checkpointing": True, "offload_optimizer": True}),
         ("sft", LORA | {"precision": "bfloat16"}),
     ],
@@ -119,13 +121,13 @@ def test_all_roles_have_one_base_in_shards(tmp_path):
             held.append(sum(storages.values()))
 
         with patch.object(shards.Checkpoints, "holds", count):
-            launch(config("ppo", tmp_path / "run", **options_of("ppo", LORA | {"lora": 1, "steps": 1})))
+            launch(given)
         assert base / 2 < held[0] < 1.5 * base / 2, (
             held,
             base,
         )  # four adapters of rank 1, heads, and buffers beside it
 
-    start("reward-model")
+    given = config("ppo", tmp_path / "run", **options_of("ppo", LORA | {"lora": 1, "steps": 1}))
     assert on_ranks(2, work) == [0, 0]
     parts = json.loads((tmp_path / "run" / "summary.json").read_text())["memory"]
     assert "reference" not in parts  # under a new adapter it is the base, and has nothing of its own
