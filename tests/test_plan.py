@@ -282,6 +282,9 @@ def test_a_frozen_base_in_few_bits():
     base, plain = step("sft", lora=2, quantize="4bit"), step("sft", lora=2)
     saved = plain.resident["weights"].value - base.resident["weights"].value
     assert saved == base.shape.matrices * (4 - 1 / 2 - 4 / 64)
+    assert base.fits
+    assert plain.with_options(devices=2).fits
+    assert not base.with_options(devices=2).fits  # a run refuses it
 
 
 def test_which_models_each_method_holds():
@@ -552,6 +555,7 @@ def test_every_shape_on_a_card(name, card, capsys):
         ("--model Qwen3-0.6B --lora -1", "--lora is -1; it must be at least 0"),
         ("--model Qwen3-0.6B --efficiency 40", "--efficiency is 40.0; it is a share"),
         ("--model Qwen3-0.6B --quantize 4bit", "give --lora RANK too"),
+        ("--model Qwen3-0.6B --lora 8 --quantize 4bit --devices 2", "works on one device"),
         ("--model Qwen3-0.6B --offload-optimizer", "give --devices of at least 2"),
         ("--model Qwen3-0.6B --precision fp8", "precision is 'fp8'; expected one of float32, bfloat16"),
     ],

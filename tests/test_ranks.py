@@ -136,7 +136,7 @@ def numbers(run: Path) -> list[dict[str, float]]:
 
 def differences(one: Path, other: Path) -> tuple[float, float, str]:
     """The largest of any weight, and of any metric, by its size if that is above 1, with its name."""
-    a, b = (load_file(run / "model" / "model.safetensors") for run in (one, other))
+    a, b = (load_file(*(run / "model").glob("*.safetensors")) for run in (one, other))
     assert a.keys() == b.keys()
     weights = max(float((a[key] - b[key]).abs().max()) for key in a)
     found = [(0.0, "")]
@@ -185,7 +185,7 @@ def test_neither_do_variants(tmp_path, method, options):
 @pytest.mark.parametrize("method", ["reward-model", "grpo"])
 def test_a_process_of_torchrun_does_as_one_without_it(tmp_path, method):
     """Sampling too, as long as all rows are written: then both draw for the same ones."""
-    options = {"max_completion_tokens": 1} if method == "grpo" else {}
+    options = {"max_completion_tokens": 1, "reward": (str(folder() / "scorer"),)} if method == "grpo" else {}
     same(trained(method, tmp_path / "0", 0, **options), trained(method, tmp_path / "2", 2, **options))
 
 

@@ -111,7 +111,8 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _through(ctx, grads[0], *ctx.saved_tensors, 1)
+        x, weight = ctx.saved_tensors
+        return _through(ctx, grads[0], x, weight, 1)
 
 
 def _through(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, place: int) -> tuple[Tensor, Tensor | None]:

@@ -39,9 +39,16 @@ def load_policy(
 
 
 def load_scorer(
-    name: str, *, device: str = "cpu", precision: str = "float32", from_scratch: bool = False, quantize: str = "none"
+    name: str,
+    *,
+    device: str = "cpu",
+    precision: str = "float32",
+    from_scratch: bool = False,
+    quantize: str = "none",
+    merge: bool = False,
 ) -> Any:
-    """A model with a scalar head, `score`, as load_policy does it; on a language model the head is new, and starts at zero."""
+    """A model with a scalar head, `score`, as load_policy does it; on a language model the head is new, and starts at zero.
+    merge: an adapter's product is added to its base in memory."""
     (name, config), folder = base_of(name), name
     kind, new_head = AutoModelForSequenceClassification, from_scratch or not is_scorer(name)
     if from_scratch:
@@ -55,7 +62,8 @@ def load_scorer(
         )
     if new_head:
         torch.nn.init.zeros_(model.score.weight)
-    return _prepare(_with_adapter(model, config, folder), device, PRECISIONS[precision])
+    model = _prepare(_with_adapter(model, config, folder), device, PRECISIONS[precision])
+    return merged(model) if merge else model
 
 
 def base_of(name: str) -> tuple[str, Any]:

@@ -86,6 +86,8 @@ def check(config: Config) -> None:
         raise InputError(f"--efficiency is {config.efficiency}; it is a share of the peak, above 0 and at most 1")
     if config.quantize != "none" and not config.lora:
         raise InputError("--quantize holds the frozen base below adapters in few bits: give --lora RANK too")
+    if config.quantize != "none" and config.devices > 1:
+        raise InputError(f"--quantize {config.quantize} works on one device; leave it out, or give --devices 1")
     if config.offload_optimizer and config.devices == 1:
         raise InputError("--offload-optimizer works with sharding: give --devices of at least 2")
 

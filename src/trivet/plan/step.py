@@ -570,8 +570,9 @@ class Step:
 
     @property
     def fits(self) -> bool:
-        """Whether the trainers and, where there are some, the servers have room."""
-        return max(self.peak, total(self.server)) <= self.machine.memory
+        """Whether the trainers and, where there are some, the servers have room. A quantized base can't be in shards."""
+        possible = self.config.quantize == "none" or not self.sharded
+        return possible and max(self.peak, total(self.server)) <= self.machine.memory
 
     @property
     def devices_needed(self) -> int:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from trivet.batch import Rollouts, collate
 from trivet.errors import InputError
-from trivet.model.adapters import merged, scorer_over, trainable_copy
+from trivet.model.adapters import scorer_over, trainable_copy
 from trivet.model.forward import in_microbatches
 from trivet.model.load import is_scorer, load_scorer, model_folder
 from trivet.model.scalar import scores
@@ -53,8 +53,7 @@ def load_learned_reward(name: str, tokenizer: Any, *, like: Any) -> LearnedRewar
     own = load_tokenizer(folder)
     if own.chat_template is None:
         own.chat_template = tokenizer.chat_template
-    model = scorer_over(like, folder) or load_scorer(folder, device=str(like.device))
-    if not hasattr(like, "peft_config"):
-        model = merged(model)
+    how = {"device": str(like.device), "merge": not hasattr(like, "peft_config")}
+    model = scorer_over(like, folder) or load_scorer(folder, **how)
     model.requires_grad_(False).compute_dtype = like.compute_dtype
     return LearnedReward(model, own, stop_ids(folder, own), own.get_vocab() == tokenizer.get_vocab(), like)

@@ -76,10 +76,11 @@ class Launch:
         self.counts: Counter[str] = Counter()
         train, heldout = self._examples()
         torch.manual_seed(config.seed)
-        load = ranks.loading(load_scorer if self.recipe.TRAINS == "scorer" else load_policy)
+        load = load_scorer if self.recipe.TRAINS == "scorer" else load_policy
         how: dict[str, Any] = {"precision": config.precision, "quantize": config.quantize}
-        model = load(self.start_from, device=device, from_scratch=config.from_scratch, **how)
-        model = adapted(model, config, self.start_from)
+        how |= {"device": device, "from_scratch": config.from_scratch}
+        load_adapted = ranks.loading(lambda name, **how: adapted(load(name, **how), config, name))
+        model = load_adapted(self.start_from, **how)
         if config.gradient_checkpointing and ranks.US is None:
             checkpoint_blocks(model)
         if self.recipe.TRAINS == "scorer":

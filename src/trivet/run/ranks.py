@@ -8,6 +8,7 @@ on, as the clock does it. A process that torchrun has not started never comes he
 """
 
 import copy
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -31,11 +32,12 @@ from trivet.batch import Example, Groups, Rollouts, collate, group_rows, microba
 from trivet.errors import InputError
 from trivet.generation.engine import Engine
 from trivet.generation.server import Servers
-from trivet.model.adapters import adapter_of
+from trivet.model.adapters import inject, is_adapters, trainable_copy
 from trivet.model.attention import NAME
 from trivet.model.blocks import blocks, checkpoint_blocks
+from trivet.model.copies import frozen_copy
 from trivet.model.forward import shares_prefix
-from trivet.model.load import PRECISIONS, load_scorer
+from trivet.model.load import PRECISIONS, base_of
 from trivet.model.load import _from_config as from_config
 from trivet.model.scalar import with_scalar_head
 from trivet.rewards import learned
@@ -45,6 +47,7 @@ from trivet.run.remembered import digest
 
 TOLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells each process
 PASSES = ("token_logprobs", "values", "scores")
+NO_QUANTIZED = "quantized weights can't be held in shards; take full ones, or run in one process"
 PATIENCE = timedelta(hours=1)  # for the slowest rank: rewards are asked for by one
 
 
@@ -54,14 +57,8 @@ class Ranks:
     def __init__(self, config: Options):
         self.store, self.rank, self.size = next(dist.rendezvous("env://"))
         local, name = int(os.environ["LOCAL_RANK"]), config.device
-        for option in ("lora",):  # it needs the whole model in one process
-            if getattr(config, option, None):
-                said = f"--{option.replace('_', '-')} does not work under torchrun yet"
-                raise InputError(f"{said}; leave it out, or run in one process")
-        if adapter_of(config.model) or config.quantize != "none":
-            raise InputError(
-                f"--model {config.model}: adapters and quantized bases do not work under torchrun yet; run in one process"
-            )
+        if config.quantize != "none":
+            raise InputError(f"--quantize {config.quantize}: {NO_QUANTIZED}")
         kind = "cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu"
         if name not in ("auto", "cpu", "cuda"):
             raise InputError(f"--device {name}: under torchrun each process takes its own; give cpu, cuda or auto")
@@ -76,6 +73,7 @@ class Ranks:
         dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size, timeout=PATIENCE)
         self.mesh, self.config = init_device_mesh(kind, (self.size,)), config
         self.roots: dict[int, Root] = {}  # by the identity of the model that it is the root of
+        self.trees: dict[int, Any] = {}  # of each model its modules once more, on meta, from which others are made
         self.starts: dict[int, str] = {}  # digest of the weights that a model was loaded with
         self.filled: Sequence[Tensor] = ()  # what the recipe's loop writes by row
         self.idle = False  # a pass for the company of the other ranks, which teaches nothing
@@ -280,43 +278,59 @@ class Ranks:
     # models
 
     def load(self, original: Callable[..., Any], name: str, **options: Any) -> Any:
-        """load_policy or load_scorer: rank 0 reads the files into its CPU memory, and each rank keeps its shards."""
-        labels, full, told = {"num_labels": 1} if original is load_scorer else {}, {}, None
+        """What original(name) gives in one process: rank 0 reads the files into its CPU memory, and each rank keeps its shards."""
+        full, told = dict[str, Tensor](), None
         if self.rank == 0:
             model = original(name, **options | {"device": "cpu"})
+            if getattr(model, "is_quantized", False):
+                raise InputError(f"model {name}: {NO_QUANTIZED}")
             own = getattr(model, "generation_config", None)  # as its file says
-            told = shares_prefix(model), digest(model, []), own, torch.get_rng_state()
+            adapter = getattr(model, "peft_config", {}).get("default")
+            told = hasattr(model, "score"), adapter, shares_prefix(model), digest(model, []), own, torch.get_rng_state()
             full = {key: x.detach() for key, x in (*model.named_parameters(), *model.named_buffers())}
-        shares, start, own, random_state = self.same(told)
-        kind = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
+        scorer, adapter, shares, start, own, random_state = self.same(told)
+        kind, labels = (AutoModelForSequenceClassification, {"num_labels": 1}) if scorer else (AutoModelForCausalLM, {})
         with torch.device("meta"):
-            model = from_config(name, kind, **labels).eval()
+            model = from_config(base_of(name)[0], kind, **labels).eval()
+            if adapter is not None:
+                inject(model, adapter)
         model.compute_dtype = PRECISIONS[options.get("precision", self.config.precision)]
         if own is not None:
             model.generation_config = own
         self._shard(model, shares, partial(self.from_first, full))
+        full.clear()
+        gc.collect()  # its modules know themselves, so what was read would stay for a while
         self.starts[id(model)] = start
         torch.set_rng_state(random_state)
         return model
 
+    def making(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that makes a model from one in memory, for models in shards: what they share there, they share here.
+
+        It is given the same modules with whole adapters, and Hollow in place of the base.
+        """
+
+        @wraps(function)
+        def make(model: Any, *args: Any, **options: Any) -> Any:
+            held, tree = dict([*model.named_parameters(), *model.named_buffers()]), self.trees[id(model)]
+            memo = dict[int, Any]()
+            for name, x in (*tree.named_parameters(), *tree.named_buffers()):
+                known = held[name]
+                base = isinstance(x, torch.nn.Parameter) and not is_adapters(name)
+                memo[id(x)] = Hollow(known, self.device) if base else whole_tensor(known)
+            made = function(copy.deepcopy(tree, memo), *args, **options)
+            return None if made is None else self._shard(made, shares_prefix(model))
+
+        return make
+
     def with_scalar_head(self, policy: Any, *, share: bool = False) -> Any:
         """trivet.model.scalar.with_scalar_head."""
+        if not share:
+            return self.making(with_scalar_head)(policy)
         model = with_scalar_head(policy, share=True)
         model._shares_prefix = shares_prefix(policy)
-        if share:
-            self.roots[id(model)] = self.roots[id(policy)]
-            return model
-        with torch.device("meta"):
-            trunk = type(policy.base_model)(copy.deepcopy(policy.base_model.config))
-        setattr(model, model.base_model_prefix, trunk)
-        return self._shard(model, shares_prefix(policy), partial(_gathered, policy))
-
-    def _twin(self, model: Any) -> Any:
-        """A copy of a model in shards."""
-        with torch.device("meta"):
-            twin = type(model)(copy.deepcopy(model.config)).eval()
-        twin.compute_dtype = model.compute_dtype
-        return self._shard(twin, shares_prefix(model), partial(_gathered, model))
+        self.roots[id(model)] = self.roots[id(policy)]
+        return model
 
     def from_first(self, full: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
         """This tensor of rank 0."""
@@ -326,25 +340,29 @@ class Ranks:
         dist.broadcast(x, 0)
         return x
 
-    def _shard(self, model: Any, shares: bool, weights: Callable[[str, Tensor], Tensor]) -> Any:
-        """Fill a model that stands on meta, a block at a time, each rank keeping its part of every tensor."""
+    def _shard(self, model: Any, shares: bool, given: Callable[[str, Tensor], Tensor] = lambda name, x: x) -> Any:
+        """Put a model into shards, a block at a time. given: what its tensors on meta are filled with."""
         model._shares_prefix = shares
         if shares:
             model.set_attn_implementation(NAME)
+        named = [*model.named_parameters(), *model.named_buffers()]
+        self.trees[id(model)] = copy.deepcopy(model, {id(x): on_meta(x) for _, x in named})
         if self.config.gradient_checkpointing:
             checkpoint_blocks(model)
-        names = {id(x): name for name, x in (*model.named_parameters(), *model.named_buffers())}
+        names = {id(x): name for name, x in named}
         root, pinned = Root(model), self.device.type == "cuda"
         offload = CPUOffloadPolicy(pin_memory=pinned) if self.config.offload_optimizer else OffloadPolicy()
         for unit in (*blocks(model), root):
-            made = dict[int, tuple[Tensor, Tensor]]()  # tied weights are one
+            made, shared = dict[int, tuple[Tensor, Tensor]](), list[tuple[Any, str, Tensor]]()  # tied weights are one
             for owned in (owned for module in unit.modules() for owned in (module._parameters, module._buffers)):
                 for key, x in owned.items():
-                    if x is not None and x.is_meta:
-                        if id(x) not in made:
-                            full = weights(names[id(x)], x)
-                            made[id(x)] = x, torch.nn.Parameter(full) if isinstance(x, torch.nn.Parameter) else full
-                        owned[key] = made[id(x)][1]  # type: ignore[assignment]
+                    if x is None or isinstance(x, DTensor):
+                        continue
+                    if id(x) not in made:
+                        made[id(x)] = x, _filled(x, partial(given, names[id(x)]))
+                    owned[key] = made[id(x)][1]  # type: ignore[assignment]
+                    if isinstance(x, Hollow) and not x.copied:
+                        shared.append((owned, key, x.of))
             # blocks travel in the type of the products; embeddings, head and last norm, which compute in float32, do not
             kind = None if unit is root else model.compute_dtype
             policy = MixedPrecisionPolicy(param_dtype=kind, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -353,8 +371,9 @@ class Ranks:
             )
             unit.set_gradient_divide_factor(1.0)  # type: ignore[operator]  shares of one mean: they add up
             unit.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
+            for owned, key, x in shared:  # as loading a state does it: FSDP takes them up before the first forward
+                owned[key] = torch.nn.Parameter(x.detach(), requires_grad=False)
         self.roots[id(model)] = root
-        model.__deepcopy__ = lambda memo: self._twin(model)
         with torch.no_grad():
             root(lambda: None)  # FSDP now knows which module is the root
         root.reshard()  # type: ignore[operator]
@@ -392,7 +411,11 @@ class Ranks:
         with ExitStack() as stack:
             for module in (*modules, learned):
                 put = {"microbatches": self.microbatches, "in_microbatches": self.in_microbatches}
-                put |= {"with_scalar_head": self.with_scalar_head, "remembered": lambda model, rows, take, note: take()}
+                put |= {"with_scalar_head": self.with_scalar_head, "frozen_copy": self.making(frozen_copy)}
+                put |= {
+                    "trainable_copy": self.making(trainable_copy),
+                    "remembered": lambda model, rows, take, note: take(),
+                }
                 put |= {name: self.through(getattr(module, name)) for name in PASSES if hasattr(module, name)}
                 for name in put:
                     if hasattr(module, name):
@@ -477,10 +500,36 @@ def gathered(root: Any) -> Iterator[None]:
             unit.reshard()
 
 
-def _gathered(model: Any, name: str, like: Tensor) -> Tensor:
-    """This tensor of a model in shards, whole."""
-    x = {**dict(model.named_parameters()), **dict(model.named_buffers())}[name].detach()
-    return (x.full_tensor() if isinstance(x, DTensor) else x).to(x.device).clone()
+def whole_tensor(x: Tensor) -> Tensor:
+    """A copy of this tensor that is not in shards."""
+    return (x.full_tensor() if isinstance(x, DTensor) else x).detach().clone()
+
+
+def on_meta(x: Tensor) -> Tensor:
+    """Its shape and kind."""
+    like = torch.empty_like(x, device="meta")
+    return torch.nn.Parameter(like, x.requires_grad) if isinstance(x, torch.nn.Parameter) else like
+
+
+class Hollow(torch.nn.Parameter):
+    """What stands for a tensor in shards while a model is made from another: its shape without its memory. A deep copy stands for a copy."""
+
+    def __new__(cls, of: Tensor, device: torch.device, *, copied: bool = False) -> "Hollow":
+        return super().__new__(cls, torch.zeros((), dtype=of.dtype, device=device).expand(of.shape), of.requires_grad)
+
+    def __init__(self, of: Tensor, device: torch.device, *, copied: bool = False):
+        self.of, self.copied = of, copied
+
+    def __deepcopy__(self, memo: Any) -> "Hollow":
+        return Hollow(self.of, self.device, copied=True)
+
+
+def _filled(x: Any, given: Callable[[Tensor], Tensor]) -> Tensor:
+    """What a tensor is before it is put into shards; one that is shared stays on meta, as it will be replaced."""
+    if not (x.is_meta or isinstance(x, Hollow)):
+        return x
+    full = given(x) if x.is_meta else whole_tensor(x.of) if x.copied else on_meta(x)
+    return torch.nn.Parameter(full, x.requires_grad) if isinstance(x, torch.nn.Parameter) else full
 
 
 US: Ranks | None = None  # set while a run goes on that torchrun has started
@@ -501,7 +550,8 @@ def together(config: Options) -> Iterator[None]:
     """Within it this process takes part in the run."""
     global US
     US = Ranks(config)
-    with patch.object(learned, "load_scorer", partial(US.load, load_scorer)):
+    making = {"load_scorer": partial(US.load, learned.load_scorer), "scorer_over": US.making(learned.scorer_over)}
+    with patch.multiple(learned, **making):  # type: ignore[call-overload]
         yield  # who fails stays a member until it has said so
     dist.barrier()
     dist.destroy_process_group()
@@ -538,7 +588,7 @@ def agreed(*numbers: int) -> list[int]:
 
 
 def loading(load: Callable[..., Any]) -> Callable[..., Any]:
-    """load_policy or load_scorer, for this run."""
+    """A function that loads a model, for this run."""
     return load if US is None else partial(US.load, load)
 
 
@@ -556,17 +606,19 @@ def whole(model: Any) -> Any:
     """The model on one device, to be saved; None on ranks that save nothing."""
     if US is None:
         return model
-    full, seen = dict[str, Tensor](), dict[int, Tensor]()
+    adapter, full, seen = hasattr(model, "peft_config"), dict[str, Tensor](), dict[int, Tensor]()
     for name, x in model.state_dict(keep_vars=True).items():
+        if adapter and not is_adapters(name):
+            continue  # the base stays where it is
         if id(x) not in seen:
             told = (x.full_tensor() if isinstance(x, DTensor) else x).detach()
             seen[id(x)] = told.cpu() if US.rank == 0 else torch.empty(0)
         full[name] = seen[id(x)]
     if US.rank:
         return None
-    with torch.device("meta"):
-        twin = type(model)(copy.deepcopy(model.config))
-    twin.load_state_dict(full, assign=True)
+    twin = copy.deepcopy(US.trees[id(model)])
+    twin.load_state_dict(full, assign=True, strict=not adapter)
+    twin.config = model.config
     if hasattr(model, "generation_config"):
         twin.generation_config = model.generation_config
     return twin

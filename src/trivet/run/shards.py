@@ -104,8 +104,9 @@ class Checkpoints(alone.Checkpoints):
 
 def tensors(run: Run, parts: dict[str, Any]) -> dict[str, Tensor]:
     """What is trained, and AdamW's moments of it, by name."""
-    found: dict[str, Tensor] = {f"model/{name}": x for name, x in run.model.named_parameters()}
-    own = {id(x) for x in found.values()}
+    named, adapter = [*run.model.named_parameters()], hasattr(run.model, "peft_config")
+    found: dict[str, Tensor] = {f"model/{name}": x for name, x in named if x.requires_grad or not adapter}
+    own = {id(x) for _, x in named}
     for name, part in parts.items():
         if hasattr(part, "adamw"):
             for i, x in enumerate(part.parameters):
