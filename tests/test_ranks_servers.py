@@ -52,6 +52,7 @@ def lines(out: Path, name: str) -> list[dict]:
     [
         ("grpo", {"dynamic_sampling": 2, "max_staleness": 1, "importance_cap": 1.001}),
         ("ppo", {"importance_cap": 1.001, "max_staleness": 1}),
+        ("grpo", {"lora": 4, "max_staleness": 1}),
         ("pairwise-grpo", {}),
     ],
 )
