@@ -96,23 +96,24 @@ def _linear(self: Any, x: Tensor) -> Tensor:
     narrow = x if x.dtype != torch.float32 else getattr(x, "_narrow", None)
     if narrow is None:
         narrow = x._narrow = x.to(torch.get_autocast_dtype(kind))  # type: ignore[attr-defined]
-    if self.bias is None and torch.is_grad_enabled():
-        return _Product.apply(narrow, self.weight)  # type: ignore[no-any-return]
+    if torch.is_grad_enabled():
+        return _Product.apply(narrow, self.weight, self.bias)  # type: ignore[no-any-return]
     return linear(narrow, self.weight, self.bias)
 
 
 class _Product(torch.autograd.Function):
-    """x W'. Keeps x, and W as it is trained and not its cast."""
+    """x W' + b. Keeps x, and W as it is trained and not its cast."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return linear(x, weight.to(x.dtype))
+        return linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        return _through(ctx, grads[0], x, weight, 1)
+        of_bias = grads[0].flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None
+        return *_through(ctx, grads[0], x, weight, 1), of_bias
 
 
 def _through(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor, place: int) -> tuple[Tensor, Tensor | None]:

@@ -86,7 +86,7 @@ def adam(trained: float, ranks: float) -> float:
 
 
 def casts(matrices: float) -> float:
-    """The bfloat16 copies of the trunk's matrices: made in a forward pass, kept for its backward."""
+    """The bfloat16 copies of matrices: of the block at work where gradients are, else of the pass."""
     return 2 * matrices
 
 
@@ -111,10 +111,10 @@ def block_gradients(block: float, root: float, size: float) -> float:
     return (size + 4) * block + 4 * root
 
 
-def activations(tokens: float, inputs: float, gates: float, norms: float, inner_norms: float, size: float) -> float:
-    """What the trunk keeps for its backward: the inputs of its matrices; of the feed-forward gate, silu(gate) and up; of a norm its
-    input and that over its root mean square, in float32."""
-    return tokens * (size * inputs + 3 * size * gates + 8 * norms + (4 + size) * inner_norms)
+def activations(tokens: float, inputs: float, norms: float, size: float) -> float:
+    """What the trunk keeps for its backward: what its matrices read, once where several read it, and the feed-forward's gate and
+    up, in the type of the products; what norms read, in float32. A model that model/lean.py does not know keeps more."""
+    return tokens * (size * inputs + 4 * norms)
 
 
 def expert_activations(tokens: float, expert_inputs: float, expert_gates: float, size: float) -> float:

@@ -114,13 +114,11 @@ class Shape:
     root: int  # parameters outside of the blocks: embedding, head, last norm
     adapters: int  # matrices that adapters sit beside: all but head and experts
     adapted: int  # sum of in + out over them
-    inputs: int  # sum of the widths that matrices read, each matrix for itself
-    shared_inputs: int  # the same, an input that several matrices read (q, k, v; gate, up) once
+    inputs: int  # numbers that a token leaves for the backward in the type of the products: what matrices read, gates
+    norms: int  # and in float32: what norms read
     gates: int  # sum of the widths of gated feed-forwards
     expert_inputs: int  # widths that the experts of one token read, and write
     expert_gates: int
-    norms: int  # sum of the widths of norms of hidden states
-    inner_norms: int  # sum of the widths of norms of queries and keys, over all heads
 
     @property
     def widest(self) -> float:
@@ -157,8 +155,9 @@ def shape_of(config: Any, name: str, source: str) -> Shape:
     value_width = getattr(text, "v_head_dim", None) or width
     chosen, there = _experts(text)
     linear = {name.split(".")[-1] for name, module in body.named_modules() if isinstance(module, torch.nn.Linear)}
-    counted = dict.fromkeys(("matrices", "experts", "adapters", "adapted", "inputs", "shared_inputs", "gates"), 0)
-    counted |= dict.fromkeys(("expert_inputs", "expert_gates", "norms", "inner_norms"), 0)
+    counted = dict.fromkeys(("matrices", "experts", "adapters", "adapted", "inputs", "gates", "norms"), 0)
+    counted |= dict.fromkeys(("expert_inputs", "expert_gates"), 0)
+    lean = {kind for kind in ("norm", "gated") if _keeps_less(body, text, kind)}  # as model/lean.py has it
     for path, p in body.named_parameters():
         kind = path.split(".")[-2]
         if p is embedding or "embed" in kind or kind in ("wte", "wpe") or path.endswith("bias"):
@@ -171,12 +170,15 @@ def shape_of(config: Any, name: str, source: str) -> Shape:
             counted["matrices"] += p.numel()
             counted["adapters"] += kind in linear
             counted["adapted"] += sum(p.shape) if kind in linear else 0
-            counted["inputs"] += p.shape[1]
-            counted["shared_inputs"] += 0 if kind in SAME_INPUT else p.shape[1]
-            counted["gates"] += p.shape[0] if kind == "up_proj" else 0
+            counted["inputs"] += 0 if kind in SAME_INPUT or (kind == "down_proj" and "gated" in lean) else p.shape[1]
+            if kind == "up_proj":  # gate and up; without lean also the activation of gate
+                counted["gates"] += p.shape[0]
+                counted["inputs"] += (2 if "gated" in lean else 3) * p.shape[0]
         elif p.dim() == 1:
             inner = {"q_norm": heads * width, "k_norm": kv_heads * width}.get(kind)
-            counted["norms" if inner is None else "inner_norms"] += inner or p.numel()
+            counted["norms"] += (inner is None or "norm" not in lean) * (inner or p.numel())
+            counted["norms"] += (inner is None and "norm" not in lean) * p.numel()  # over its root mean square
+            counted["inputs"] += inner or 0
     total = sum(p.numel() for p in model.parameters())
     blocks = [sum(p.numel() for p in layer.parameters()) for layer in body.layers]
     return Shape(
@@ -199,6 +201,14 @@ def shape_of(config: Any, name: str, source: str) -> Shape:
         trunk=sum(p.numel() for p in body.parameters()),
         **counted,
     )
+
+
+def _keeps_less(body: Any, text: Any, kind: str) -> bool:
+    """Whether model/lean.py knows the norms, or the gated feed-forwards, of this model."""
+    if kind == "gated":
+        return getattr(text, "hidden_act", "") == "silu"
+    norms = [m for m in body.modules() if type(m).__name__.endswith("RMSNorm")]
+    return bool(norms) and all(hasattr(m, "variance_epsilon") for m in norms)
 
 
 def _experts(config: Any) -> tuple[int, int]:

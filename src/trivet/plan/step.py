@@ -308,8 +308,7 @@ class Step:
     def kept(self, shape: Shape) -> Terms:
         """What a microbatch's forward keeps for its backward."""
         part, size = self.part, self.size
-        inputs = shape.inputs if size == 2 else shape.shared_inputs
-        widths = {"inputs": inputs, "gates": shape.gates, "norms": shape.norms, "inner_norms": shape.inner_norms}
+        widths = {"inputs": shape.inputs, "norms": shape.norms}
         terms = {"activations": term(f.activations, tokens=part.tokens, **widths, size=size)}
         numbers = {"heads": shape.heads} | _widths(shape) | part.rows._asdict()
         if self.machine.cpu and part.longest_row <= SMALL:
@@ -332,8 +331,7 @@ class Step:
     def _training(self, model: Model) -> Terms:
         """Forward and backward of a microbatch when most is held: in the head's backward, or in that of the last block."""
         shape, part, size = model.shape, self.part, self.size
-        layers = shape.layers if self.config.gradient_checkpointing else 1
-        terms = self.kept(shape) | self._casts(shape, shape.matrices / layers)
+        terms = self.kept(shape) | self._casts(shape, shape.matrices / shape.layers)
         whole = model.trained == model.parameters
         if self.sharded and whole:
             root = shape.hidden if model.scalar else shape.root
