@@ -79,3 +79,19 @@ def test_what_a_token_and_layer_no_longer_keep():
     normed, casts, gated = 2 * 4 * hidden, 3 * 2 * hidden, 2 * 2 * wide  # of two norms; of k, v, up; silu, and times up
     weights = 2 * sum(x.numel() for x in model.model.layers[0].parameters() if x.dim() == 2)  # in bfloat16
     assert less[1] - less[0] == 2 * (int(groups.lengths.sum()) * (normed + casts + gated) + weights)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_of_several_sequences(bias):
+    plain = torch.nn.Linear(4, 5, bias=bias)
+    lean = make_lean(torch.nn.Sequential(copy.deepcopy(plain)))[0]
+    x = torch.randn(2, 3, 4)
+    found = []
+    for layer in (plain, lean):
+        own = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = layer(own)
+        out.float().square().sum().backward()
+        found.append([out.float(), own.grad, *(p.grad for p in layer.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-3)
