@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-CELLS = {
-    "cpu": 1 << 20
-}  # logits that are looked at in one go: 4 MB in float32, what a cache holds; elsewhere all of them
+CELLS = {"cpu": 1 << 20}  # logits looked at in one go: 4 MB in float32, what a cache holds; elsewhere all
 
 
 def sample(logits: Tensor, level: Tensor, **cut: Any) -> tuple[Tensor, Tensor]:

@@ -157,7 +157,9 @@ def shape_of(config: Any, name: str, source: str) -> Shape:
     linear = {name.split(".")[-1] for name, module in body.named_modules() if isinstance(module, torch.nn.Linear)}
     counted = dict.fromkeys(("matrices", "experts", "adapters", "adapted", "inputs", "gates", "norms"), 0)
     counted |= dict.fromkeys(("expert_inputs", "expert_gates"), 0)
-    lean = {kind for kind in ("norm", "gated") if _keeps_less(body, text, kind)}  # as model/lean.py has it
+    norms = [m for m in body.modules() if type(m).__name__.endswith("RMSNorm")]  # what model/lean.py knows keeps less:
+    lean_norms = bool(norms) and all(hasattr(m, "variance_epsilon") for m in norms)
+    lean_gates = getattr(text, "hidden_act", "") == "silu"
     for path, p in body.named_parameters():
         kind = path.split(".")[-2]
         if p is embedding or "embed" in kind or kind in ("wte", "wpe") or path.endswith("bias"):
@@ -170,15 +172,17 @@ def shape_of(config: Any, name: str, source: str) -> Shape:
             counted["matrices"] += p.numel()
             counted["adapters"] += kind in linear
             counted["adapted"] += sum(p.shape) if kind in linear else 0
-            counted["inputs"] += 0 if kind in SAME_INPUT or (kind == "down_proj" and "gated" in lean) else p.shape[1]
+            counted["inputs"] += 0 if kind in SAME_INPUT or (kind == "down_proj" and lean_gates) else p.shape[1]
             if kind == "up_proj":  # gate and up; without lean also the activation of gate
                 counted["gates"] += p.shape[0]
-                counted["inputs"] += (2 if "gated" in lean else 3) * p.shape[0]
+                counted["inputs"] += (2 if lean_gates else 3) * p.shape[0]
         elif p.dim() == 1:
             inner = {"q_norm": heads * width, "k_norm": kv_heads * width}.get(kind)
-            counted["norms"] += (inner is None or "norm" not in lean) * (inner or p.numel())
-            counted["norms"] += (inner is None and "norm" not in lean) * p.numel()  # over its root mean square
-            counted["inputs"] += inner or 0
+            if inner is None:  # what it reads; without lean also that over its root mean square
+                counted["norms"] += p.numel() if lean_norms else 2 * p.numel()
+            else:  # of queries or keys, which come in the type of the products
+                counted["inputs"] += inner
+                counted["norms"] += 0 if lean_norms else inner
     total = sum(p.numel() for p in model.parameters())
     blocks = [sum(p.numel() for p in layer.parameters()) for layer in body.layers]
     return Shape(
@@ -201,14 +205,6 @@ def shape_of(config: Any, name: str, source: str) -> Shape:
         trunk=sum(p.numel() for p in body.parameters()),
         **counted,
     )
-
-
-def _keeps_less(body: Any, text: Any, kind: str) -> bool:
-    """Whether model/lean.py knows the norms, or the gated feed-forwards, of this model."""
-    if kind == "gated":
-        return getattr(text, "hidden_act", "") == "silu"
-    norms = [m for m in body.modules() if type(m).__name__.endswith("RMSNorm")]
-    return bool(norms) and all(hasattr(m, "variance_epsilon") for m in norms)
 
 
 def _experts(config: Any) -> tuple[int, int]:

@@ -17,10 +17,8 @@ from trivet.plan.shapes import Machine, Shape
 SAMPLES = ("ppo", "grpo", "pairwise-grpo")
 WHOLE = ("reward-model", "dpo", "pairwise-grpo")  # losses that compare the completions of a group
 SCORING_BUDGET = 8192  # of rewards.learned.LearnedReward
-ALLOCATOR = {
-    True: 0.95,
-    False: 0.1,
-}  # by whether it is a CPU: of glibc's malloc, measured (docs/plan.md); a GPU's, assumed
+# by whether it is a CPU: of glibc's malloc, measured (docs/plan.md); a GPU's, assumed
+ALLOCATOR = {True: 0.95, False: 0.1}
 LARGE = ("cache", "head's gradient", "gathered weights")  # tensors that malloc maps and gives back one by one
 Terms = dict[str, Term]
 

@@ -466,8 +466,8 @@ class FromFirst:
         self.ranks, self.reward, self.logged = ranks, reward, dict[str, float]()
 
     def __call__(self, rollouts: Rollouts) -> Tensor:
-        asked = self.ranks.first(lambda: (self.reward(rollouts).cpu(), getattr(self.reward, "logged", {})))
-        scores, self.logged = asked
+        own = self.reward
+        scores, self.logged = self.ranks.first(lambda: (own(rollouts).cpu(), getattr(own, "logged", {})))
         return scores.to(rollouts.logprobs.device)
 
 
