@@ -7,15 +7,13 @@ computed from the same numbers. The functions by whose names recipes call the st
 on, as the clock does it. A process that torchrun has not started never comes here.
 """
 
-import copy
-import gc
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial, wraps
+from functools import partial
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
@@ -24,30 +22,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from trivet.batch import Example, Groups, Rollouts, collate, group_rows, microbatches
 from trivet.errors import InputError
 from trivet.generation.engine import Engine
 from trivet.generation.server import Servers
-from trivet.model.adapters import inject, is_adapters, trainable_copy
-from trivet.model.attention import NAME
-from trivet.model.blocks import blocks, checkpoint_blocks
+from trivet.model import scores, token_logprobs, values
+from trivet.model.adapters import trainable_copy
 from trivet.model.copies import frozen_copy
 from trivet.model.forward import shares_prefix
-from trivet.model.load import PRECISIONS, base_of
-from trivet.model.load import _from_config as from_config
-from trivet.model.scalar import with_scalar_head
 from trivet.rewards import learned
 from trivet.run.loop import Run
 from trivet.run.options import Options
 from trivet.run.remembered import digest
+from trivet.run.sharded import NO_QUANTIZED, ShardedModels, broadcast, gathered, local
 
 TOLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells each process
-PASSES = ("token_logprobs", "values", "scores")
-NO_QUANTIZED = "quantized weights can't be held in shards; take full ones, or run in one process"
 PATIENCE = timedelta(hours=1)  # for the slowest rank: rewards are asked for by one
 
 
@@ -71,35 +62,25 @@ class Ranks:
         self.device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size, timeout=PATIENCE)
-        self.mesh, self.config = init_device_mesh(kind, (self.size,)), config
-        self.roots: dict[int, Root] = {}  # by the identity of the model that it is the root of
-        self.trees: dict[int, Any] = {}  # of each model its modules once more, on meta, from which others are made
-        self.starts: dict[int, str] = {}  # digest of the weights that a model was loaded with
+        self.models = ShardedModels(config, self.device, init_device_mesh(kind, (self.size,)))
         self.filled: Sequence[Tensor] = ()  # what the recipe's loop writes by row
-        self.idle = False  # a pass for the company of the other ranks, which teaches nothing
         self.rows, self.total_rows = torch.empty(0, dtype=torch.int64), 0  # of the whole generation, those sampled here
 
     # what all ranks know
 
-    def same(self, x: Any = None) -> Any:
-        """What rank 0 has."""
-        told = [x]
-        dist.broadcast_object_list(told, 0, device=torch.device("cpu"))
-        return told[0]
-
     def first(self, call: Callable[[], Any], join: Callable[[Any], Any] = lambda asked: None) -> Any:
         """What this call gives on rank 0, or the error in what it was given, on all; join: what rank 0 asks of the others meanwhile.
 
-        It asks by `same`, of anything but a tuple.
+        It asks by `broadcast`, of anything but a tuple.
         """
         if self.rank == 0:
             try:
                 told = call(), None
             except (InputError, OSError) as error:
                 told = None, error
-            self.same(told)
+            broadcast(told)
         else:
-            while not isinstance(told := self.same(), tuple):
+            while not isinstance(told := broadcast(), tuple):
                 join(told)
         if told[1] is not None:
             raise told[1]
@@ -143,11 +124,11 @@ class Ranks:
         if most > len(parts):
             borrowed = torch.arange(len(lengths), device=owner.device) == visited[0]
             idle = parts[-1] if parts else next(microbatches(groups, budget, whole=whole, only=borrowed))
-            self.idle = True
+            self.models.idle = True
             try:
                 yield from [idle] * (most - len(parts))
             finally:
-                self.idle = False
+                self.models.idle = False
         for x in self.filled if into is None else into:
             self.merge(x, owner.repeat_interleave(groups.group_size))
 
@@ -181,7 +162,7 @@ class Ranks:
         own, start, size = [prompts[p] for p in mine], engine.generator.get_state(), len(prompts) * group_size
         self.rows = group_rows(torch.tensor(mine, dtype=torch.int64, device=self.device), group_size)  # (R,)
         self.total_rows, known = size, torch.get_rng_state()
-        root, plain = self.roots[id(policy)], not shares_prefix(policy)
+        root, plain = self.models.roots[id(policy)], not shares_prefix(policy)
         if plain:  # transformers draws; so each rank has noise of its own
             seed = int(torch.randint(2**31, (), generator=engine.generator, device=engine.generator.device))
             start = engine.generator.get_state()
@@ -220,10 +201,10 @@ class Ranks:
     def published(self, policy: Any, expects: Callable[[Any], Tensor]) -> tuple[Any, Tensor]:
         """The policy in the CPU memory of rank 0, None elsewhere, and what it expects after probes, by all ranks' weights."""
         if self.rank == 0:
-            self.same(expects)
+            broadcast(expects)
         with torch.no_grad():
-            expected = self.through(expects)(policy)
-        if (twin := whole(policy)) is not None:
+            expected = self.models.through(expects)(policy)
+        if (twin := self.models.whole(policy)) is not None:
             twin.compute_dtype = policy.compute_dtype
         return twin, expected
 
@@ -275,129 +256,6 @@ class Ranks:
             local(grad).mul_((limit / (norm + 1e-6)).clamp(max=1).to(local(grad).device))
         return norm
 
-    # models
-
-    def load(self, original: Callable[..., Any], name: str, **options: Any) -> Any:
-        """What original(name) gives in one process: rank 0 reads the files into its CPU memory, and each rank keeps its shards."""
-        full, told = dict[str, Tensor](), None
-        if self.rank == 0:
-            model = original(name, **options | {"device": "cpu"})
-            if getattr(model, "is_quantized", False):
-                raise InputError(f"model {name}: {NO_QUANTIZED}")
-            own = getattr(model, "generation_config", None)  # as its file says
-            adapter = getattr(model, "peft_config", {}).get("default")
-            told = hasattr(model, "score"), adapter, shares_prefix(model), digest(model, []), own, torch.get_rng_state()
-            full = {key: x.detach() for key, x in (*model.named_parameters(), *model.named_buffers())}
-        scorer, adapter, shares, start, own, random_state = self.same(told)
-        kind, labels = (AutoModelForSequenceClassification, {"num_labels": 1}) if scorer else (AutoModelForCausalLM, {})
-        with torch.device("meta"):
-            model = from_config(base_of(name)[0], kind, **labels).eval()
-            if adapter is not None:
-                inject(model, adapter)
-        model.compute_dtype = PRECISIONS[options.get("precision", self.config.precision)]
-        if own is not None:
-            model.generation_config = own
-        self._shard(model, shares, partial(self.from_first, full))
-        full.clear()
-        gc.collect()  # its modules know themselves, so what was read would stay for a while
-        self.starts[id(model)] = start
-        torch.set_rng_state(random_state)
-        return model
-
-    def making(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A function that makes a model from one in memory, for models in shards: what they share there, they share here.
-
-        It is given the same modules with whole adapters, and Hollow in place of the base.
-        """
-
-        @wraps(function)
-        def make(model: Any, *args: Any, **options: Any) -> Any:
-            held, tree = dict([*model.named_parameters(), *model.named_buffers()]), self.trees[id(model)]
-            memo = dict[int, Any]()
-            for name, x in (*tree.named_parameters(), *tree.named_buffers()):
-                known = held[name]
-                base = isinstance(x, torch.nn.Parameter) and not is_adapters(name)
-                memo[id(x)] = Hollow(known, self.device) if base else whole_tensor(known)
-            made = function(copy.deepcopy(tree, memo), *args, **options)
-            return None if made is None else self._shard(made, shares_prefix(model))
-
-        return make
-
-    def with_scalar_head(self, policy: Any, *, share: bool = False) -> Any:
-        """trivet.model.scalar.with_scalar_head."""
-        if not share:
-            return self.making(with_scalar_head)(policy)
-        model = with_scalar_head(policy, share=True)
-        model._shares_prefix = shares_prefix(policy)
-        self.roots[id(model)] = self.roots[id(policy)]
-        return model
-
-    def from_first(self, full: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
-        """This tensor of rank 0."""
-        x = torch.empty(like.shape, dtype=like.dtype, device=self.device)
-        if self.rank == 0:
-            x.copy_(full[name])
-        dist.broadcast(x, 0)
-        return x
-
-    def _shard(self, model: Any, shares: bool, given: Callable[[str, Tensor], Tensor] = lambda name, x: x) -> Any:
-        """Put a model into shards, a block at a time. given: what its tensors on meta are filled with."""
-        model._shares_prefix = shares
-        if shares:
-            model.set_attn_implementation(NAME)
-        named = [*model.named_parameters(), *model.named_buffers()]
-        self.trees[id(model)] = copy.deepcopy(model, {id(x): on_meta(x) for _, x in named})
-        if self.config.gradient_checkpointing:
-            checkpoint_blocks(model)
-        names = {id(x): name for name, x in named}
-        root, pinned = Root(model), self.device.type == "cuda"
-        offload = CPUOffloadPolicy(pin_memory=pinned) if self.config.offload_optimizer else OffloadPolicy()
-        for unit in (*blocks(model), root):
-            made, shared = dict[int, tuple[Tensor, Tensor]](), list[tuple[Any, str, Tensor]]()  # tied weights are one
-            for owned in (owned for module in unit.modules() for owned in (module._parameters, module._buffers)):
-                for key, x in owned.items():
-                    if x is None or isinstance(x, DTensor):
-                        continue
-                    if id(x) not in made:
-                        made[id(x)] = x, _filled(x, partial(given, names[id(x)]))
-                    owned[key] = made[id(x)][1]  # type: ignore[assignment]
-                    if isinstance(x, Hollow) and not x.copied:
-                        shared.append((owned, key, x.of))
-            # blocks travel in the type of the products; embeddings, head and last norm, which compute in float32, do not
-            kind = None if unit is root else model.compute_dtype
-            policy = MixedPrecisionPolicy(param_dtype=kind, reduce_dtype=torch.float32, cast_forward_inputs=False)
-            fully_shard(
-                unit, mesh=self.mesh, reshard_after_forward=unit is not root, mp_policy=policy, offload_policy=offload
-            )
-            unit.set_gradient_divide_factor(1.0)  # type: ignore[operator]  shares of one mean: they add up
-            unit.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
-            for owned, key, x in shared:  # as loading a state does it: FSDP takes them up before the first forward
-                owned[key] = torch.nn.Parameter(x.detach(), requires_grad=False)
-        self.roots[id(model)] = root
-        with torch.no_grad():
-            root(lambda: None)  # FSDP now knows which module is the root
-        root.reshard()  # type: ignore[operator]
-        return model
-
-    def through(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """token_logprobs, values or scores as the forward of the model's root, whose weights are gathered for it."""
-
-        @wraps(function)
-        def call(model: Any, *args: Any, **options: Any) -> Tensor:
-            root = self.roots[id(model)]
-
-            def forward() -> Tensor:
-                if (head := model.get_output_embeddings()) is not None:
-                    head.weight._cast_key = None  # gathered weights do not tell by their version that they have changed
-                return function(model, *args, **options).clone()  # FSDP hooks what is returned, and that is no view
-
-            result = root(forward)
-            if not torch.is_grad_enabled():
-                root.reshard()  # type: ignore[operator]  no backward pass will
-            return _Idle.apply(result) if self.idle and result.requires_grad else result  # type: ignore[no-any-return]
-
-        return call
-
     @contextmanager
     def at_work(self, recipe: ModuleType, run: Run) -> Iterator[None]:
         """Within it the stages that this recipe calls are shared among the ranks."""
@@ -408,18 +266,22 @@ class Ranks:
             if not isinstance(reward, learned.LearnedReward):  # a model's passes are shared, as all passes
                 rewards[name] = FromFirst(self, reward)
         generate, serve = Engine.generate, Servers.generate
+        models = self.models
+        shared = {
+            "microbatches": self.microbatches,
+            "in_microbatches": self.in_microbatches,
+            "token_logprobs": models.through(token_logprobs),
+            "values": models.through(values),
+            "scores": models.through(scores),
+            "with_scalar_head": models.with_scalar_head,
+            "frozen_copy": models.making(frozen_copy),
+            "trainable_copy": models.making(trainable_copy),
+            "remembered": lambda model, rows, take, note: take(),
+        }
         with ExitStack() as stack:
             for module in (*modules, learned):
-                put = {"microbatches": self.microbatches, "in_microbatches": self.in_microbatches}
-                put |= {"with_scalar_head": self.with_scalar_head, "frozen_copy": self.making(frozen_copy)}
-                put |= {
-                    "trainable_copy": self.making(trainable_copy),
-                    "remembered": lambda model, rows, take, note: take(),
-                }
-                put |= {name: self.through(getattr(module, name)) for name in PASSES if hasattr(module, name)}
-                for name in put:
-                    if hasattr(module, name):
-                        stack.enter_context(patch.object(module, name, put[name]))
+                for name in shared.keys() & vars(module).keys():
+                    stack.enter_context(patch.object(module, name, shared[name]))
             away = vars(run.config).get("generate_with") or vars(run.config).get("vllm")
             share = self.served if away else self.generate
             stack.enter_context(patch.object(Engine, "generate", lambda *args: share(generate, *args)))
@@ -433,30 +295,6 @@ class Ranks:
                     f"out of memory on rank {self.rank}; lower --microbatch-tokens ({run.config.microbatch_tokens}), add "
                     "--gradient-checkpointing, or start more processes"
                 ) from error
-
-
-class Root(torch.nn.Module):
-    """What FSDP takes for the model: its forward is whatever needs the weights."""
-
-    def __init__(self, model: Any):
-        super().__init__()
-        self.model = model
-
-    def forward(self, call: Callable[[], Any]) -> Any:
-        """What it returns, with the root's weights gathered."""
-        return call()
-
-
-class _Idle(torch.autograd.Function):
-    """The same numbers, and no gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return torch.zeros_like(grads[0])
 
 
 class FromFirst:
@@ -480,58 +318,6 @@ def balanced(lengths: Sequence[int], size: int) -> list[int]:
     return ranks
 
 
-def local(x: Tensor) -> Tensor:
-    """This rank's shard of a tensor, or the tensor."""
-    return x.to_local() if isinstance(x, DTensor) else x
-
-
-@contextmanager
-def gathered(root: Any) -> Iterator[None]:
-    """All weights of the model on every rank, until its end."""
-    units = [unit for unit in root.modules() if isinstance(unit, FSDPModule)]
-    for unit in units:
-        unit.set_reshard_after_forward(False, recurse=False)
-        unit.unshard()
-    try:
-        yield
-    finally:
-        for unit in units:
-            unit.set_reshard_after_forward(unit is not root, recurse=False)
-            unit.reshard()
-
-
-def whole_tensor(x: Tensor) -> Tensor:
-    """A copy of this tensor that is not in shards."""
-    return (x.full_tensor() if isinstance(x, DTensor) else x).detach().clone()
-
-
-def on_meta(x: Tensor) -> Tensor:
-    """Its shape and kind."""
-    like = torch.empty_like(x, device="meta")
-    return torch.nn.Parameter(like, x.requires_grad) if isinstance(x, torch.nn.Parameter) else like
-
-
-class Hollow(torch.nn.Parameter):
-    """What stands for a tensor in shards while a model is made from another: its shape without its memory. A deep copy stands for a copy."""
-
-    def __new__(cls, of: Tensor, device: torch.device, *, copied: bool = False) -> "Hollow":
-        return super().__new__(cls, torch.zeros((), dtype=of.dtype, device=device).expand(of.shape), of.requires_grad)
-
-    def __init__(self, of: Tensor, device: torch.device, *, copied: bool = False):
-        self.of, self.copied = of, copied
-
-    def __deepcopy__(self, memo: Any) -> "Hollow":
-        return Hollow(self.of, self.device, copied=True)
-
-
-def _filled(x: Any, given: Callable[[Tensor], Tensor]) -> Tensor:
-    """What a tensor is before it is put into shards; one that is shared stays on meta, as it will be replaced."""
-    if not (x.is_meta or isinstance(x, Hollow)):
-        return x
-    full = given(x) if x.is_meta else whole_tensor(x.of) if x.copied else on_meta(x)
-    return torch.nn.Parameter(full, x.requires_grad) if isinstance(x, torch.nn.Parameter) else full
-
-
 US: Ranks | None = None  # set while a run goes on that torchrun has started
 
 
@@ -550,7 +336,11 @@ def together(config: Options) -> Iterator[None]:
     """Within it this process takes part in the run."""
     global US
     US = Ranks(config)
-    making = {"load_scorer": partial(US.load, learned.load_scorer), "scorer_over": US.making(learned.scorer_over)}
+    models = US.models
+    making = {
+        "load_scorer": partial(models.load, learned.load_scorer),
+        "scorer_over": models.making(learned.scorer_over),
+    }
     with patch.multiple(learned, **making):  # type: ignore[call-overload]
         yield  # who fails stays a member until it has said so
     dist.barrier()
@@ -569,7 +359,7 @@ def first_to_fail() -> bool:
 
 def same(x: Any) -> Any:
     """What rank 0 has."""
-    return x if US is None else US.same(x)
+    return x if US is None else broadcast(x)
 
 
 def first(call: Callable[[], Any]) -> Any:
@@ -579,7 +369,7 @@ def first(call: Callable[[], Any]) -> Any:
 
 def publishing() -> dict[str, Any]:
     """Of Servers: how they come by the policy of this run, and whom they keep waiting."""
-    return {} if US is None else {"whole": US.published, "waits": US.same}
+    return {} if US is None else {"whole": US.published, "waits": broadcast}
 
 
 def agreed(*numbers: int) -> list[int]:
@@ -589,12 +379,12 @@ def agreed(*numbers: int) -> list[int]:
 
 def loading(load: Callable[..., Any]) -> Callable[..., Any]:
     """A function that loads a model, for this run."""
-    return load if US is None else partial(US.load, load)
+    return load if US is None else partial(US.models.load, load)
 
 
 def start_of(model: Any) -> str:
     """The digest of the weights that it began with."""
-    return digest(model, []) if US is None else US.starts[id(model)]
+    return digest(model, []) if US is None else US.models.starts[id(model)]
 
 
 def at_work(recipe: ModuleType, run: Run) -> Any:
@@ -604,24 +394,7 @@ def at_work(recipe: ModuleType, run: Run) -> Any:
 
 def whole(model: Any) -> Any:
     """The model on one device, to be saved; None on ranks that save nothing."""
-    if US is None:
-        return model
-    adapter, full, seen = hasattr(model, "peft_config"), dict[str, Tensor](), dict[int, Tensor]()
-    for name, x in model.state_dict(keep_vars=True).items():
-        if adapter and not is_adapters(name):
-            continue  # the base stays where it is
-        if id(x) not in seen:
-            told = (x.full_tensor() if isinstance(x, DTensor) else x).detach()
-            seen[id(x)] = told.cpu() if US.rank == 0 else torch.empty(0)
-        full[name] = seen[id(x)]
-    if US.rank:
-        return None
-    twin = copy.deepcopy(US.trees[id(model)])
-    twin.load_state_dict(full, assign=True, strict=not adapter)
-    twin.config = model.config
-    if hasattr(model, "generation_config"):
-        twin.generation_config = model.generation_config
-    return twin
+    return model if US is None else US.models.whole(model)
 
 
 class Silent:

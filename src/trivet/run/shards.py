@@ -8,6 +8,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from trivet.run import checkpoints as alone
 from trivet.run.files import make_folder, write_json
 from trivet.run.loop import Run
 from trivet.run.ranks import Ranks
+from trivet.run.sharded import broadcast, broadcast_tensor
 
 
 class Checkpoints(alone.Checkpoints):
@@ -84,7 +86,7 @@ class Checkpoints(alone.Checkpoints):
 
     def go_on(self, note: Callable[[str], None]) -> dict[str, Any]:
         """As alone: rank 0 looks which one is whole."""
-        counted, self.start = self.us.same((super().go_on(note), self.start) if self.us.rank == 0 else None)
+        counted, self.start = broadcast((super().go_on(note), self.start) if self.us.rank == 0 else None)
         return counted
 
     def expected(self) -> int:
@@ -99,7 +101,7 @@ class Checkpoints(alone.Checkpoints):
             full = {f"model/{name}": x.detach() for name, x in model.named_parameters()}
             for name, x in load_file(folder / "state.safetensors").items():
                 full[name.removeprefix("/parts/").replace("/adamw/state/", "/")] = x
-        return lambda name, like: self.us.from_first(full, name, like)
+        return partial(broadcast_tensor, full, self.us.device)
 
 
 def tensors(run: Run, parts: dict[str, Any]) -> dict[str, Tensor]:
