@@ -25,11 +25,11 @@ from transformers import PreTrainedTokenizerFast
 
 from fuzz_outside import outside
 from trivet import rows
-from trivet.cli import parse
 from trivet.data import NEEDS, load_examples, split_by_prompt
 from trivet.errors import InputError
 from trivet.model.text import PLAIN_TEMPLATE
 from trivet.recipes import dpo, grpo, ppo, reward_model, sft
+from trivet.run.arguments import parse
 from trivet.run.config import check, to_toml
 from trivet.run.record import _append
 

@@ -25,13 +25,13 @@ from conftest import tiny
 from trivet.batch import Rollouts, collate
 from trivet.errors import InputError
 from trivet.recipes import sft
-from trivet.report.runs import read_metrics
 from trivet.rewards.functions import FunctionReward
 from trivet.rewards.judge import Judge
 from trivet.run import launch as launching
 from trivet.run.checkpoints import Checkpoints, damage
 from trivet.run.config import to_toml
 from trivet.run.loop import Optimizer
+from trivet.run.reading import read_metrics
 from trivet.run.record import Record, _append
 
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # where fsync costs nothing

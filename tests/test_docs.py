@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from trivet.cli import HELP, RECIPES
+from trivet.cli import HELP
+from trivet.recipes import RECIPES
 
 ROOT = Path(__file__).parent.parent
 

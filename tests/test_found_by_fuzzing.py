@@ -11,9 +11,9 @@ from test_resume import KilledError, config, killed_after, numbers, same
 from trivet.cli import main
 from trivet.errors import InputError
 from trivet.recipes import sft
-from trivet.report.runs import read_object
 from trivet.rewards.functions import FunctionReward
 from trivet.run.launch import launch, resume
+from trivet.run.reading import read_object
 from trivet.run.record import _append, short
 
 

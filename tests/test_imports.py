@@ -54,6 +54,14 @@ def test_recipes_are_imported_by_nothing_below_them():
             assert not any(name.startswith(("trivet.recipes", "trivet.cli")) for name in imports(path)), path
 
 
+def test_reports_read_runs_and_runs_know_no_report_but_what_a_notebook_displays():
+    for path in (ROOT / "run").rglob("*.py"):
+        reports = {name for name in imports(path) if name.startswith("trivet.report")}
+        assert reports <= (
+            {"trivet.report.notebook", "trivet.report.notebook.shown"} if path.name == "files.py" else set()
+        )
+
+
 @pytest.mark.parametrize("recipe", ["sft", "reward_model", "dpo", "ppo", "grpo", "pairwise_grpo"])
 def test_a_method_can_be_read_in_an_afternoon(recipe):
     lines = {name: len(FILES[name].read_text().splitlines()) for name in closure(f"trivet.recipes.{recipe}", set())}

@@ -19,7 +19,7 @@ from transformers import (
 
 from conftest import SMALL
 from trivet.batch import Example, collate, microbatches
-from trivet.cli import RECIPES, main
+from trivet.cli import main
 from trivet.generation.engine import Engine
 from trivet.model.attention import Layout
 from trivet.model.forward import token_logprobs
@@ -29,6 +29,7 @@ from trivet.plan import formulas
 from trivet.plan.command import named_shape
 from trivet.plan.shapes import CARDS, SHAPES, Machine, card_of, shape_of
 from trivet.plan.step import Config, Step, attention_rows, split, total
+from trivet.recipes import RECIPES
 
 CPU = Machine("a CPU", True, 64e9, 1e12, 5e11, 5e10, 1e9, 1e9, 4e8)
 LENGTHS = {"prompt_tokens": 40, "completion_tokens": 33, "prompts_per_step": 2, "group_size": 4}

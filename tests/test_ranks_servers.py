@@ -105,7 +105,7 @@ def test_without_a_server_all_stop_with_a_checkpoint_that_any_number_goes_on_fro
     whole, out = trained("ppo", tmp_path / "whole", 2, **options), tmp_path / "run"
     stub.fault(*[""] * 10, "", "die")
     given = config("ppo", out, **options)
-    with patch("trivet.cli.parse", lambda *args: given):
+    with patch("trivet.run.arguments.parse", lambda *args: given):
         codes = on_ranks(3, lambda: alone(stub) or main(["ppo"]))
     said = capfd.readouterr().err
     assert codes == [2, 2, 2]
@@ -133,7 +133,7 @@ def test_before_the_first_step_nothing_is_left(tmp_path, monkeypatch, capfd):
         ({"vllm": True}, "TRIVET_VLLM_PYTHON is /nowhere/python, which is not there"),
     ):
         given = config("grpo", tmp_path / "run", **options)
-        with patch("trivet.cli.parse", lambda *args, given=given: given):
+        with patch("trivet.run.arguments.parse", lambda *args, given=given: given):
             assert on_ranks(2, lambda: main(["grpo"])) == [2, 2]
         found = capfd.readouterr().err
         assert found.count("trivet grpo:") == found.count(said) == 1
@@ -144,7 +144,7 @@ def test_before_the_first_step_nothing_is_left(tmp_path, monkeypatch, capfd):
 def test_weights_over_nccl_are_refused(stub, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("TRIVET_WEIGHT_SYNC", "nccl")
     given = config("grpo", tmp_path / "run", generate_with=(stub.url,))
-    with patch("trivet.cli.parse", lambda *args: given):
+    with patch("trivet.run.arguments.parse", lambda *args: given):
         assert on_ranks(2, lambda: main(["grpo"])) == [2, 2]
     assert "TRIVET_WEIGHT_SYNC=nccl does not work under torchrun yet" in capfd.readouterr().err
 

@@ -19,7 +19,7 @@ import uvicorn
 from runs import LIVING, write_run
 from trivet.cli import main
 from trivet.report import watch
-from trivet.report.runs import lives, read_metrics, state
+from trivet.run.reading import lives, read_metrics, state
 
 GONE = 2**22 + 1  # no process has this pid
 

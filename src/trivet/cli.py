@@ -7,11 +7,10 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from typing import Any
 
 from trivet.errors import InputError
+from trivet.recipes import RECIPES
 
-RECIPES = ("sft", "reward-model", "dpo", "ppo", "grpo", "pairwise-grpo")
 HELP = """trivet · post-train language models on preferences and rewards
 
 methods       trivet METHOD --model NAME --data FILE [--out DIR] [options]     (--help lists them)
@@ -99,6 +98,7 @@ def run_command(command: str, args: list[str]) -> int:
         "plan": "plan.command",
     }
     if command in RECIPES or command == "resume":
+        from trivet.run.arguments import parse
         from trivet.run.launch import launch, resume
         from trivet.run.terminal import Terminal
 
@@ -124,33 +124,6 @@ def run_command(command: str, args: list[str]) -> int:
         near = difflib.get_close_matches(command, [*RECIPES, "resume", *others], n=1, cutoff=0.0)[0]
         raise InputError(f"unknown command; the nearest known one is '{near}' (trivet --help lists all)")
     return 0
-
-
-def parse(kind: type[Any], args: list[str], program: str, presets: dict[str, dict[str, Any]] | None = None) -> Any:
-    """A config from --preset NAME ..., then --config FILE.toml, then flags, the later ones on top."""
-    from trivet.run.arguments import read_flags, read_toml, typed
-
-    presets, extra = presets or {}, ""
-    if presets:
-        extra = f" --preset (one or more of {', '.join(presets)}) and --config FILE.toml set several options; flags go on top."
-    if hasattr(kind, "model"):
-        extra += " --trust-remote-code runs Python code and reads pickles that come with a model."
-    if {"-h", "--help"} & set(args):
-        import tyro
-
-        tyro.cli(kind, args=["--help"], prog=program, description=(kind.__doc__ or "") + extra)
-    others: dict[str, Any] = {"trust_remote_code": bool} if hasattr(kind, "model") else {}
-    flags = read_flags(kind, args, others | ({"preset": tuple[str, ...], "config": str} if presets else {}))
-    if flags.pop("trust-remote-code", False):
-        os.environ["TRIVET_TRUST_REMOTE_CODE"] = "1"
-    path, values = flags.pop("config", None), dict[str, Any]()
-    for preset in flags.pop("preset", ()):
-        if preset not in presets:
-            raise InputError(f"--preset {preset}: there is {', '.join(presets)}")
-        values |= presets[preset]
-    if path is not None:
-        values |= typed(kind, read_toml(path), f"{path}: ")
-    return kind(**values | typed(kind, flags, "--"))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from trivet.batch import Example, Rollouts
-from trivet.cli import parse
 from trivet.data import load_examples
 from trivet.errors import InputError
 from trivet.generation.engine import Engine
@@ -31,6 +30,7 @@ from trivet.model.text import decode_completion, encode_prompt, load_tokenizer, 
 from trivet.recipes.offline import to_groups
 from trivet.rewards.functions import load_rewards
 from trivet.rows import read_rows
+from trivet.run.arguments import parse
 
 
 @dataclass(frozen=True, kw_only=True)

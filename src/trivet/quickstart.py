@@ -49,7 +49,7 @@ class Config:
 
 def quickstart(args: list[str]) -> None:
     """Run the stages that are not there yet, evaluate, print."""
-    from trivet.cli import parse
+    from trivet.run.arguments import parse
 
     config: Config = parse(Config, args, "trivet quickstart")
     console, out = wide_console(), Path(config.out)

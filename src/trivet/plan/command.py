@@ -10,11 +10,12 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-from trivet.cli import RECIPES, parse
 from trivet.errors import InputError, first_line
 from trivet.plan import formulas
 from trivet.plan.shapes import SHAPES, Shape, card_of, own_shape, shape_of, this_machine
 from trivet.plan.step import ALLOCATOR, BACKWARD, FORWARD, PHASES, SAMPLES, Config, Step, total
+from trivet.recipes import RECIPES
+from trivet.run.arguments import parse
 
 NONE_NAMED = (
     "no model was named: give --model a folder or hub name with a config.json, --layers, --hidden and --heads, or one of "

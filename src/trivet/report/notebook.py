@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 
 from trivet.report.compare import COLUMNS, heldout_numbers, memory, read_summary
 from trivet.report.plots import draw_metrics
-from trivet.report.runs import read_metrics
+from trivet.run.reading import read_metrics
 
 CURVES = ("reward", "loss", "rewards/accuracies", "accuracy", "kl")  # drawn where the run has them
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from trivet.errors import InputError
 from trivet.report.compare import read_summary
-from trivet.report.runs import method_of, read_metrics, require_run, run_names, runs_and_options
+from trivet.run.arguments import runs_and_options
+from trivet.run.reading import method_of, read_metrics, require_run, run_names
 
 COLORS = {  # Okabe and Ito's palette, told apart by color-blind readers too
     "sft": "#000000",

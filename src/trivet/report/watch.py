@@ -21,7 +21,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from trivet.errors import InputError
 from trivet.report.gather import gather
 from trivet.report.page import as_json, build_page, runs_in
-from trivet.report.runs import lives, read_object, require_run, runs_and_options
+from trivet.run.arguments import runs_and_options
+from trivet.run.reading import lives, read_object, require_run
 
 HOSTS = ("127.0.0.1", "localhost", "[::1]")
 FILES = ("config.toml", "run.json", "metrics.jsonl", "samples.jsonl", "summary.json", "judged.json")

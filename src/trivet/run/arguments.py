@@ -1,6 +1,7 @@
 """What a person writes, flags or a TOML file, as values for the fields of a config: names known, types right."""
 
 import difflib
+import os
 import tomllib
 import typing
 from collections.abc import Sequence
@@ -8,6 +9,40 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trivet.errors import InputError
+
+
+def parse(kind: type[Any], args: list[str], program: str, presets: dict[str, dict[str, Any]] | None = None) -> Any:
+    """A config from --preset NAME ..., then --config FILE.toml, then flags, the later ones on top."""
+    presets, extra = presets or {}, ""
+    if presets:
+        extra = f" --preset (one or more of {', '.join(presets)}) and --config FILE.toml set several options; flags go on top."
+    if hasattr(kind, "model"):
+        extra += " --trust-remote-code runs Python code and reads pickles that come with a model."
+    if {"-h", "--help"} & set(args):
+        import tyro
+
+        tyro.cli(kind, args=["--help"], prog=program, description=(kind.__doc__ or "") + extra)
+    others: dict[str, Any] = {"trust_remote_code": bool} if hasattr(kind, "model") else {}
+    flags = read_flags(kind, args, others | ({"preset": tuple[str, ...], "config": str} if presets else {}))
+    if flags.pop("trust-remote-code", False):
+        os.environ["TRIVET_TRUST_REMOTE_CODE"] = "1"
+    path, values = flags.pop("config", None), dict[str, Any]()
+    for preset in flags.pop("preset", ()):
+        if preset not in presets:
+            raise InputError(f"--preset {preset}: there is {', '.join(presets)}")
+        values |= presets[preset]
+    if path is not None:
+        values |= typed(kind, read_toml(path), f"{path}: ")
+    return kind(**values | typed(kind, flags, "--"))
+
+
+def runs_and_options(kind: type[Any], args: list[str], program: str) -> tuple[list[Path], Any]:
+    """The run directories, which stand first, and the options after them."""
+    flags = next((i for i, arg in enumerate(args) if arg.startswith("-")), len(args))
+    options = parse(kind, args[flags:], f"{program} RUN [RUN ...]")
+    if not flags:
+        raise InputError(f"name a run directory first: {program} RUN [RUN ...]")
+    return [Path(arg) for arg in args[:flags]], options
 
 
 def read_flags(config: type[Any], args: Sequence[str], others: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -36,7 +36,6 @@ from trivet.model.load import (
     usable_device,
 )
 from trivet.model.text import decode_completion, load_tokenizer, stop_ids
-from trivet.report.runs import method_of
 from trivet.rewards.functions import load_rewards
 from trivet.run import ranks
 from trivet.run.adapted import adapted, check_adapter
@@ -49,6 +48,7 @@ from trivet.run.files import RunDirectory
 from trivet.run.loop import Metrics, Run
 from trivet.run.memory import by_part, memory_now, peak_memory
 from trivet.run.options import Options
+from trivet.run.reading import method_of
 from trivet.run.record import Record, short
 from trivet.run.rescue import OutOfMemoryError, Skips, halved, is_out_of_memory, save_beginning
 from trivet.run.servers import servers_of

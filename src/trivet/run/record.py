@@ -22,11 +22,11 @@ from torch import Tensor
 
 from trivet.batch import Groups, Rollouts
 from trivet.errors import InputError, first_line
-from trivet.report.runs import read_object
 from trivet.run.config import to_toml
 from trivet.run.files import make_folder, to_disk, write_json, write_text
 from trivet.run.loop import Metrics
 from trivet.run.options import Options
+from trivet.run.reading import read_object
 
 try:
     import fcntl

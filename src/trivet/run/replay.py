@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from trivet.errors import InputError
-from trivet.report.runs import read_metrics, read_object
 from trivet.run.checkpoints import Checkpoints, damage
 from trivet.run.launch import Launch, config_of
 from trivet.run.loop import Optimizer
+from trivet.run.reading import read_metrics, read_object
 from trivet.run.remembered import digest
 
 

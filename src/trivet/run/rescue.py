@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from trivet.errors import InputError
-from trivet.report.runs import read_object
 from trivet.run import ranks
 from trivet.run.checkpoints import Checkpoints, damage, steps
 from trivet.run.files import write_json
 from trivet.run.loop import Metrics, Run
+from trivet.run.reading import read_object
 
 KEPT = 3  # skipped steps of a run that are kept for replay, each with a checkpoint
 SMALLEST = 32  # tokens of a microbatch, under which halving it is given up

@@ -1,4 +1,4 @@
-"""What the commands that look at runs share: their arguments, reading files that may still be written, whether a run goes on."""
+"""Reading run directories, also of runs that go on: files that may still be written, and whether somebody writes them."""
 
 import json
 import os
@@ -9,17 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from trivet.errors import InputError
-
-
-def runs_and_options(kind: type[Any], args: list[str], program: str) -> tuple[list[Path], Any]:
-    """The run directories, which stand first, and the options after them."""
-    from trivet.cli import parse
-
-    flags = next((i for i, arg in enumerate(args) if arg.startswith("-")), len(args))
-    options = parse(kind, args[flags:], f"{program} RUN [RUN ...]")
-    if not flags:
-        raise InputError(f"name a run directory first: {program} RUN [RUN ...]")
-    return [Path(arg) for arg in args[:flags]], options
 
 
 def require_run(run: Path) -> None:
