@@ -100,7 +100,7 @@ def test_a_server_that_dies_and_comes_back_changes_nothing_however_long_it_takes
 
 
 def test_without_a_server_all_stop_with_a_checkpoint_that_any_number_goes_on_from(stub, tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv("TRIVET_SERVER_TIMEOUT", "1")
+    monkeypatch.setenv("TRIVET_SERVER_TIMEOUT", "3")
     options = {"generate_with": (stub.url,), "group_size": 4, "kl_target": 1.0, "eval_every": 0}
     whole, out = trained("ppo", tmp_path / "whole", 2, **options), tmp_path / "run"
     stub.fault(*[""] * 10, "", "die")

@@ -1,5 +1,6 @@
 """Generation by servers: the protocol, the probe after each sync, faults of every kind, generation ahead of training."""
 
+import asyncio
 import copy
 import json
 import os
@@ -242,7 +243,7 @@ def test_a_server_that_misbehaves_loses_its_work_to_another(stub, others, client
     if fault == "wrong version" and policy is adapted:
         pytest.skip("an adapter's version is its name, which is asked for")
     second = others()
-    policy, servers = policy(), client(stub, second, timeout=1.0 if fault == "hang" else 20.0)
+    policy, servers = policy(), client(stub, second, timeout=2.0 if fault == "hang" else 20.0, patience=60.0)
     servers.generate(policy, ROWS, 3)
     move(policy)
     stub.fault(fault)
@@ -273,6 +274,19 @@ def test_without_a_server_the_wait_ends(folder, client):
     with pytest.raises(NoServerError, match=f"no server to generate with: {gone.url} can't be reached"):
         servers.generate(tiny(), ROWS, 2)
     assert time.monotonic() - began < 8
+
+
+def test_no_server_is_given_up_before_it_was_tried(stub, client, monkeypatch):
+    """As on a machine so busy that the first answer takes longer than the patience."""
+    bring, policy = Server.bring, tiny()
+
+    async def late(server, *args):
+        await asyncio.sleep(0.6)
+        await bring(server, *args)
+
+    monkeypatch.setattr(Server, "bring", late)
+    servers = client(stub, patience=0.2)
+    assert agrees(policy, servers.generate(policy, ROWS, 2)) < 1e-5
 
 
 def test_a_server_that_says_nothing_any_more_is_left_before_its_time_is_up(stub, others, client, monkeypatch):
