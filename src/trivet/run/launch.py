@@ -5,6 +5,7 @@ out = launch(grpo.Config(model="Qwen/Qwen3-0.6B", data="questions.jsonl", reward
 
 import gc
 import importlib
+import secrets
 import signal
 import sys
 import threading
@@ -36,7 +37,7 @@ from trivet.model.load import (
     usable_device,
 )
 from trivet.model.text import decode_completion, load_tokenizer, stop_ids
-from trivet.report.runs import method_of
+from trivet.report.runs import method_of, read_object
 from trivet.rewards.functions import load_rewards
 from trivet.run import ranks
 from trivet.run.adapted import adapted, check_adapter
@@ -207,6 +208,7 @@ def _launch(config: Options, watch: Watch | None, again: bool) -> Path:
     if watch:
         watch(launched, 0, {})
     about = {"started_from": launched.start_from, "start": ranks.start_of(run.model), "began": time.time()}
+    about |= {"id": secrets.token_hex(4)}  # by which trackers know the run
     about |= {"data": launched.counts, "example": launched.example()}
     about |= {"parameters": sum(p.numel() for p in run.model.parameters())}
     generates = servers_of(run, out, launched.start_from, launched.context)
@@ -227,9 +229,9 @@ def _launch(config: Options, watch: Watch | None, again: bool) -> Path:
         done, tokens, heldout = counted["step"], Counter[str](counted["tokens"]), dict[str, float](counted["eval"])
         skips = Skips(out, run, checkpoints)
         record.begin(about, done)
-        tracked = trackers(
-            config.track if ranks.leads() else (), out, {"method": launched.method} | vars(launched.config)
-        )
+        options = {"method": launched.method} | vars(launched.config)
+        identifier = read_object(out / "run.json").get("id", "")
+        tracked = trackers(config.track if ranks.leads() else (), out, options, identifier)
         began = time.perf_counter() - counted["seconds"]
         saved = time.monotonic()
         try:
