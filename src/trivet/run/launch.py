@@ -290,19 +290,44 @@ def _failed(
         save_beginning(checkpoints, done, counted)
         failed = halved(out, run, done + 1, error)
     elif isinstance(error, NoServerError) and done:
-        save_beginning(checkpoints, done, counted)
-        failed = InputError(f"{error}; stopped after step {done}, to go on: trivet resume {out}")
+        start = save_beginning(checkpoints, done, counted)
+        step = int(start.name.removeprefix("step-")) if start else 0
+        where = f"in step {done + 1}, to go on from {f'step {step}' if step else 'the start'}"
+        where = f"after step {done}, to go on" if step == done else where
+        failed = InputError(f"{error}; stopped {where}: trivet resume {out}")
     if done == 0 and isinstance(failed, InputError | OSError | KeyboardInterrupt):
         launched.record.undo()
     return failed
 
 
-def resume(out: str | Path, watch: Watch | None = None) -> Path:
-    """Go on with a run that was stopped or killed. Errors: InputError where there is none, or it is done."""
+MAY_CHANGE = ("generate_with", "vllm", "track", "save_every", "keep", "microbatch_tokens")  # not what is computed
+
+
+def resume(out: str | Path, /, watch: Watch | None = None, **options: Any) -> Path:
+    """Go on with a run that was stopped or killed. options: other values from here on, of those in MAY_CHANGE.
+
+    Errors: InputError where there is no run, it is done, or an option would change what it computes.
+    """
     out = Path(out)
     if (out / "summary.json").exists():
         raise InputError(f"{out} is done: its model is in {out / 'model'}")
-    return launch(replace(config_of(out), out=str(out)), watch, again=True)
+    before = config_of(out)
+    config = replace(before, **typed(type(before), options, "") | {"out": str(out)})
+    if other := sorted(options.keys() - set(MAY_CHANGE)):
+        may = ", ".join(f"--{name.replace('_', '-')}" for name in MAY_CHANGE if hasattr(config, name))
+        raise InputError(
+            f"--{other[0].replace('_', '-')} would change what the run computes; resume takes {may}, the rest stands in {out / 'config.toml'}"
+        )
+    if _served(config) != _served(before):
+        who = "servers generate" if _served(before) else "the run itself generates"
+        raise InputError(
+            f"{out}: {who}, and others would write other tokens; only servers can take the place of servers"
+        )
+    return launch(config, watch, again=True)
+
+
+def _served(config: Options) -> bool:
+    return bool(vars(config).get("generate_with") or vars(config).get("vllm"))
 
 
 def config_of(out: Path) -> Options:
