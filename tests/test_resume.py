@@ -207,7 +207,8 @@ def test_what_does_not_change_the_result_may_be_given_anew(tmp_path, stopped, mo
         ("--track tensorflow", "--track tensorflow: there is tensorboard"),
     ],
 )
-def test_what_changes_the_result_may_not(tmp_path, stopped, capsys, words, said):
+def test_what_changes_the_result_may_not(tmp_path, stopped, capsys, monkeypatch, words, said):
+    monkeypatch.setenv("TRIVET_SERVER_TIMEOUT", "1")
     run = tmp_path / "r"
     shutil.copytree(stopped[0], run)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}

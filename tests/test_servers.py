@@ -401,7 +401,7 @@ def test_without_a_server_the_run_stops_with_a_checkpoint_and_goes_on_later(toy,
 @pytest.mark.parametrize(("every", "where"), [(0, "the start"), (2, "step 2")])
 def test_without_a_server_in_an_evaluation_it_says_from_where_it_goes_on(toy, tmp_path, monkeypatch, every, where):
     """The weights have moved by then, so that the beginning of the step can't be saved any more."""
-    monkeypatch.setenv("TRIVET_SERVER_TIMEOUT", "1")
+    monkeypatch.setenv("TRIVET_SERVER_TIMEOUT", "3")
     out, options = tmp_path / "run", dict(TOY, steps=4, eval_every=4, eval_limit=2, save_every=every)
     toy[0].fault(*[""] * 4 * 8, "die")
     with pytest.raises(InputError, match=f"; stopped in step 4, to go on from {where}: trivet resume"):
