@@ -181,6 +181,55 @@ def test_what_can_not_go_on_says_so(tmp_path, stopped, capsys):
         resume(run)
 
 
+def test_what_does_not_change_the_result_may_be_given_anew(tmp_path, stopped, monkeypatch):
+    run = tmp_path / "r"
+    shutil.copytree(stopped[0], run)
+    assert main(["resume", str(run), "--save-every", "1", "--keep=3", "--microbatch-tokens", "1000"]) == 0
+    known = (run / "config.toml").read_text()
+    assert all(line in known for line in ("save_every = 1\n", "keep = 3\n", "microbatch_tokens = 1000\n"))
+    assert json.loads((run / "run.json").read_text())["options"]["keep"] == 3
+    norms = [[line["grad_norm"] for line in numbers(out)] for out in (run, stopped[1])]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)  # the last one in other microbatches
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "--lr 0.1",
+            "--lr would change what the run computes; resume takes --generate-with, --vllm, --track, --save-every",
+        ),
+        ("--keep 1 --out elsewhere", "--out would change"),
+        ("--keep -1", "--keep is -1; it must be at least 0"),
+        ("--keepp 1", "unknown option --keepp; the nearest known one is --keep"),
+        ("again", "'again' belongs to no option"),
+        ("--generate-with http://127.0.0.1:1", "the run itself generates, and others would write other tokens"),
+        ("--track tensorflow", "--track tensorflow: there is tensorboard"),
+    ],
+)
+def test_what_changes_the_result_may_not(tmp_path, stopped, capsys, monkeypatch, words, said):
+    monkeypatch.setenv("TRIVET_SERVER_TIMEOUT", "1")
+    run = tmp_path / "r"
+    shutil.copytree(stopped[0], run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert main(["resume", str(run), *words.split()]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_with_servers_goes_on_with_servers(tmp_path, stopped):
+    run = tmp_path / "r"
+    shutil.copytree(stopped[0], run)
+    toml = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(toml.replace("generate_with = []", 'generate_with = ["http://127.0.0.1:1"]'))
+    with pytest.raises(InputError, match="servers generate, and others would write other tokens"):
+        resume(run, generate_with=())
+    with pytest.raises(InputError, match="unknown key 'lrr'; the nearest known one is 'lr'"):
+        resume(run, lrr=1.0)
+
+
 def test_one_process_a_directory(tmp_path, stopped):
     run = tmp_path / "r"
     shutil.copytree(stopped[0], run)

@@ -404,13 +404,25 @@ def test_without_a_server_the_run_stops_with_a_checkpoint_and_goes_on_later(toy,
     ):
         launch(config)
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-3"]
-    toml = (out / "config.toml").read_text()
-    (out / "config.toml").write_text(toml.replace(toy[0].url, toy[1].url))  # elsewhere by now
-    resume(out)
+    assert main(["resume", str(out), "--generate-with", toy[1].url]) == 0  # elsewhere by now
+    assert f'generate_with = ["{toy[1].url}"]' in (out / "config.toml").read_text()
     metrics = lines(out, "metrics.jsonl")
     assert [x["step"] for x in metrics] == [1, 2, 3, 4, 5, 6]
     assert [x["sampling/staleness"] for x in metrics] == [0] * 6
     assert json.loads((out / "summary.json").read_text())["steps"] == 6
+
+
+@pytest.mark.parametrize(("every", "where"), [(0, "the start"), (2, "step 2")])
+def test_without_a_server_in_an_evaluation_it_says_from_where_it_goes_on(toy, tmp_path, monkeypatch, every, where):
+    """The weights have moved by then, so that the beginning of the step can't be saved any more."""
+    monkeypatch.setenv("TRIVET_SERVER_TIMEOUT", "3")
+    out, options = tmp_path / "run", dict(TOY, steps=4, eval_every=4, eval_limit=2, save_every=every)
+    toy[0].fault(*[""] * 4 * 8, "die")
+    with pytest.raises(InputError, match=f"; stopped in step 4, to go on from {where}: trivet resume"):
+        launch(grpo.Config(**options, generate_with=(toy[0].url,), out=str(out)))
+    begun = []
+    resume(out, lambda launched, step, metrics: begun.append(step), generate_with=[toy[1].url])
+    assert begun == [0, *range(every + 1, 5)]
 
 
 def test_generation_overlaps_training(toy, tmp_path):

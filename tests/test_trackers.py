@@ -1,14 +1,19 @@
-"""Trackers: what each wrote, read back by its own library; a missing package is a sentence, and a failing tracker ends no run."""
+"""Trackers: what each wrote, read back by its own library; a missing package is a sentence, and a failing tracker ends no run.
+
+The run that they follow is killed and resumed, and they know it as one, with every step once.
+"""
 
 import importlib.util
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
+from stub_wandb import Stub
 from trivet.cli import main
 from trivet.run import trackers
 
@@ -16,19 +21,42 @@ INSTALLED = [name for name in trackers.OPEN if importlib.util.find_spec(name)]
 PRESET = ["--preset", "arithmetic", "--prompts-per-step", "4"]
 
 
+KILLED = """
+import os, sys, time
+from trivet.recipes import reward_model
+from trivet.run.launch import launch
+def watch(launched, step, metrics):
+    if step == 3:
+        time.sleep(1)  # for those who are told by a thread
+        os.kill(os.getpid(), 9)
+toy = reward_model.PRESETS["arithmetic"] | {"prompts_per_step": 4, "steps": 4, "save_every": 2}
+launch(reward_model.Config(**toy, out=sys.argv[1], track=tuple(sys.argv[2:])), watch)
+"""
+
+
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory):
-    """A run of two steps that all installed trackers followed, and its metrics by step."""
+    """A run of four steps, killed after the third and resumed from the second, that all installed trackers followed, and its metrics by step."""
     out = tmp_path_factory.mktemp("runs") / "tracked"
+    env = {"WANDB_MODE": "offline", "TRACKIO_DIR": str(out.parent / "trackio")}
+    assert python(["-c", KILLED, str(out), *INSTALLED], env).returncode == -signal.SIGKILL
+    ran = python(["-m", "trivet", "resume", str(out)], env)
+    assert (ran.returncode, "left out" in ran.stderr) == (0, False), ran.stderr
+    assert json.loads((out / "run.json").read_text())["resumed"] == [2]
+    return out, recorded(out)
+
+
+def python(arguments, environment):
+    """A process of its own, without trackers' settings of this one."""
     env = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "MLFLOW", "TRACKIO"))}
-    env |= {"WANDB_MODE": "offline", "TRACKIO_DIR": str(out.parent / "trackio"), "HF_HUB_OFFLINE": "1"}
-    command = ["reward-model", *PRESET, "--steps", "2", "--out", str(out), "--track", *INSTALLED]
-    ran = subprocess.run(
-        [sys.executable, "-m", "trivet", *command], env=env, capture_output=True, text=True, check=True
-    )
-    assert "left out" not in ran.stderr
+    env |= {"HF_HUB_OFFLINE": "1"} | environment
+    return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True)
+
+
+def recorded(out):
+    """The metrics of a run by step, those that are known."""
     lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-    return out, {line.pop("step"): {key: value for key, value in line.items() if value is not None} for line in lines}
+    return {line.pop("step"): {key: value for key, value in line.items() if value is not None} for line in lines}
 
 
 def needs(name: str):
@@ -46,10 +74,16 @@ def test_tensorboard(tracked):
     assert set(events.Tags()["scalars"]) == {key for line in metrics.values() for key in line}
     for key in events.Tags()["scalars"]:
         found = {event.step: event.value for event in events.Scalars(key)}
+        assert len(found) == len(events.Scalars(key))
         assert found == pytest.approx({step: line[key] for step, line in metrics.items() if key in line}, rel=1e-6)
     written = events.Tensors("options/text_summary")[0].tensor_proto.string_val[0].decode()
     assert 'method = "reward-model"' in written
     assert "prompts_per_step = 4" in written
+
+
+def is_time(key: str) -> bool:
+    """Whether a step that is made again has another number there."""
+    return key == "seconds" or key.startswith("time/")
 
 
 def wandb_records(data: bytes) -> list[bytes]:
@@ -66,21 +100,75 @@ def wandb_records(data: bytes) -> list[bytes]:
     return records[:-1]
 
 
-@needs("wandb")
-def test_wandb_offline(tracked):
+def wandb_history(path) -> tuple[list[dict], dict]:
+    """Steps and options in a file that wandb sync would send."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    out, metrics = tracked
-    (path,) = (out / "wandb").glob("offline-run-*/run-*.wandb")
-    found, config = {}, {}
+    history, config = [], {}
     for record in map(Record.FromString, wandb_records(path.read_bytes())):
         config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
         if record.HasField("history"):
-            items = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-            found[items["_step"]] = {key: value for key, value in items.items() if not key.startswith("_")}
-    assert found == metrics
+            items = record.history.item
+            history.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+    return history, config
+
+
+def without_times(history) -> list[dict]:
+    """Steps as W&B has them, without what it adds itself."""
+    return [{key: value for key, value in line.items() if key == "_step" or key[0] != "_"} for line in history]
+
+
+@needs("wandb")
+def test_wandb_offline(tracked):
+    out, metrics = tracked
+    (path,) = (out / "wandb").glob("offline-run-*/run-*.wandb")  # that of the killed one ends in the middle
+    history, config = wandb_history(path)
+    assert without_times(history) == [{"_step": step, **line} for step, line in metrics.items()]
     assert config["method"] == "reward-model"
     assert config["prompts_per_step"] == 4
+
+
+LIVES = """
+import json, sys
+from pathlib import Path
+from trivet.run.trackers import trackers, send, until_end
+out = Path(sys.argv[1])
+for first, last, how in json.loads(sys.argv[2]):  # a life of the run: its record ends before first, it makes steps up to last
+    out.mkdir(exist_ok=True)
+    (out / "metrics.jsonl").write_text("".join(json.dumps({"step": n, "x": n / 2}) + "\\n" for n in range(1, first)))
+    opened = trackers(["wandb"], out, {"a": 1}, "0a1b2c3d")
+    steps = until_end(opened, [{"x": step / 2} for step in range(first, last + 1)])
+    for step, metrics in enumerate(steps, first):
+        send(opened, step, metrics)
+        if step == last and how != "done":
+            break
+    steps.close()
+    for path in out.glob("wandb/*/*.wandb") if how == "synced" else ():  # what wandb sync leaves
+        path.with_name(path.name + ".synced").touch()
+"""
+
+
+@needs("wandb")
+def test_wandb_with_a_server_that_is_told_each_step_once(tmp_path):
+    stub, known = Stub(), {"WANDB_API_KEY": "0" * 40}
+    lives = [[1, 4, "stopped"], [3, 6, "stopped"], [7, 8, "done"]]  # the second resumed from step 2
+    ran = python(["-c", LIVES, str(tmp_path / "run"), json.dumps(lives)], known | {"WANDB_BASE_URL": stub.url})
+    stub.shutdown()
+    stub.server_close()
+    assert (ran.returncode, "left out" in ran.stderr, "WARNING" in ran.stderr) == (0, False, False), ran.stderr
+    assert {run: without_times(lines) for run, lines in stub.runs.items()} == {
+        "0a1b2c3d": [{"_step": step, "x": step / 2} for step in range(1, 9)]
+    }
+
+
+@needs("wandb")
+def test_wandb_offline_after_a_life_that_was_synced_is_a_run_of_its_own(tmp_path):
+    lives = [[1, 4, "synced"], [3, 4, "stopped"], [5, 6, "done"]]
+    out = tmp_path / "run"
+    assert python(["-c", LIVES, str(out), json.dumps(lives)], {"WANDB_MODE": "offline"}).returncode == 0
+    assert len(list(out.glob("wandb/offline-run-*-0a1b2c3d/*.synced"))) == 1
+    (path,) = out.glob("wandb/offline-run-*-0a1b2c3d-1*/*.wandb")
+    assert without_times(wandb_history(path)[0]) == [{"_step": step, "x": step / 2} for step in range(1, 7)]
 
 
 @needs("mlflow")
@@ -95,21 +183,23 @@ def test_mlflow_in_a_file(tracked):
     assert run.data.params["method"] == "reward-model"
     assert set(run.data.metrics) == {key for line in metrics.values() for key in line}
     for key in run.data.metrics:
-        found = {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, key)}
-        assert found == {step: line[key] for step, line in metrics.items() if key in line}
+        history = client.get_metric_history(run.info.run_id, key)
+        found = {metric.step: metric.value for metric in history}
+        assert len(found) == len(history)
+        if not is_time(key):  # the third step has those of its first time
+            assert found == {step: line[key] for step, line in metrics.items() if key in line}
 
 
 @needs("trackio")
 def test_trackio(tracked):
     out, metrics = tracked
-    read = "from trackio.sqlite_storage import SQLiteStorage as s; import json; print(json.dumps(s.get_logs('trivet', 'tracked')))"
-    env = os.environ | {"TRACKIO_DIR": str(out.parent / "trackio")}
-    printed = subprocess.run([sys.executable, "-c", read], env=env, capture_output=True, text=True, check=True).stdout
-    found = {
-        line["step"]: {key: line[key] for key in line if key not in ("step", "timestamp")}
-        for line in json.loads(printed)
-    }
-    assert found == metrics
+    read = "from trackio.sqlite_storage import SQLiteStorage as s; import json; print(json.dumps({run: s.get_logs('trivet', run) for run in s.get_runs('trivet')}))"
+    ((name, lines),) = json.loads(python(["-c", read], {"TRACKIO_DIR": str(out.parent / "trackio")}).stdout).items()
+    assert name == f"tracked-{json.loads((out / 'run.json').read_text())['id']}"
+    found = [{key: line[key] for key in line if key != "timestamp" and not is_time(key)} for line in lines]
+    assert found == [
+        {"step": step, **{k: x for k, x in line.items() if not is_time(k)}} for step, line in metrics.items()
+    ]
 
 
 def test_a_missing_package_and_an_unknown_name_are_one_sentence(tmp_path, capsys, monkeypatch):
@@ -138,7 +228,7 @@ def followed(monkeypatch):
     seen: list = []
     fails: set[int] = set()
 
-    def follow(out, config):
+    def follow(out, config, identifier, done):
         seen.append("opened")
         try:
             while line := (yield):
@@ -181,7 +271,7 @@ def test_a_run_that_fails_closes_its_trackers_as_failed(followed, tmp_path):
 
 def test_an_error_outside_of_the_recipe_closes_them_too(followed, tmp_path):
     seen, _ = followed
-    opened = trackers.trackers(["tensorboard"], tmp_path, {})
+    opened = trackers.trackers(["tensorboard"], tmp_path, {}, "id")
 
     def loop():
         for step, metrics in enumerate(trackers.until_end(opened, [{"a": 1.0}] * 3), 1):
@@ -196,7 +286,7 @@ def test_an_error_outside_of_the_recipe_closes_them_too(followed, tmp_path):
 
 def test_what_is_not_known_is_not_sent_and_the_end_is_said(followed, tmp_path):
     seen, _ = followed
-    opened = trackers.trackers(["tensorboard", "tensorboard"], tmp_path, {})
+    opened = trackers.trackers(["tensorboard", "tensorboard"], tmp_path, {}, "id")
     for metrics in trackers.until_end(opened, [{"step": 1, "a": 1.0, "b": math.nan, "c": None}]):
         trackers.send(opened, 1, metrics)
     assert seen == ["opened", (1, {"a": 1.0}), "done"]
@@ -204,6 +294,6 @@ def test_what_is_not_known_is_not_sent_and_the_end_is_said(followed, tmp_path):
 
 
 def test_nothing_is_opened_where_nothing_is_asked_for(tmp_path):
-    opened = trackers.trackers((), tmp_path / "run", {})
+    opened = trackers.trackers((), tmp_path / "run", {}, "id")
     assert not (tmp_path / "run").exists()
     assert list(trackers.until_end(opened, [{}, {}])) == [{}, {}]

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing
+from pathlib import Path
 
 from trivet.errors import InputError
 from trivet.recipes import RECIPES
@@ -36,6 +37,12 @@ looking
   score           rewards for rows of a file
 
 Every method takes --preset toy (no download), --config FILE.toml, and flags on top of either."""
+RESUME = """trivet resume RUN [options]
+
+Go on with a run that was stopped or killed, from its newest checkpoint, to the same bits.
+
+What does not change the result may be given anew: --generate-with URL ... (servers that have moved), --vllm, --track, --save-every,
+--keep, and --microbatch-tokens (to rounding). It then stands in config.toml."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,18 +105,18 @@ def run_command(command: str, args: list[str]) -> int:
         "plan": "plan.command",
     }
     if command in RECIPES or command == "resume":
-        from trivet.run.arguments import parse
-        from trivet.run.launch import launch, resume
+        from trivet.run.arguments import parse, read_flags, typed
+        from trivet.run.launch import config_of, launch, resume
         from trivet.run.terminal import Terminal
 
         with closing(Terminal()) as terminal:  # else a progress line swallows what is said after it
             if command == "resume":
-                if len(args) != 1 or args[0].startswith("-"):
-                    print(
-                        "trivet resume RUN\n\nGo on with a run that was stopped or killed, from its newest checkpoint, to the same bits."
-                    )
-                    return 0 if args in (["--help"], ["-h"]) else 2
-                out, quiet = resume(args[0], terminal), False
+                if not args or args[0].startswith("-") or {"-h", "--help"} & set(args):
+                    print(RESUME)
+                    return 0 if {"-h", "--help"} & set(args) else 2
+                kind = type(config_of(Path(args[0])))
+                options = typed(kind, read_flags(kind, args[1:]), "--")
+                out, quiet = resume(args[0], terminal, **options), False
             else:
                 recipe = importlib.import_module(f"trivet.recipes.{command.replace('-', '_')}")
                 config = parse(recipe.Config, args, f"trivet {command}", recipe.PRESETS)

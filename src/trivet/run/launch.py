@@ -5,6 +5,7 @@ out = launch(grpo.Config(model="Qwen/Qwen3-0.6B", data="questions.jsonl", reward
 
 import gc
 import importlib
+import secrets
 import signal
 import sys
 import threading
@@ -48,7 +49,7 @@ from trivet.run.files import RunDirectory
 from trivet.run.loop import Metrics, Run
 from trivet.run.memory import by_part, memory_now, peak_memory
 from trivet.run.options import Options
-from trivet.run.reading import method_of
+from trivet.run.reading import method_of, read_object
 from trivet.run.record import Record, short
 from trivet.run.rescue import OutOfMemoryError, Skips, halved, is_out_of_memory, save_beginning
 from trivet.run.servers import servers_of
@@ -207,6 +208,7 @@ def _launch(config: Options, watch: Watch | None, again: bool) -> Path:
     if watch:
         watch(launched, 0, {})
     about = {"started_from": launched.start_from, "start": ranks.start_of(run.model), "began": time.time()}
+    about |= {"id": secrets.token_hex(4)}  # by which trackers know the run
     about |= {"data": launched.counts, "example": launched.example()}
     about |= {"parameters": sum(p.numel() for p in run.model.parameters())}
     generates = servers_of(run, out, launched.start_from, launched.context)
@@ -227,9 +229,9 @@ def _launch(config: Options, watch: Watch | None, again: bool) -> Path:
         done, tokens, heldout = counted["step"], Counter[str](counted["tokens"]), dict[str, float](counted["eval"])
         skips = Skips(out, run, checkpoints)
         record.begin(about, done)
-        tracked = trackers(
-            config.track if ranks.leads() else (), out, {"method": launched.method} | vars(launched.config)
-        )
+        options = {"method": launched.method} | vars(launched.config)
+        identifier = read_object(out / "run.json").get("id", "")
+        tracked = trackers(config.track if ranks.leads() else (), out, options, identifier)
         began = time.perf_counter() - counted["seconds"]
         saved = time.monotonic()
         try:
@@ -288,19 +290,44 @@ def _failed(
         save_beginning(checkpoints, done, counted)
         failed = halved(out, run, done + 1, error)
     elif isinstance(error, NoServerError) and done:
-        save_beginning(checkpoints, done, counted)
-        failed = InputError(f"{error}; stopped after step {done}, to go on: trivet resume {out}")
+        start = save_beginning(checkpoints, done, counted)
+        step = int(start.name.removeprefix("step-")) if start else 0
+        where = f"in step {done + 1}, to go on from {f'step {step}' if step else 'the start'}"
+        where = f"after step {done}, to go on" if step == done else where
+        failed = InputError(f"{error}; stopped {where}: trivet resume {out}")
     if done == 0 and isinstance(failed, InputError | OSError | KeyboardInterrupt):
         launched.record.undo()
     return failed
 
 
-def resume(out: str | Path, watch: Watch | None = None) -> Path:
-    """Go on with a run that was stopped or killed. Errors: InputError where there is none, or it is done."""
+MAY_CHANGE = ("generate_with", "vllm", "track", "save_every", "keep", "microbatch_tokens")  # not what is computed
+
+
+def resume(out: str | Path, /, watch: Watch | None = None, **options: Any) -> Path:
+    """Go on with a run that was stopped or killed. options: other values from here on, of those in MAY_CHANGE.
+
+    Errors: InputError where there is no run, it is done, or an option would change what it computes.
+    """
     out = Path(out)
     if (out / "summary.json").exists():
         raise InputError(f"{out} is done: its model is in {out / 'model'}")
-    return launch(replace(config_of(out), out=str(out)), watch, again=True)
+    before = config_of(out)
+    config = replace(before, **typed(type(before), options, "") | {"out": str(out)})
+    if other := sorted(options.keys() - set(MAY_CHANGE)):
+        may = ", ".join(f"--{name.replace('_', '-')}" for name in MAY_CHANGE if hasattr(config, name))
+        raise InputError(
+            f"--{other[0].replace('_', '-')} would change what the run computes; resume takes {may}, the rest stands in {out / 'config.toml'}"
+        )
+    if _served(config) != _served(before):
+        who = "servers generate" if _served(before) else "the run itself generates"
+        raise InputError(
+            f"{out}: {who}, and others would write other tokens; only servers can take the place of servers"
+        )
+    return launch(config, watch, again=True)
+
+
+def _served(config: Options) -> bool:
+    return bool(vars(config).get("generate_with") or vars(config).get("vllm"))
 
 
 def config_of(out: Path) -> Options:

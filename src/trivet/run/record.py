@@ -78,7 +78,7 @@ class Record:
         if known.get("start", about["start"]) != about["start"]:
             raise InputError(f"{self.out}: {about['started_from']} is not what it was when the run began; restore it")
         self.resumed = "began" in known
-        again = {key: known[key] for key in ("began", "out_of_memory") if key in known}
+        again = {key: known[key] for key in ("began", "id", "out_of_memory") if key in known}
         again |= {"resumed": [*known.get("resumed", []), step]} if self.resumed else {}
         command = f"# trivet {self.method} --config config.toml\n"
         write_text(self.out / "config.toml", command + to_toml(self.config))
