@@ -11,6 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig
 
 from trivet.cli import main
+from trivet.errors import InputError
+from trivet.recipes import grpo
+from trivet.run.launch import Launch
 from trivet.toy import ARITHMETIC
 
 MODEL = Path(ARITHMETIC["model"])
@@ -152,7 +155,9 @@ def test_cuda_without_cuda(refused):
         ("prompts_per_step = 1.0", "prompts_per_step is 1.0; expected int"),
         ("lr_decay = 1", "lr_decay is 1; expected bool"),
         ("eval_every = true", "eval_every is True; expected int"),
-        ("reward = 'brevity'", "expected a list of str"),
+        ("learning_rate = 1e-3", "'lr'"),
+        ("num_generations = 4", "'group_size'"),
+        ("reward = 1", "expected a list of str"),
         ("reward = [1]", "expected a list of str"),
         ("reward_weights = ['a']", "expected a list of float"),
         ("precision = 'foo'", "one of float32, bfloat16"),
@@ -167,6 +172,29 @@ def test_toml(refused, tmp_path, text, named):
     said = refused("grpo", "--preset", "arithmetic", "--steps", "1", "--config", file)
     assert named in said
     assert "options.toml" in said or "--lr" in said
+
+
+def test_a_list_of_one_may_be_given_as_one_and_a_path_as_such(tmp_path):
+    given = grpo.PRESETS["arithmetic"] | {"reward": "brevity", "out": tmp_path / "run", "steps": 1}
+    launched = Launch(grpo.Config(**given | {"model": Path(given["model"])}))
+    assert list(launched.run.reward.rewards) == ["brevity"]
+    assert launched.config.reward == ("brevity",)
+    assert (launched.config.model, launched.config.out) == (given["model"], str(tmp_path / "run"))
+    with pytest.raises(InputError, match="steps is '1'; expected int"):
+        Launch(grpo.Config(**given | {"steps": "1"}))
+
+
+def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(refused, tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr("trivet.model.adapters.find_adapter_config_file", asked.append)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda name, **options: asked.append(name))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    assert "runs/sfft: no config.json there" in refused("sft", "--model", "runs/sfft")
+    for name, said in (("runs/sfft", "no config.json there"), ("Qwen3-06B", "the nearest known one is Qwen3-0.6B")):
+        assert main(["plan", "--model", name]) == 2
+        assert said in capsys.readouterr().err
+    assert not asked
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
 """The shape of the package: imports point one way, the three legs never import each other, recipes stay readable."""
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,3 +70,14 @@ def test_a_method_can_be_read_in_an_afternoon(recipe):
     lines = {name: len(FILES[name].read_text().splitlines()) for name in closure(f"trivet.recipes.{recipe}", set())}
     assert lines[f"trivet.recipes.{recipe}"] <= 200
     assert sum(lines.values()) <= 1500, sorted(lines.items(), key=lambda item: -item[1])
+
+
+def test_threads_spin_briefly_wherever_trivet_is_imported_first():
+    show = "import trivet, os, sys; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    for given, said in (
+        ({}, "1000 False"),
+        ({"GOMP_SPINCOUNT": "7"}, "7 False"),
+        ({"OMP_WAIT_POLICY": "active"}, "None False"),
+    ):
+        own = {key: x for key, x in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+        assert subprocess.check_output([sys.executable, "-c", show], env=own | given, text=True).strip() == said

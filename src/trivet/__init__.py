@@ -8,3 +8,10 @@ trivet.optimization (how does it change?); trivet.recipes is where they meet, on
 
     launch(grpo.Config(model="Qwen/Qwen3-0.6B", data="questions.jsonl", reward=("last_number",)))
 """
+
+import os
+
+if (
+    "OMP_WAIT_POLICY" not in os.environ
+):  # torch's threads spin for long, and are slow where another process wants a core
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch is imported, so after this

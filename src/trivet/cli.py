@@ -1,6 +1,5 @@
 """The command line: one command per method, and a few to look at what they made."""
 
-import difflib
 import importlib
 import io
 import os
@@ -9,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
-from trivet.errors import InputError
+from trivet.errors import InputError, nearest
 from trivet.recipes import RECIPES
 
 HELP = """trivet · post-train language models on preferences and rewards
@@ -52,12 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    if "OMP_WAIT_POLICY" not in os.environ:  # threads that spin for long are slow where another process wants a core
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     if not args or args[0] in ("-h", "--help", "help"):
         print(HELP)
         return 0
-    if args[0] == "--version":
+    if args[0] in ("--version", "version"):
         import importlib.metadata
 
         print(f"trivet {importlib.metadata.version('trivet')}")
@@ -128,7 +125,7 @@ def run_command(command: str, args: list[str]) -> int:
         module = importlib.import_module(f"trivet.{others[command]}")
         getattr(module, command)(args)
     else:
-        near = difflib.get_close_matches(command, [*RECIPES, "resume", *others], n=1, cutoff=0.0)[0]
+        near = nearest(command, [*RECIPES, "resume", *others])
         raise InputError(f"unknown command; the nearest known one is '{near}' (trivet --help lists all)")
     return 0
 

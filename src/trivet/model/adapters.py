@@ -8,6 +8,7 @@ The model stays the transformers model that it was. Two models over one base are
 
 import copy
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ CAUSAL, SCORER = "CAUSAL_LM", "SEQ_CLS"
 
 def adapter_of(name: str) -> LoraConfig | None:
     """What the adapter in a folder or hub name says of itself; None where there is no adapter."""
-    if not name or (Path(name).exists() and not (Path(name) / CONFIG).exists()):
+    if not name or (is_path(name) and not (Path(name) / CONFIG).exists()):
         return None
     try:
         if not find_adapter_config_file(name):
@@ -44,6 +45,11 @@ def adapter_of(name: str) -> LoraConfig | None:
         what = "names no base model" if isinstance(config, LoraConfig) else f"is of kind {config.peft_type}"
         raise InputError(f"adapter {name}: its {CONFIG} {what}; expected LoRA with a base_model_name_or_path")
     return config
+
+
+def is_path(name: str) -> bool:
+    """Whether a folder here is meant, there or not, and no hub name."""
+    return Path(name).exists() or name[0] in "/." or ("/" in name and Path(name).parts[0] in os.listdir())
 
 
 def new_adapter(model: Any, base: str, rank: int, alpha: int, targets: Sequence[str]) -> Any:

@@ -1,6 +1,5 @@
 """Models in and out: ordinary Hugging Face folders, loaded as a policy or with a scalar head, copied, saved."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from trivet.errors import InputError, first_line
 from trivet.model.adapters import CONFIG as ADAPTER_CONFIG
-from trivet.model.adapters import SCORER, adapter_of, inject, merged, read_adapter, write_adapter
+from trivet.model.adapters import SCORER, adapter_of, inject, is_path, merged, read_adapter, write_adapter
 from trivet.model.adapters import WEIGHTS as ADAPTER_WEIGHTS
 from trivet.model.lean import make_lean
 from trivet.model.quantize import keep_trainable, quantization
@@ -187,8 +186,7 @@ def _with_weights(name: str, kind: Any, may_lack: tuple[str, ...] = (), **option
 def _reading(name: str, load: Callable[[], Any]) -> Any:
     if not name:
         raise InputError("no model was named: give --model a Hugging Face name or folder (or use --preset toy)")
-    local = Path(name).exists() or name[0] in "/." or ("/" in name and Path(name).parts[0] in os.listdir())
-    if local and not (Path(name) / "config.json").exists():
+    if is_path(name) and not (Path(name) / "config.json").exists():
         raise InputError(f"{name}: no config.json there; a model is a folder as transformers' save_pretrained makes it")
     try:
         return load()

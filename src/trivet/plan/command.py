@@ -1,5 +1,6 @@
 """trivet plan: reads the options, plans, prints a table, the formulas or JSON."""
 
+import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -101,10 +102,15 @@ def named_shape(name: str) -> Shape:
     if known and not Path(name).exists():
         numbers = {key: value for key, value in SHAPES[known].items() if key != "source"}
         return shape_of(AutoConfig.for_model(**numbers), known, SHAPES[known]["source"])
+    from trivet.model.adapters import is_path
     from trivet.model.load import model_folder
     from trivet.model.trust import refusal, trusted
 
     folder = model_folder(name)
+    if is_path(folder) and not (Path(folder) / "config.json").exists():
+        raise InputError(f"--model {name}: no config.json there; a model is a folder as save_pretrained makes it")
+    if "/" not in name and (near := difflib.get_close_matches(name, SHAPES, n=1, cutoff=0.8)) and not is_path(name):
+        raise InputError(f"--model {name}: neither a folder nor a shape known here; the nearest known one is {near[0]}")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted())
     except Exception as error:  # transformers and the hub client raise many kinds

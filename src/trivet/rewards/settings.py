@@ -7,7 +7,6 @@ on_failure = "skip"
 """
 
 import dataclasses
-import difflib
 import math
 import tomllib
 import typing
@@ -15,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from trivet.errors import InputError
+from trivet.errors import InputError, nearest
 
 
 def read_settings(path: str) -> tuple[str, dict[str, Any]]:
@@ -41,8 +40,9 @@ def with_settings(kind: Any, settings: Mapping[str, Any], **own: Any) -> Any:
     kinds = {f.name: hints[f.name] for f in dataclasses.fields(kind) if f.init and f.name not in own}
     for key, value in settings.items():
         if key not in kinds:
-            near = difflib.get_close_matches(key, kinds, n=1, cutoff=0.0)[0]
-            raise InputError(f"reward {own['name']}: unknown setting '{key}'; the nearest known one is '{near}'")
+            raise InputError(
+                f"reward {own['name']}: unknown setting '{key}'; the nearest known one is '{nearest(key, kinds)}'"
+            )
         if expected := _misfit(value, kinds[key]):
             raise InputError(f"reward {own['name']}: {key} is {value!r}; expected {expected}")
     return kind(**own, **settings)

@@ -1,6 +1,5 @@
 """What a person writes, flags or a TOML file, as values for the fields of a config: names known, types right."""
 
-import difflib
 import os
 import tomllib
 import typing
@@ -8,7 +7,38 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from trivet.errors import InputError
+from trivet.errors import InputError, nearest
+
+ELSEWHERE = {  # names of the same options in transformers and TRL
+    "model_name_or_path": "model",
+    "dataset_name": "data",
+    "dataset": "data",
+    "output_dir": "out",
+    "learning_rate": "lr",
+    "max_steps": "steps",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "prompts_per_step",
+    "batch_size": "prompts_per_step",
+    "gradient_accumulation_steps": "microbatch_tokens",
+    "num_generations": "group_size",
+    "max_prompt_length": "max_prompt_tokens",
+    "max_completion_length": "max_completion_tokens",
+    "max_new_tokens": "max_completion_tokens",
+    "max_length": "max_completion_tokens",
+    "reward_funcs": "reward",
+    "kl_coef": "beta",
+    "epsilon": "clip_low",
+    "epsilon_high": "clip_high",
+    "num_iterations": "epochs_per_batch",
+    "use_vllm": "vllm",
+    "lora_r": "lora",
+    "dtype": "precision",
+    "bf16": "precision",
+    "report_to": "track",
+    "save_steps": "save_every",
+    "eval_steps": "eval_every",
+    "save_total_limit": "keep",
+}
 
 
 def parse(kind: type[Any], args: list[str], program: str, presets: dict[str, dict[str, Any]] | None = None) -> Any:
@@ -66,7 +96,7 @@ def read_flags(config: type[Any], args: Sequence[str], others: dict[str, Any] | 
         name = name.removeprefix("no_") if off else name
         key, kind = name.replace("_", "-"), kinds.get(name)
         if kind is None:
-            near = difflib.get_close_matches(name, kinds, n=1, cutoff=0.0)[0].replace("_", "-")
+            near = _nearest(name, kinds).replace("_", "-")
             raise InputError(f"unknown option {flag}; the nearest known one is --{near} (--help lists all)")
         several = typing.get_origin(kind) is tuple
         if not several and (key in given or len(words) != (kind is not bool)):
@@ -89,12 +119,16 @@ def typed(kind: type[Any], values: dict[str, Any], where: str) -> dict[str, Any]
     for key, value in values.items():
         name = key.replace("-", "_")
         if name not in kinds:
-            near = difflib.get_close_matches(name, kinds, n=1, cutoff=0.0)
-            raise InputError(f"{where}unknown key '{key}'; the nearest known one is '{near[0]}'")
+            raise InputError(f"{where}unknown key '{key}'; the nearest known one is '{_nearest(name, kinds)}'")
         if expected := _misfit(value, kinds[name]):
             raise InputError(f"{where}{key} is {value!r}; expected {expected}")
-        given[name] = tuple(value) if isinstance(value, list) else value
+        given[name] = value if typing.get_origin(kinds[name]) is not tuple else _several(value)
     return given
+
+
+def _nearest(name: str, kinds: dict[str, Any]) -> str:
+    meant = ELSEWHERE.get(name, "")
+    return meant if meant in kinds else nearest(name, kinds)
 
 
 def _number(word: str, kind: Any) -> Any:
@@ -104,13 +138,18 @@ def _number(word: str, kind: Any) -> Any:
         return word
 
 
+def _several(value: Any) -> tuple[Any, ...]:
+    """A list as a tuple; one value for a list of one."""
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
 def _misfit(value: Any, kind: Any) -> str:
     """What was expected, where the value is not of this kind; '' where it is."""
     inner = typing.get_args(kind)
     if typing.get_origin(kind) is Literal:
         return "" if value in inner else f"one of {', '.join(inner)}"
     if typing.get_origin(kind) is tuple:
-        fits = isinstance(value, (list, tuple)) and not any(_misfit(item, inner[0]) for item in value)
+        fits = not any(_misfit(item, inner[0]) for item in _several(value))
         return "" if fits else f"a list of {inner[0].__name__}"
     fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
     return "" if fits else kind.__name__

@@ -60,6 +60,8 @@ class Launch:
     """A run with what surrounds it: its recipe, tokenizer, data report and directory. Writes nothing before the first step."""
 
     def __init__(self, config: Options, again: bool = False):
+        given = {name: str(value) if isinstance(value, Path) else value for name, value in vars(config).items()}
+        config = replace(config, **typed(type(config), given, ""))
         self.config, self.recipe = config, importlib.import_module(type(config).__module__)
         self.method = self.recipe.__name__.rpartition(".")[2].replace("_", "-")
         check(config, self.method, again=again)
