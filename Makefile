@@ -15,7 +15,7 @@ test: .venv/developed  ## lint, types, tests, and the planted defects that the t
 	$(BIN)/pytest -n 2
 	$(BIN)/python tests/mutants.py
 
-bench: .venv/developed  ## Trivet against TRL on this machine, small and medium models, some ten minutes; docs in benchmarks/
+bench: .venv/developed  ## Trivet against TRL on this machine, the two smaller models, some ten minutes; docs in benchmarks/
 	$(BIN)/python benchmarks/compare.py --quick
 
 install: .venv/installed  ## the environment only

@@ -33,7 +33,7 @@ def test_the_second_run_reads_what_the_first_one_wrote(rows, tmp_path):
     first, second = table(tiny(), rows, calls), table(tiny(), rows, calls)
     assert torch.equal(first, second)
     (path,) = cached(tmp_path)
-    assert calls == ["computed", f"reference log-probabilities as an earlier run left them, {path}"]
+    assert calls == ["computed", f"reference log-probabilities are kept from an earlier run, in {path.parent}"]
 
 
 def test_other_weights_precision_tokens_or_masks_are_computed_anew(rows, tmp_path):

@@ -79,6 +79,8 @@ class ScoreConfig:
     """Whose tokenizer and chat template read the rows; default: that of the reward model."""
     out: str = ""
     """Write the rows with their scores here as JSON lines."""
+    limit: int = 0
+    """Take only this many rows; 0: all."""
     max_prompt_tokens: int = 512
     """Longer prompts are left out, and counted."""
     max_completion_tokens: int = 256
@@ -124,7 +126,12 @@ def generate(args: list[str]) -> None:
             for b, text in enumerate(rollouts.texts):
                 row = rollouts.rows[b // config.group_size]
                 line = {**row, "completion": text, "finished": bool(rollouts.finished[b])}
-                print(json.dumps(line, ensure_ascii=False) if config.out else text, file=file, flush=True)
+                number = f"[{b % config.group_size + 1}] " if config.group_size > 1 else ""
+                print(
+                    json.dumps(line, ensure_ascii=False) if config.out else number + text.strip(), file=file, flush=True
+                )
+    if config.out:
+        print(f"{len(examples) * config.group_size:,} completions in {config.out}", file=sys.stderr)
 
 
 def report(counts: Counter[str]) -> None:
@@ -150,7 +157,7 @@ def score(args: list[str]) -> None:
     stops, device, counts = stop_ids(folder, tokenizer), usable_device(config.device), Counter[str]()
     limits: dict[str, Any] = {"max_prompt": config.max_prompt_tokens, "max_completion": config.max_completion_tokens}
     form = "preference" if "chosen" in next(read_rows(config.data), {}) else "supervised"
-    examples = load_examples(config.data, tokenizer, stops, form, counts=counts, **limits)
+    examples = load_examples(config.data, tokenizer, stops, form, counts=counts, **limits)[: config.limit or None]
     load = load_scorer if is_scorer(folder) else load_policy
     rewards = load_rewards(config.reward, config.reward_weights, tokenizer, like=load(folder, device=device))
     scores = torch.cat(

@@ -9,8 +9,10 @@ pairs or the reward model trained on them; the gold reward, a program, is the ju
 import dataclasses
 import importlib
 import multiprocessing
+import os
 import shutil
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +64,8 @@ def quickstart(args: list[str]) -> None:
             console.rule(f"{number} of {len(weights)} · {method}{left}", align="left")
             _in_process(_train, method, stage_options(method, config), config.scale)
             done += STAGES[method]
+        else:
+            console.rule(f"{number} of {len(weights)} · {method}  done before, kept", align="left")
     console.rule(f"{len(weights)} of {len(weights)} · evaluation on held-out openings", align="left")
     from trivet.report.page import write_page
     from trivet.report.plots import draw_quickstart
@@ -135,7 +139,11 @@ def _train(method: str, options: dict[str, Any], scale: float) -> None:
     steps, epochs = config.steps and max(1, round(config.steps * scale)), config.epochs * scale
     terminal = Terminal(brief=True)
     try:
-        launch(dataclasses.replace(config, steps=steps, epochs=epochs), terminal)
+        with tempfile.TemporaryDirectory() as fresh:
+            os.environ["XDG_CACHE_HOME"] = (
+                fresh  # a stage's time has all of its work, no reference pass of an earlier run
+            )
+            launch(dataclasses.replace(config, steps=steps, epochs=epochs), terminal)
     except InputError as error:
         sys.exit(f"trivet {method}: {error}")
     finally:

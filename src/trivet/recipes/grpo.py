@@ -54,7 +54,7 @@ class Config(SamplingOptions):
     loss_mean: Literal["token", "sequence", "constant"] = "token"
     """Mean over the tokens of the step, over those of each completion first (the paper), or a fixed length (Dr. GRPO)."""
     epochs_per_batch: int = 1
-    """Optimizer steps on each batch of completions; above 1 the ratio to the sampling policy is clipped."""
+    """Optimizer steps on each batch of completions; above 1 the ratio to the policy before the first of them is clipped."""
     clip_low: float = 0.2
     """The ratio is clipped below 1 - clip_low."""
     clip_high: float = 0.2
@@ -84,7 +84,7 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
         rewards = reward(rollouts)  # (B,)
         metrics = rollout_metrics(rollouts, rewards, reward)
         if config.dynamic_sampling:
-            rollouts, rewards = run.refill(rollouts, rewards, run, step, engine, config.dynamic_sampling, metrics)
+            rollouts, rewards = run.refill(rollouts, rewards, step, engine, config.dynamic_sampling, metrics)
         groups, old_logprobs = rollouts.groups, rollouts.logprobs  # (B, T)
         ref_logprobs = old_logprobs  # (B, T)
         if reference is not None:

@@ -15,7 +15,7 @@ Group = tuple[Rollouts, Tensor, int]  # rollouts, their rewards (B,), and the nu
 
 
 def refill(
-    rollouts: Rollouts, rewards: Tensor, run: Run, step: int, engine: Engine, rounds: int, metrics: Tally
+    run: Run, rollouts: Rollouts, rewards: Tensor, step: int, engine: Engine, rounds: int, metrics: Tally
 ) -> tuple[Rollouts, Tensor]:
     """Rollouts and rewards of as many prompts, with groups that teach in place of groups that do not, as far as `rounds`
     more samplings find them. The prompts drawn depend on seed, step and round alone. Adds to metrics what it cost."""

@@ -103,8 +103,8 @@ class Launch:
             steps=config.steps or max(1, round(config.epochs * len(train) / config.prompts_per_step)),
             device=device,
             generator=torch.Generator(device).manual_seed(config.seed),
-            refill=refill,
         )
+        self.run.refill = partial(refill, self.run)
         self.record = Record(self.out, config, self.method, self.run.steps, self.tokenizer, self.run.decode)
         self.record = ranks.recorder(self.record)
         self.record.reward, self.run.keep, self.run.keeps = self.run.reward, self.record.keep, self.record.keeps

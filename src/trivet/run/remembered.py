@@ -26,7 +26,7 @@ def remembered(
     path = folder / f"{digest(model, examples)}.safetensors"
     with suppress(OSError, SafetensorError, KeyError):  # not there, or damaged
         result = load_file(path, device=str(model.device))["logprobs"]
-        note(f"reference log-probabilities as an earlier run left them, {path}")
+        note(f"reference log-probabilities are kept from an earlier run, in {folder}")
         return result
     result = compute()
     with suppress(OSError, SafetensorError):
