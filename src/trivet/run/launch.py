@@ -4,6 +4,7 @@ out = launch(grpo.Config(model="Qwen/Qwen3-0.6B", data="questions.jsonl", reward
 """
 
 import gc
+import hashlib
 import importlib
 import signal
 import sys
@@ -36,7 +37,7 @@ from trivet.model.load import (
     usable_device,
 )
 from trivet.model.text import decode_completion, load_tokenizer, stop_ids
-from trivet.report.runs import method_of
+from trivet.report.runs import method_of, read_object
 from trivet.rewards.functions import load_rewards
 from trivet.run import ranks
 from trivet.run.adapted import adapted, check_adapter
@@ -49,7 +50,7 @@ from trivet.run.files import RunDirectory
 from trivet.run.loop import Metrics, Run
 from trivet.run.memory import by_part, memory_now, peak_memory
 from trivet.run.options import Options
-from trivet.run.record import Record, short
+from trivet.run.record import Record, require_free, short
 from trivet.run.rescue import OutOfMemoryError, Skips, halved, is_out_of_memory, save_beginning
 from trivet.run.servers import servers_of
 from trivet.run.trackers import send, trackers, until_end
@@ -209,6 +210,7 @@ def _launch(config: Options, watch: Watch | None, again: bool) -> Path:
     about = {"started_from": launched.start_from, "start": ranks.start_of(run.model), "began": time.time()}
     about |= {"data": launched.counts, "example": launched.example()}
     about |= {"parameters": sum(p.numel() for p in run.model.parameters())}
+    about["examples"] = {"training": len(run.train), "sha256": _digest(run.train, run.heldout)}
     generates = servers_of(run, out, launched.start_from, launched.context)
     together = ranks.at_work(launched.recipe, run)
     with (
@@ -225,6 +227,8 @@ def _launch(config: Options, watch: Watch | None, again: bool) -> Path:
             "eval": {},
         }
         done, tokens, heldout = counted["step"], Counter[str](counted["tokens"]), dict[str, float](counted["eval"])
+        if done:
+            _require_examples(launched, about["examples"])
         skips = Skips(out, run, checkpoints)
         record.begin(about, done)
         tracked = trackers(
@@ -277,6 +281,31 @@ def _launch(config: Options, watch: Watch | None, again: bool) -> Path:
     return RunDirectory(out)
 
 
+def _digest(train: Sequence[Example], heldout: Sequence[Example]) -> str:
+    """SHA-256 of the examples; of more than are held, of a thousand rows."""
+    if isinstance(train, LazyExamples):
+        shown: Any = [train.rows[i] for i in range(0, len(train), -(-len(train) // 1000))]
+    else:
+        shown = ((x.prompt, x.completions, x.learned, x.row) for x in train)
+    found = hashlib.sha256()
+    for x in (*shown, *((x.prompt, x.completions, x.learned, x.row) for x in heldout)):
+        found.update(repr(x).encode(errors="surrogatepass"))
+    return found.hexdigest()
+
+
+def _require_examples(launched: Launch, now: dict[str, Any]) -> None:
+    """InputError where there is not the same number of examples as the run was begun with; where they differ, it is said."""
+    known = read_object(launched.out / "run.json").get("examples", now)
+    if known == now:
+        return
+    what = f"{launched.config.data}, or what reads it, is not what it was when the run began"
+    counts = [facts.get("training") if isinstance(facts, dict) else None for facts in (known, now)]
+    if counts[0] != counts[1]:
+        said = "restore it, or begin a new run from the weights of a checkpoint"
+        raise InputError(f"{launched.out}: {what}: {counts[0]} examples then, {counts[1]} now; {said}")
+    launched.run.note(f"{what}; going on with what it is now, so not to the same bits")
+
+
 def _failed(
     error: BaseException, launched: Launch, checkpoints: Checkpoints, done: int, counted: dict[str, Any]
 ) -> BaseException:
@@ -300,6 +329,7 @@ def resume(out: str | Path, watch: Watch | None = None) -> Path:
     out = Path(out)
     if (out / "summary.json").exists():
         raise InputError(f"{out} is done: its model is in {out / 'model'}")
+    require_free(out)
     return launch(replace(config_of(out), out=str(out)), watch, again=True)
 
 
@@ -310,12 +340,26 @@ def config_of(out: Path) -> Options:
     except (ImportError, AttributeError, ValueError):
         said = "there is no config.toml in it that names a method"
         raise InputError(f"{out} is not a run directory: {said}") from None
-    return kind(**typed(kind, read_toml(str(out / "config.toml")), f"{out / 'config.toml'}: "))
+    config = kind(**typed(kind, read_toml(str(out / "config.toml")), f"{out / 'config.toml'}: "))
+    _require_paths(config, out)
+    return config
+
+
+def _require_paths(config: Options, out: Path) -> None:
+    """InputError where a path of the options is meant from the directory in which the run was begun, and not there from here."""
+    began = Path(str(read_object(out / "run.json").get("directory", "")))
+    for name in (config.model, config.data, config.eval_data, config.chat_template, *getattr(config, "reward", ())):
+        path = name.partition(".py:")[0] + ".py" if ".py:" in name else name  # file.py:function
+        if path and not Path(path).exists() and (began / path).exists():
+            said = f"{path} is meant from {began}, where the run was begun"
+            raise InputError(f"{out}: {said}; go there: cd {began}, and name {out.absolute()}")
 
 
 @contextmanager
 def asked_to_stop(run: Run) -> Iterator[list[int]]:
-    """Within it the first Ctrl-C or SIGTERM is only noted in this list; the second ends the process as ever."""
+    """Within it the first Ctrl-C, SIGTERM or SIGHUP (its terminal is gone) is only noted in this list; the second ends the process as ever.
+
+    One that the process was started to ignore, by nohup for one, stays ignored."""
     asked, before = list[int](), dict[int, Any]()
 
     def note(number: int, _: Any) -> None:
@@ -325,7 +369,9 @@ def asked_to_stop(run: Run) -> Iterator[list[int]]:
         run.note("stopping after this step, with a checkpoint; once more stops at once")
 
     if threading.current_thread() is threading.main_thread():
-        before.update({number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)})
+        numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows has no SIGHUP
+        heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+        before.update({number: signal.signal(number, note) for number in heard})
     try:
         yield asked
     finally:
