@@ -51,7 +51,7 @@ from trivet.run.loop import Metrics, Run
 from trivet.run.memory import by_part, memory_now, peak_memory
 from trivet.run.options import Options
 from trivet.run.record import Record, require_free, short
-from trivet.run.rescue import OutOfMemoryError, Skips, halved, is_out_of_memory, save_beginning
+from trivet.run.rescue import OutOfMemoryError, Skips, halved, is_lost_process, is_out_of_memory, save_beginning
 from trivet.run.servers import servers_of
 from trivet.run.trackers import send, trackers, until_end
 
@@ -283,10 +283,9 @@ def _launch(config: Options, watch: Watch | None, again: bool) -> Path:
 
 def _digest(train: Sequence[Example], heldout: Sequence[Example]) -> str:
     """SHA-256 of the examples; of more than are held, of a thousand rows."""
+    shown: Any = ((x.prompt, x.completions, x.learned, x.row) for x in train)
     if isinstance(train, LazyExamples):
-        shown: Any = [train.rows[i] for i in range(0, len(train), -(-len(train) // 1000))]
-    else:
-        shown = ((x.prompt, x.completions, x.learned, x.row) for x in train)
+        shown = (train.rows[i] for i in range(0, len(train), -(-len(train) // 1000)))
     found = hashlib.sha256()
     for x in (*shown, *((x.prompt, x.completions, x.learned, x.row) for x in heldout)):
         found.update(repr(x).encode(errors="surrogatepass"))
@@ -311,7 +310,13 @@ def _failed(
 ) -> BaseException:
     """What the run ends with in place of this error of the step after `done`, whose beginning is saved if that helps."""
     run, out, failed = launched.run, launched.out, error
-    if is_out_of_memory(error) and ranks.US is None:
+    if is_out_of_memory(error) and ranks.US is not None:
+        go_on = f" in {out / 'config.toml'}, then: trivet resume {out}" if done else ""
+        failed = InputError(
+            f"out of memory on rank {ranks.US.rank} in step {done + 1}; start more processes, add --gradient-checkpointing, or "
+            f"lower --microbatch-tokens ({run.config.microbatch_tokens}){go_on}"
+        )
+    elif is_out_of_memory(error):
         traceback.clear_frames(error.__traceback__)  # what the step held
         gc.collect()
         save_beginning(checkpoints, done, counted)
@@ -319,6 +324,9 @@ def _failed(
     elif isinstance(error, NoServerError) and done:
         save_beginning(checkpoints, done, counted)
         failed = InputError(f"{error}; stopped after step {done}, to go on: trivet resume {out}")
+    elif is_lost_process(error):
+        said = f"; stopped in step {done + 1}, to go on: trivet resume {out}" if done else ""
+        failed = InputError(f"another process of this run has gone, and what it said stands above, if anything{said}")
     if done == 0 and isinstance(failed, InputError | OSError | KeyboardInterrupt):
         launched.record.undo()
     return failed

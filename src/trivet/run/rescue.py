@@ -98,6 +98,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def is_lost_process(error: BaseException) -> bool:
+    """Whether this is how torch says that another process of the run has gone without a word, killed for one."""
+    known = isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    return known or isinstance(error, torch.distributed.DistError)
+
+
 def halved(out: Path, run: Run, step: int, error: BaseException) -> OutOfMemoryError | InputError:
     """What to raise where this step did not fit: an InputError where smaller microbatches would not help."""
     called = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
