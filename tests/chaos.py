@@ -1,6 +1,6 @@
 """Kill runs at any moment, break their writes, cut their power; resume them, and compare with runs that were left alone.
 
-    python tests/chaos.py --kills 200 --faults 200 --seed 1     # the six methods in turn; prints a table
+    python tests/chaos.py --kills 200 --faults 200 --seed 1     # the six methods and adapters in turn; prints a table
 
 Each life is forked from a process that has imported everything, so it is short, and a moment drawn from it falls into the run's
 own work; every third is drawn from its writes. A run ends whole if all files of its model are the same bytes, and metrics.jsonl,
@@ -45,7 +45,7 @@ from trivet.run import checkpoints, clock, launch, record, terminal  # noqa: F40
 from trivet.run.checkpoints import damage, steps
 from trivet.toy import STORIES
 
-METHODS = ("sft", "reward-model", "dpo", "ppo", "grpo", "pairwise-grpo")
+METHODS = ("sft", "reward-model", "dpo", "ppo", "grpo", "pairwise-grpo", "ppo --lora 4")  # a critic of adapters too
 STEPS = 7
 OPTIONS = f"--preset toy --steps {STEPS} --prompts-per-step 3 --max-completion-tokens 24 --eval-limit 3 --save-every 2 --eval-every 3"
 OPTIONS += " --keep-tokens-every 3 --quiet"
@@ -299,7 +299,7 @@ class Chaos:
         """The command line that begins this run, or goes on with it."""
         if (run / "config.toml").exists():
             return ["resume", str(run)]
-        return [method, *OPTIONS.split(), "--data", str(self.data), "--out", str(run)]
+        return [*method.split(), *OPTIONS.split(), "--data", str(self.data), "--out", str(run)]
 
     def left_alone(self, method: str) -> None:
         """The run to compare with; how long it takes, and how many calls that can fail it makes."""

@@ -245,7 +245,11 @@ class Stub:
                     alike, jobs = [x for x in jobs if x[0] == key], [x for x in jobs if x[0] != key]
                     model, n, limit, temperature, stops, seed = key
                     random = GENERATOR if seed is None else torch.Generator().manual_seed(seed)
-                    served = self.adapters[model] if model else self.model
+                    served = self.adapters.get(model) if model else self.model
+                    if served is None:  # unloaded since it was asked for: an answer without completions
+                        for *_, done in alike:
+                            done.set()
+                        continue
                     engine = Engine(lambda prompt, ids: "", stops, limit, temperature, random)
                     rollouts = engine.generate(served, [x[1] for x in alike], n)
                     groups = rollouts.groups

@@ -287,7 +287,7 @@ def test_generate_and_score_read_adapters(runs, tmp_path, capsys):
 # Runs
 
 
-@pytest.mark.parametrize("name", ["sft", "reward-model", "dpo", "ppo", "grpo"])
+@pytest.mark.parametrize("name", RECIPES)
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(tmp_path, name):
     whole = launch(config(RECIPES[name], tmp_path / "whole", lora=4))
     with pytest.raises(KilledError):

@@ -7,7 +7,10 @@ import contextlib
 import dataclasses
 import gzip
 import json
+import math
 import os
+import re
+import resource
 import shutil
 import signal
 import socket
@@ -203,6 +206,16 @@ def killed_after(step: int, given) -> None:
         launch(given)
 
 
+def words(given) -> list[str]:
+    """The command line of sft with this config, whose switches are those that it needs."""
+    flags = [
+        (f.name.replace("_", "-"), getattr(given, f.name))
+        for f in dataclasses.fields(given)
+        if getattr(given, f.name) != f.default
+    ]
+    return ["sft", *(f"--{name}" if value is True else f"--{name}={value}" for name, value in flags)]
+
+
 def test_a_checkpoint_of_two_processes_resumes_on_one_and_on_four(tmp_path):
     options = {"steps": 4, "save_every": 2}
     whole = trained("ppo", tmp_path / "whole", 2, **options)
@@ -251,8 +264,6 @@ def test_a_failure_is_said_once_and_ends_all(tmp_path, capfd):
 
 def test_a_signal_to_one_stops_all_after_the_same_step_with_a_checkpoint(tmp_path, capfd):
     given = config("sft", tmp_path / "run", steps=500, eval_every=0)
-    flags = [f"--{f.name.replace('_', '-')}={getattr(given, f.name)}" for f in dataclasses.fields(given)
-             if f.name in ("model", "data", "out", "steps", "max_completion_tokens")]  # fmt: skip
 
     def ask(pids: list[int]) -> None:
         for _ in range(600):
@@ -261,10 +272,83 @@ def test_a_signal_to_one_stops_all_after_the_same_step_with_a_checkpoint(tmp_pat
                 break
         os.kill(pids[1], signal.SIGTERM)
 
-    assert on_ranks(2, lambda: main(["sft", *flags, "--quiet"]), ask) == [128 + signal.SIGTERM] * 2
+    assert on_ranks(2, lambda: main(words(given)), ask) == [128 + signal.SIGTERM] * 2
     (step,) = [int(path.name.removeprefix("step-")) for path in (tmp_path / "run" / "checkpoints").glob("step-*")]
     assert len(numbers(tmp_path / "run")) == step < 500
     assert capfd.readouterr().err.count(f"stopped after step {step} of 500") == 1
+
+
+def test_a_process_that_is_killed_ends_all_in_a_sentence(tmp_path, capfd):
+    """And without that lock or orphans: the run goes on to the bits of one that was left alone."""
+    options = {"steps": 4, "save_every": 2}
+    whole = trained("sft", tmp_path / "whole", 2, **options)
+    given = words(config("sft", tmp_path / "run", **options))
+
+    def work() -> int:
+        def killed(clock):
+            taken.append(clock)
+            if len(taken) == 3 and os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return take(clock)
+
+        taken, take = list[Clock](), Clock.take
+        with patch.object(Clock, "take", killed):
+            return main(given)
+
+    assert on_ranks(2, work) == [2, -signal.SIGKILL]
+    said = capfd.readouterr().err
+    assert re.search(r"another process of this run has gone, .*; stopped in step [34], to go on: trivet resume", said)
+    assert "Traceback" not in said
+    assert on_ranks(2, lambda: resume(tmp_path / "run") and 0) == [0, 0]
+    same(whole, tmp_path / "run", 1e-30)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_shards_that_can_not_be_written_are_a_sentence(tmp_path, capfd, rank):
+    given = words(config("sft", tmp_path / "run", steps=4, save_every=2))  # models are made before the limit
+
+    def work() -> int:
+        if os.environ["RANK"] == str(rank):
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        return main(given)
+
+    assert on_ranks(2, work) == [2, 2]
+    said = capfd.readouterr().err
+    assert "File too large; make room or mend what is wrong, then: trivet resume" in said
+    assert said.count("trivet sft:") == 1
+    assert "Traceback" not in said
+    assert [*(tmp_path / "run" / "checkpoints").iterdir()] == []
+    assert on_ranks(2, lambda: main(["resume", str(tmp_path / "run")])) == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError(), RuntimeError("[...] DefaultCPUAllocator: can't allocate memory")]
+)
+def test_out_of_memory_on_one_process_is_a_sentence(tmp_path, capfd, error):
+    def full(*_):
+        if os.environ["RANK"] == "1":
+            raise error
+        return {}
+
+    given = words(config("sft", tmp_path / "run"))
+    with patch.object(RECIPES["sft"].Optimizer, "step", full):
+        codes = on_ranks(2, lambda: main(given))
+    said = capfd.readouterr().err
+    assert codes[1] == 2
+    assert said.count("out of memory on rank 1 in step 1; start more processes") == 1
+    assert "Traceback" not in said
+
+
+def test_skipped_steps_name_nothing_that_is_not_kept(tmp_path, capfd):
+    def broken(model, *args, **options):
+        return token_logprobs(model, *args, **options) * math.nan
+
+    token_logprobs = RECIPES["sft"].token_logprobs
+    with patch.object(RECIPES["sft"], "token_logprobs", broken):
+        given = config("sft", tmp_path / "run", max_skipped_steps=2, eval_every=0)
+        assert on_ranks(2, lambda: main(words(given))) == [2, 2]
+    assert "were not taken; mend the reward" in capfd.readouterr().err
 
 
 def test_groups_are_shared_by_their_lengths():

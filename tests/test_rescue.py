@@ -90,6 +90,13 @@ def test_too_many_in_a_row_end_the_run_at_the_last_good_checkpoint(tmp_path, mon
     same(whole, resume(tmp_path / "run"))  # what broke the steps is gone, and so is all that they left
 
 
+def test_only_what_is_there_is_named_for_replay(tmp_path, monkeypatch):
+    """After three kept steps a fourth is not kept."""
+    broken_at(monkeypatch, sft, {1, 3, 5, 7, 8})
+    with pytest.raises(InputError, match=r"2 steps in a row, from step 7 on, .* were not taken; mend the reward"):
+        launch(config(sft, tmp_path / "run", save_every=0, steps=10, max_skipped_steps=2))
+
+
 def test_a_lower_learning_rate_in_the_config_counts_after_resume(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         broken_at(patched, sft, {3, 4, 5})
@@ -135,6 +142,11 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert "step 2 again: the gradient is not finite" in said
     assert "the numbers recorded then, to the bit" in said
     assert "tokens with it" in said
+    assert "the completions are others" not in said
+    lines = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(lines.replace('"step": 2,', '"step": 2, "servers/usable": 1.0,'))
+    assert main(["replay", str(run / "skipped" / "step-2")]) == 0
+    assert "the completions are others: servers wrote those of the run" in capsys.readouterr().out
     assert main(["replay", str(run)]) == 2
     assert "holds no step to replay" in capsys.readouterr().err
     flipped = run / "skipped" / "step-2" / "model.safetensors"

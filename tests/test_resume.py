@@ -1,6 +1,7 @@
 """Resume: a run that was killed goes on to the same bits; checkpoints are whole or not there."""
 
 import dataclasses
+import errno
 import gzip
 import json
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from trivet.cli import main
 from trivet.errors import InputError
 from trivet.recipes import dpo, grpo, pairwise_grpo, ppo, reward_model, sft
 from trivet.run import launch as launching
+from trivet.run import record as recording
 from trivet.run.checkpoints import damage, steps
 from trivet.run.launch import Stopped, launch, resume
 from trivet.toy import STORIES
@@ -90,6 +93,10 @@ VARIANTS = {
     ),
     "dapo": (grpo, grpo.PRESETS["dapo"]),
     "kto": (dpo, dpo.PRESETS["kto"]),
+    "adapters, layers checkpointed, merged": (
+        grpo,
+        {"lora": 4, "gradient_checkpointing": True, "merge": True, "epochs_per_batch": 2, "max_completion_tokens": 16},
+    ),
     "from scratch": (grpo, grpo.PRESETS["arithmetic"]),
 }
 
@@ -242,6 +249,109 @@ def test_one_process_a_directory(tmp_path, stopped):
     same(stopped[1], resume(run, second))  # the lock of a killed process is none
 
 
+def test_a_run_that_goes_on_is_not_loaded_a_second_time(tmp_path, stopped, monkeypatch):
+    """Two models might not fit into the memory that one has."""
+    run = tmp_path / "r"
+    shutil.copytree(stopped[0], run)
+
+    def second(launched, step, metrics):
+        if step == 5:
+            monkeypatch.setattr(launching, "Launch", None)
+            with pytest.raises(InputError, match="another process"):
+                resume(run)
+            monkeypatch.undo()
+
+    same(stopped[1], resume(run, second))
+
+
+def test_what_a_reward_function_has_forked_does_not_hold_the_lock(tmp_path, stopped):
+    """A pool's workers outlive a process that is killed."""
+    forked, run = list[int](), tmp_path / "r"
+
+    def fork(launched, step, metrics):
+        if step == 3:
+            if not (pid := os.fork()):
+                time.sleep(100)
+                os._exit(0)
+            forked.append(pid)
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        launch(config(grpo, run), fork)
+    try:
+        same(stopped[1], resume(run))
+    finally:
+        os.kill(forked[0], signal.SIGKILL)
+        os.waitpid(forked[0], 0)
+
+
+def test_a_file_system_without_locks_will_do(tmp_path, stopped, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(recording.fcntl, "flock", no_locks)
+    run = tmp_path / "r"
+    shutil.copytree(stopped[0], run)
+    same(stopped[1], resume(run))
+
+
+def test_paths_are_meant_from_where_the_run_was_begun(tmp_path, monkeypatch):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    shutil.copy(few_rows(), tmp_path / "here" / "data.jsonl")
+    (tmp_path / "here" / "mine.py").write_text(
+        "def f(completions, **columns):\n    return [1.0 for _ in completions]\n"
+    )
+    monkeypatch.chdir(tmp_path / "here")
+    options = {"data": "data.jsonl", "reward": ("mine.py:f",), "steps": 3}
+    with pytest.raises(KilledError):
+        launch(config(grpo, "run", **options), killed_after(2))
+    for moved in ("data.jsonl", "mine.py"):
+        monkeypatch.chdir(tmp_path / "there")
+        with pytest.raises(InputError, match=rf"{moved} is meant from .*here, where .*go there: cd .*here, and name"):
+            resume("../here/run")
+        (tmp_path / "there" / moved).write_bytes((tmp_path / "here" / moved).read_bytes())
+    resume("../here/run")  # what it names is here too
+
+
+def test_data_that_has_changed_is_seen(tmp_path, stopped):
+    run, data, notes = tmp_path / "r", tmp_path / "data.jsonl", list[str]()
+    rows = Path(few_rows()).read_text().splitlines(keepends=True)
+    data.write_text("".join(rows))
+    with pytest.raises(KilledError):
+        launch(config(grpo, run, data=str(data)), killed_after(3))
+
+    def hear(launched, step, metrics):
+        launched.run.note = notes.append
+
+    data.write_text("".join(rows[:60]))
+    with pytest.raises(InputError, match=r"data.jsonl, or what reads it, is not what .*: 7\d examples then, 5\d now"):
+        resume(run, hear)
+    data.write_text("".join([*rows[:-1], rows[-1].replace("the", "a")]))  # a row that was mended
+    shutil.copytree(run, tmp_path / "other")
+    resume(tmp_path / "other", hear)
+    assert any("not to the same bits" in note for note in notes)
+    data.write_text("".join(rows))
+    notes.clear()
+    same(stopped[1], resume(run, hear))
+    assert notes == []
+
+
+def test_nobody_needs_to_listen(tmp_path, stopped):
+    """A pipe whose reader has gone, a disk that is full below the log."""
+    flags = ["--preset", "toy", "--data", few_rows(), "--steps", "5", "--prompts-per-step", "4", "--eval-limit", "3"]
+    flags += ["--save-every", "2", "--eval-every", "2", "--keep-tokens-every", "2"]
+    read, write = os.pipe()
+    os.close(read)
+    for name, out in ("closed", os.fdopen(write, "w")), ("full", Path("/dev/full").open("w")):  # noqa: SIM115
+        run = tmp_path / name
+        command = [sys.executable, "-m", "trivet.cli", "grpo", *flags, "--out", str(run)]
+        done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True)
+        out.close()
+        assert (done.returncode, done.stderr) == (0, "")
+        same(stopped[1], run)
+
+
 def test_a_full_disk_is_said_before_the_run_and_leaves_what_is_there(tmp_path, stopped, monkeypatch):
     free = shutil._ntuple_diskusage(10, 10, 1000)
     monkeypatch.setattr("trivet.run.checkpoints.shutil.disk_usage", lambda path: free)
@@ -275,19 +385,39 @@ def test_without_save_every_there_is_one_every_ten_minutes(tmp_path, monkeypatch
     assert [step for step, _ in steps(run / "checkpoints")] == [3, 4]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(tmp_path, stopped, number):
     def ask(launched, step, metrics):
         if step == 2:
             os.kill(os.getpid(), number)
 
     run = tmp_path / "r"
-    with pytest.raises(Stopped, match=r"stopped after step 3 of 5; to go on: trivet resume") as ended:
-        launch(config(grpo, run), ask)
+    before = signal.signal(number, lambda *_: None)  # else a signal that is not heard would end the tests
+    try:
+        with pytest.raises(Stopped, match=r"stopped after step 3 of 5; to go on: trivet resume") as ended:
+            launch(config(grpo, run), ask)
+    finally:
+        signal.signal(number, before)
     assert ended.value.code == 128 + number
     assert [step for step, _ in steps(run / "checkpoints")] == [2, 3]
     resume(run)
     assert numbers(run) == numbers(stopped[1])
+
+
+def test_a_signal_that_is_ignored_stays_so(tmp_path, stopped):
+    """As nohup and the background jobs of a script leave it."""
+
+    def ask(launched, step, metrics):
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with suppress(Stopped):
+            same(stopped[1], launch(config(grpo, tmp_path / "r"), ask))
+        assert (tmp_path / "r" / "summary.json").exists()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_command_is_killed_with_kill_9_and_resumed(tmp_path, stopped):

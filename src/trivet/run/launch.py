@@ -4,6 +4,7 @@ out = launch(grpo.Config(model="Qwen/Qwen3-0.6B", data="questions.jsonl", reward
 """
 
 import gc
+import hashlib
 import importlib
 import secrets
 import signal
@@ -50,8 +51,8 @@ from trivet.run.loop import Metrics, Run
 from trivet.run.memory import by_part, memory_now, peak_memory
 from trivet.run.options import Options
 from trivet.run.reading import method_of, read_object
-from trivet.run.record import Record, short
-from trivet.run.rescue import OutOfMemoryError, Skips, halved, is_out_of_memory, save_beginning
+from trivet.run.record import Record, require_free, short
+from trivet.run.rescue import OutOfMemoryError, Skips, halved, is_lost_process, is_out_of_memory, save_beginning
 from trivet.run.servers import servers_of
 from trivet.run.trackers import send, trackers, until_end
 
@@ -213,6 +214,7 @@ def _launch(config: Options, watch: Watch | None, again: bool) -> Path:
     about |= {"id": secrets.token_hex(4)}  # by which trackers know the run
     about |= {"data": launched.counts, "example": launched.example()}
     about |= {"parameters": sum(p.numel() for p in run.model.parameters())}
+    about["examples"] = {"training": len(run.train), "sha256": _digest(run.train, run.heldout)}
     generates = servers_of(run, out, launched.start_from, launched.context)
     together = ranks.at_work(launched.recipe, run)
     with (
@@ -229,6 +231,8 @@ def _launch(config: Options, watch: Watch | None, again: bool) -> Path:
             "eval": {},
         }
         done, tokens, heldout = counted["step"], Counter[str](counted["tokens"]), dict[str, float](counted["eval"])
+        if done:
+            _require_examples(launched, about["examples"])
         skips = Skips(out, run, checkpoints)
         record.begin(about, done)
         options = {"method": launched.method} | vars(launched.config)
@@ -281,12 +285,42 @@ def _launch(config: Options, watch: Watch | None, again: bool) -> Path:
     return RunDirectory(out)
 
 
+def _digest(train: Sequence[Example], heldout: Sequence[Example]) -> str:
+    """SHA-256 of the examples; of more than are held, of a thousand rows."""
+    shown: Any = ((x.prompt, x.completions, x.learned, x.row) for x in train)
+    if isinstance(train, LazyExamples):
+        shown = (train.rows[i] for i in range(0, len(train), -(-len(train) // 1000)))
+    found = hashlib.sha256()
+    for x in (*shown, *((x.prompt, x.completions, x.learned, x.row) for x in heldout)):
+        found.update(repr(x).encode(errors="surrogatepass"))
+    return found.hexdigest()
+
+
+def _require_examples(launched: Launch, now: dict[str, Any]) -> None:
+    """InputError where there is not the same number of examples as the run was begun with; where they differ, it is said."""
+    known = read_object(launched.out / "run.json").get("examples", now)
+    if known == now:
+        return
+    what = f"{launched.config.data}, or what reads it, is not what it was when the run began"
+    counts = [facts.get("training") if isinstance(facts, dict) else None for facts in (known, now)]
+    if counts[0] != counts[1]:
+        said = "restore it, or begin a new run from the weights of a checkpoint"
+        raise InputError(f"{launched.out}: {what}: {counts[0]} examples then, {counts[1]} now; {said}")
+    launched.run.note(f"{what}; going on with what it is now, so not to the same bits")
+
+
 def _failed(
     error: BaseException, launched: Launch, checkpoints: Checkpoints, done: int, counted: dict[str, Any]
 ) -> BaseException:
     """What the run ends with in place of this error of the step after `done`, whose beginning is saved if that helps."""
     run, out, failed = launched.run, launched.out, error
-    if is_out_of_memory(error) and ranks.US is None:
+    if is_out_of_memory(error) and ranks.US is not None:
+        go_on = f" in {out / 'config.toml'}, then: trivet resume {out}" if done else ""
+        failed = InputError(
+            f"out of memory on rank {ranks.US.rank} in step {done + 1}; start more processes, add --gradient-checkpointing, or "
+            f"lower --microbatch-tokens ({run.config.microbatch_tokens}){go_on}"
+        )
+    elif is_out_of_memory(error):
         traceback.clear_frames(error.__traceback__)  # what the step held
         gc.collect()
         save_beginning(checkpoints, done, counted)
@@ -297,6 +331,9 @@ def _failed(
         where = f"in step {done + 1}, to go on from {f'step {step}' if step else 'the start'}"
         where = f"after step {done}, to go on" if step == done else where
         failed = InputError(f"{error}; stopped {where}: trivet resume {out}")
+    elif is_lost_process(error):
+        said = f"; stopped in step {done + 1}, to go on: trivet resume {out}" if done else ""
+        failed = InputError(f"another process of this run has gone, and what it said stands above, if anything{said}")
     if done == 0 and isinstance(failed, InputError | OSError | KeyboardInterrupt):
         launched.record.undo()
     return failed
@@ -313,6 +350,7 @@ def resume(out: str | Path, /, watch: Watch | None = None, **options: Any) -> Pa
     out = Path(out)
     if (out / "summary.json").exists():
         raise InputError(f"{out} is done: its model is in {out / 'model'}")
+    require_free(out)
     before = config_of(out)
     config = replace(before, **typed(type(before), options, "") | {"out": str(out)})
     if other := sorted(options.keys() - set(MAY_CHANGE)):
@@ -339,12 +377,26 @@ def config_of(out: Path) -> Options:
     except (ImportError, AttributeError, ValueError):
         said = "there is no config.toml in it that names a method"
         raise InputError(f"{out} is not a run directory: {said}") from None
-    return kind(**typed(kind, read_toml(str(out / "config.toml")), f"{out / 'config.toml'}: "))
+    config = kind(**typed(kind, read_toml(str(out / "config.toml")), f"{out / 'config.toml'}: "))
+    _require_paths(config, out)
+    return config
+
+
+def _require_paths(config: Options, out: Path) -> None:
+    """InputError where a path of the options is meant from the directory in which the run was begun, and not there from here."""
+    began = Path(str(read_object(out / "run.json").get("directory", "")))
+    for name in (config.model, config.data, config.eval_data, config.chat_template, *getattr(config, "reward", ())):
+        path = name.partition(".py:")[0] + ".py" if ".py:" in name else name  # file.py:function
+        if path and not Path(path).exists() and (began / path).exists():
+            said = f"{path} is meant from {began}, where the run was begun"
+            raise InputError(f"{out}: {said}; go there: cd {began}, and name {out.absolute()}")
 
 
 @contextmanager
 def asked_to_stop(run: Run) -> Iterator[list[int]]:
-    """Within it the first Ctrl-C or SIGTERM is only noted in this list; the second ends the process as ever."""
+    """Within it the first Ctrl-C, SIGTERM or SIGHUP (its terminal is gone) is only noted in this list; the second ends the process as ever.
+
+    One that the process was started to ignore, by nohup for one, stays ignored."""
     asked, before = list[int](), dict[int, Any]()
 
     def note(number: int, _: Any) -> None:
@@ -354,7 +406,9 @@ def asked_to_stop(run: Run) -> Iterator[list[int]]:
         run.note("stopping after this step, with a checkpoint; once more stops at once")
 
     if threading.current_thread() is threading.main_thread():
-        before.update({number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)})
+        numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows has no SIGHUP
+        heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+        before.update({number: signal.signal(number, note) for number in heard})
     try:
         yield asked
     finally:

@@ -288,13 +288,7 @@ class Ranks:
             stack.enter_context(patch.object(Servers, "generate", lambda *args: self.served(serve, *args)))
             stack.enter_context(patch.object(Engine, "noise", lambda engine, rows: self.noise(engine, rows)))
             stack.enter_context(patch.object(torch.nn.utils, "clip_grad_norm_", self.clip))
-            try:
-                yield
-            except torch.OutOfMemoryError as error:
-                raise InputError(
-                    f"out of memory on rank {self.rank}; lower --microbatch-tokens ({run.config.microbatch_tokens}), add "
-                    "--gradient-checkpointing, or start more processes"
-                ) from error
+            yield
 
 
 class FromFirst:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import transformers
@@ -55,11 +55,9 @@ class Record:
         """
         make_folder(self.out)
         with (self.out / ".lock").open("w") as file:
-            try:
-                if fcntl is not None:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise InputError(f"{self.out}: another process is running it; wait for it, or stop that one") from None
+            _lock(file, self.out)
+            if fcntl is not None:  # else what a reward function has forked would hold it after us
+                os.register_at_fork(after_in_child=file.close)
             try:
                 yield
             except Exception as error:  # a file that can't be written: libraries in Rust say so in kinds of their own
@@ -84,6 +82,7 @@ class Record:
         write_text(self.out / "config.toml", command + to_toml(self.config))
         weights = {} if self.reward is None else dict(zip(self.reward.rewards, self.reward.weights, strict=True))
         facts = {"method": self.method, "steps": self.steps, **about, "pid": os.getpid(), "reward_weights": weights}
+        facts["directory"] = os.getcwd()  # from which the paths of the options are meant
         facts |= again | {"options": asdict(self.config)} | surroundings(self.config.device)
         write_json(self.out / "run.json", facts)
 
@@ -166,6 +165,22 @@ class Record:
     def end(self, summary: Mapping[str, Any]) -> None:
         """summary.json: the run is done."""
         write_json(self.out / "summary.json", {"method": self.method, **summary} | surroundings(self.config.device))
+
+
+def require_free(out: Path) -> None:
+    """InputError where another process runs this directory, before a model is loaded that would take the memory of that one's."""
+    with suppress(FileNotFoundError), (out / ".lock").open() as file:
+        _lock(file, out, shared=True)
+
+
+def _lock(file: IO[str], out: Path, *, shared: bool = False) -> None:
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{out}: another process is running it; wait for it, or stop that one") from None
+        except OSError:  # this file system has no locks
+            pass
 
 
 def spelled(tokenizer: Any, before: Sequence[int], ids: Sequence[int], window: int = 4) -> list[str]:

@@ -116,6 +116,10 @@ def replay(args: list[str]) -> None:
         else "the numbers recorded then, to the bit"
     )
     print(f"  metrics: {same}")
+    if "servers/usable" in found.then:
+        print(
+            "  the completions are others: servers wrote those of the run, and they are not kept; these were sampled here"
+        )
     print(f"  parameters with it: {len(found.parameters)}")
     for name, bad, count in found.parameters[:5]:
         print(f"    {name}: {bad:,} of {count:,} entries")

@@ -48,10 +48,11 @@ class Skips:
         if self.in_a_row == self.run.config.max_skipped_steps or self.in_a_row == step == self.run.steps:
             first, saved = step - self.in_a_row + 1, steps(self.checkpoints.folder)
             there = f"step {saved[-1][0]}" if saved else "the start"
+            kept = self.out / "skipped" / f"step-{first}"
+            look = f"look at one with trivet replay {kept}, " if kept.exists() else ""
             raise InputError(
-                f"{self.in_a_row} steps in a row, from step {first} on, had a gradient that is not finite, and were not taken; look at one "
-                f"with trivet replay {self.out / 'skipped' / f'step-{first}'}, mend the reward or lower lr in {self.out / 'config.toml'}, "
-                f"and go on from {there}: trivet resume {self.out}"
+                f"{self.in_a_row} steps in a row, from step {first} on, had a gradient that is not finite, and were not taken; {look}"
+                f"mend the reward or lower lr in {self.out / 'config.toml'}, and go on from {there}: trivet resume {self.out}"
             )
 
     def _keep(self, step: int, counted: dict[str, Any]) -> Path | None:
@@ -95,6 +96,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and ("can't allocate memory" in said or "out of memory" in said)
     )
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Whether this is how torch says that another process of the run has gone without a word, killed for one."""
+    known = isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    return known or isinstance(error, torch.distributed.DistError)
 
 
 def halved(out: Path, run: Run, step: int, error: BaseException) -> OutOfMemoryError | InputError:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from trivet.errors import InputError, first_line
 from trivet.model.load import load_policy, load_scorer
 from trivet.run import checkpoints as alone
 from trivet.run.files import make_folder, write_json
@@ -74,9 +75,13 @@ class Checkpoints(alone.Checkpoints):
                 known = {name: facts for part in every for name, facts in part.items()}  # type: ignore[attr-defined]
                 write_json(half / "manifest.json", {"step": step, "files": known})
                 alone._put_in_place(half, whole, self.folder.parent)
-        except BaseException:
+        except BaseException as error:
             if leads:
                 shutil.rmtree(half, ignore_errors=True)
+            if isinstance(error, dcp.api.CheckpointException):  # of any rank, raised on all
+                trouble, run = next(iter(error.failures.values()))[0], self.folder.parent
+                said = f"{run}: {first_line(trouble)}; make room or mend what is wrong, then: trivet resume {run}"
+                raise InputError(said) from error
             raise
         if leads:
             self.size = sum(path.stat().st_size for path in whole.rglob("*"))

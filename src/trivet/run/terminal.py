@@ -31,12 +31,27 @@ SUMMED_UP = (
 )  # first, last and held out, in the table at the end
 
 
+class Screen(Console):
+    """Falls silent once nobody reads any more: a run outlives its terminal, a `| head`, a full disk below its log."""
+
+    def _check_buffer(self) -> None:
+        try:
+            super()._check_buffer()
+        except OSError:
+            self.on_broken_pipe()
+
+    def on_broken_pipe(self) -> None:
+        """What is said from here on, by others too, goes nowhere; rich would end the process."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 class Terminal:
     """Follows one run; give it to launch. brief: the progress line only."""
 
     def __init__(self, *, brief: bool = False) -> None:
         self.brief = brief
-        self.console = Console(highlight=False, force_terminal=False if os.environ.get("CI") else None)
+        self.console = Screen(highlight=False, force_terminal=False if os.environ.get("CI") else None)
         self.progress: Progress | None = None
         self.spoken, self.tokens = 0.0, 0.0
         self.first = Metrics()
