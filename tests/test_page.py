@@ -398,9 +398,25 @@ def test_the_command(six, tmp_path, capsys, monkeypatch):
     written = six[0].parent / "report.html"
     assert str(written) in capsys.readouterr().out
     assert written.stat().st_size < 5e6
+    whole = written.read_bytes()
+    assert main(["report", str(six[4]), str(six[3])]) == 0
+    beside = six[0].parent / "report-grpo-ppo.html"
+    assert capsys.readouterr().out.startswith(f"{beside}  ·  ")
+    assert main(["report", *map(str, six[:5]), str(six[2])]) == 0
+    assert written.read_bytes() == whole
+    assert main(["report", *map(str, six)]) == 0
+    names = {"report.html", "report-grpo-ppo.html", "report-sft-reward-model-dpo-ppo-grpo.html"}
+    assert {path.name for path in six[0].parent.glob("*.html")} == names
     alone = write_run(tmp_path / "elsewhere" / "run", "sft", 3)
-    assert main(["report", str(alone), str(six[0])]) == 0
-    assert Path("report.html").exists()
+    other = write_run(tmp_path / "dpo", "dpo", 3)
+    assert main(["report", "elsewhere/run", "dpo"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("report-elsewhere-run-dpo.html  ·  ")
+    assert main(["report", str(alone), str(other)]) == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path}/report-elsewhere-run-dpo.html  ·  ")
+    many = [write_run(tmp_path / "many" / f"run{number}{'x' * 60}", "sft", 1) for number in range(5)]
+    for some in (many[:4], many[1:]):
+        assert main(["report", *map(str, some)]) == 0
+    assert len(list((tmp_path / "many").glob("report-run*.html"))) == 2
     assert main(["report", str(alone), "--out", "made/here.html"]) == 0
     assert Path("made/here.html").exists()
     assert main(["report", "nowhere"]) == 2

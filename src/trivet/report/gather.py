@@ -323,12 +323,9 @@ def _comparison(runs: list[dict[str, Any]]) -> dict[str, Any]:
     rows = []
     for run, held in zip(runs, numbers, strict=True):
         objective, needed, stages, best = compare.METHODS.get(run["method"], ("", "", "", ""))
-        cells = [f"{held[key]:.3g}" if _number(held.get(key)) is not None else "" for key in shown]
-        if "gold" in shown and _number(held.get("gold_se")) is not None:
-            cells[shown.index("gold")] += f" ± {held['gold_se']:.2f}"
         whole = {"peak_memory_bytes", "seconds", "tokens_generated", "tokens_trained"} <= run["summary"].keys()
         cost = [compare.memory(run["summary"]), compare.compute(run["summary"])] if whole else ["", ""]
-        rows.append([objective, needed, stages, *cost, *cells, best])
+        rows.append([objective, needed, stages, *cost, *compare.cells(held, shown), best])
     heads = [
         "objective",
         "reward model needed",
