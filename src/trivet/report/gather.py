@@ -18,8 +18,8 @@ from typing import Any
 
 from trivet.report import compare
 from trivet.report.plots import run_colors
-from trivet.report.warnings import Warning, warnings
 from trivet.run.reading import require_run, run_names, state
+from trivet.run.warnings import Warning, warnings
 
 POINTS = 600  # of a line in a chart; more are averaged
 TEXT, TOKENS = 5_000, 2_000  # characters of a text, tokens of a completion; more are cut
