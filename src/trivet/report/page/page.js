@@ -875,10 +875,13 @@
   let seen = null, mark = () => {};
   function follow(sections) {
     seen?.disconnect();
+    let marked = null;
     const inView = new Set(), last = sections.findLast((section) => section.tagName === "SECTION");
     mark = () => {
       const end = window.scrollY > 0 && window.scrollY + window.innerHeight >= root.scrollHeight - 2; // where the last one can't get higher
       const now = (end ? last : sections.find((section) => inView.has(section.id)))?.id;
+      if (now === marked) return;
+      marked = now;
       for (const link of byId("contents").querySelectorAll("a")) link.getAttribute("href") === `#${now}` ? link.setAttribute("aria-current", "true") : link.removeAttribute("aria-current");
       const here = byId("contents").querySelector("[aria-current]"), row = byId("contents").firstChild;
       if (here) row.scrollLeft = here.offsetLeft - row.offsetLeft - (row.clientWidth - here.offsetWidth) / 2;
