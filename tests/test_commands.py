@@ -7,6 +7,7 @@ import sys
 import pytest
 from transformers import AutoModelForSequenceClassification
 
+from runs import write_quickstart, write_run
 from trivet.cli import main
 from trivet.toy import STORIES
 
@@ -59,6 +60,26 @@ def test_score_says_how_many_pairs_a_reward_ranks_right(tmp_path, capsys):
     assert main([*arguments, "--out", str(out)]) == 0
     assert "1 of 2 pairs ranked right (50.0%)" in capsys.readouterr().out
     assert [json.loads(line)["score_chosen"] for line in out.read_text().splitlines()] == [1.0, 0.0]
+
+
+def test_compare_takes_a_folder_and_says_what_was_not_generated_by_a_dash(tmp_path, capsys):
+    runs = write_quickstart(tmp_path, steps=3)
+    for run, gold in zip(runs, (1.49, None, 4.6, 4.597, 12.0, 0.005), strict=True):
+        summary = json.loads((run / "summary.json").read_text())
+        summary |= {"tokens_generated": 0} if run.name in ("sft", "reward-model", "dpo") else {}
+        summary["eval"] |= {"eval/gold": gold, "eval/gold_se": 0.034} if gold else {}
+        (run / "summary.json").write_text(json.dumps(summary))
+    assert main(["compare", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert main(["compare", *map(str, runs)]) == 0
+    assert capsys.readouterr().out == said
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in said.splitlines() if line.startswith("│")][:6]
+    assert [row[0] for row in rows] == [run.name for run in runs]
+    assert [row[-2] == "-" for row in rows] == [True] * 3 + [False] * 3
+    assert [row[1] for row in rows] == ["1.49 ± 0.03", "", *(f"{x} ± 0.03" for x in ("4.60", "4.60", "12.00", "0.01"))]
+    going = write_run(tmp_path / "going", "grpo", 3, done=False)
+    assert main(["compare", str(tmp_path)]) == 2
+    assert f"{going} has not finished" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

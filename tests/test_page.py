@@ -332,18 +332,97 @@ def test_turning_point():
     learned = [step / 25 + noise.gauss(0, 0.1) for step in steps]
     turns = [4 - ((step - 60) / 30) ** 2 + noise.gauss(0, 0.1) for step in steps]
     found = turning_point(steps, turns, learned)
-    assert found
+    assert found["turns"]
     assert abs(found["step"] - 60) <= 8
     assert found["fall"] == pytest.approx(1.5, abs=0.3)
     rising = [step / 50 + noise.gauss(0, 0.1) for step in steps]
     flat = [noise.gauss(0, 0.1) for _ in steps]
-    assert turning_point(steps, rising, learned) is None
-    assert turning_point(steps, flat, learned) is None
-    assert turning_point(steps, turns, flat) is None  # the learned one does not rise: nothing is over-optimized
+    assert not turning_point(steps, rising, learned)["turns"]
+    assert not turning_point(steps, flat, learned)["turns"]
+    assert not turning_point(steps, turns, flat)["turns"]  # the learned one does not rise: nothing is over-optimized
     assert turning_point([1, 2, 3], [1, 2, 0], [1, 2, 3]) is None
     few = [0, 5, 10, 15, 20, 25], [1, 2, 2.9, 2.6, 2.2, 1.7], [0, 1, 2, 3, 4, 5]
-    assert turning_point(*few, 0.1)["step"] == 10
-    assert turning_point(*few, 0.3) is None
+    seen, unsure = turning_point(*few, 0.1), turning_point(*few, 0.3)
+    assert (seen["turns"], seen["step"], unsure["turns"]) == (True, 10, False)
+    assert unsure["fall"] == pytest.approx(1.2)
+    assert unsure["fall_noise"] == pytest.approx(1.8)  # six standard errors
+
+
+def test_runs_of_other_lengths_have_whole_names_that_lead_to_their_lines(show, tmp_path):
+    runs = [
+        write_run(tmp_path / name, method, steps)
+        for name, method, steps in (("k", "grpo", 16), ("pw", "pairwise-grpo", 3))
+    ]
+    tab = show(runs)
+    ends = tab.locator("#optimization figure", has=tab.get_by_text("KL to the reference")).locator(
+        "[aria-label='line ends']"
+    )
+    assert sorted(ends.locator("text").all_text_contents()) == ["k (grpo)", "pw (pairwise-grpo)"]
+    assert ends.locator("path").count() >= 1
+    assert tab.evaluate("""[...document.querySelectorAll("[aria-label='line ends'] text")].every((name) =>
+        name.getBoundingClientRect().right <= name.closest(".plot").getBoundingClientRect().right + 1)""")
+    tab.evaluate("scrollTo({ top: document.body.scrollHeight, behavior: 'instant' })")
+    until(tab, "document.querySelector('#contents [aria-current]')?.getAttribute('href') === '#what'")
+    tab.evaluate("scrollTo({ top: 0, behavior: 'instant' })")
+    until(tab, "document.querySelector('#contents [aria-current]')?.getAttribute('href') === '#overview'")
+
+
+def test_names_that_are_cut_are_still_told_apart(show, tmp_path):
+    name = "a-run-of-many-words-with-beta-0.05-and-lr-1e-5"
+    tab = show([write_run(tmp_path / f"{name}-seed-{seed}", "grpo", 5) for seed in (0, 1)])
+    labels = tab.locator("#optimization [aria-label='line ends']").first.locator("text").all_text_contents()
+    assert len(set(labels)) == 2
+    assert all("…" in label for label in labels)
+
+
+def test_what_is_of_one_value_has_an_axis_all_the_same(show, tmp_path):
+    runs = [write_run(tmp_path / method, method, 1) for method in ("sft", "grpo")]
+    rows = [json.loads(line) for line in (runs[1] / "metrics.jsonl").read_text().splitlines()]
+    (runs[1] / "metrics.jsonl").write_text("".join(json.dumps(row | {"clip_ratio": 0.0}) + "\n" for row in rows))
+    tab = show(runs)
+    assert "What the reward costs in KL" not in tab.evaluate(TITLES)  # one point
+    axis = "[aria-label='y-axis tick label'] text"
+    for title in ("Tokens whose ratio is clipped", "Learned reward"):
+        chart = tab.locator("figure", has=tab.get_by_text(title, exact=True))
+        assert len(set(chart.locator(axis).all_text_contents())) > 2
+    assert "Too few points to see a turn: grpo." in tab.locator("#comparison").inner_text()
+
+
+def test_what_is_too_small_a_fall_says_how_large_it_is(show, six):
+    said = show([six[METHODS.index("grpo")]]).locator("#reward").inner_text()
+    turn = gather([six[METHODS.index("grpo")]])["runs"][0]["true"]["turn"]
+    assert "No turn was seen: nowhere does the gold reward fall by more than its noise" in said
+    fell, noise = re.search(r"grpo fell by ([\d.e-]+) \(noise ([\d.e-]+)\)", said).groups()
+    assert (float(fell), float(noise)) == pytest.approx((turn["fall"], turn["fall_noise"]), rel=0.06, abs=1e-6)
+    assert "six standard errors" in said
+
+
+def test_the_speed_of_a_step_leaves_its_evaluation_out(tmp_path):
+    run = write_run(tmp_path / "grpo", "grpo", 4)
+    rows = [
+        {"step": step, "seconds": 2.0 * step, "tokens/generated": 100, "tokens/trained": 300} for step in range(1, 4)
+    ]
+    rows[1] |= {"seconds": 14.0, "time/evaluation": 10.0}
+    rows[2] |= {"seconds": 16.0}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert gather([run])["runs"][0]["speed"]["series"]["tokens"]["mean"] == [200, 200, 200]
+
+
+def test_no_path_of_this_machine_but_those_that_were_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = {"model": "/home/someone/trivet/src/trivet/toy/stories", "data": f"{tmp_path}/data.jsonl"}
+    options |= {"reward": [f"{tmp_path}/runs/rm", "/elsewhere/rm"], "chat_template": "plain"}
+    run = write_run(tmp_path / "grpo", "grpo", 2, options=options)
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | {"started_from": options["model"]}))
+    found = gather([run])["runs"][0]
+    shown = {option["name"]: option["value"] for option in found["options"]}
+    assert found["about"]["started_from"] == shown["model"] == "trivet/toy/stories"
+    assert (shown["data"], shown["reward"], shown["chat_template"]) == (
+        "data.jsonl",
+        ["runs/rm", "/elsewhere/rm"],
+        "plain",
+    )
 
 
 def test_a_page_that_is_live_asks_for_data_and_nothing_else(browser, six):
@@ -398,9 +477,25 @@ def test_the_command(six, tmp_path, capsys, monkeypatch):
     written = six[0].parent / "report.html"
     assert str(written) in capsys.readouterr().out
     assert written.stat().st_size < 5e6
+    whole = written.read_bytes()
+    assert main(["report", str(six[4]), str(six[3])]) == 0
+    beside = six[0].parent / "report-grpo-ppo.html"
+    assert capsys.readouterr().out.startswith(f"{beside}  ·  ")
+    assert main(["report", *map(str, six[:5]), str(six[2])]) == 0
+    assert written.read_bytes() == whole
+    assert main(["report", *map(str, six)]) == 0
+    names = {"report.html", "report-grpo-ppo.html", "report-sft-reward-model-dpo-ppo-grpo.html"}
+    assert {path.name for path in six[0].parent.glob("*.html")} == names
     alone = write_run(tmp_path / "elsewhere" / "run", "sft", 3)
-    assert main(["report", str(alone), str(six[0])]) == 0
-    assert Path("report.html").exists()
+    other = write_run(tmp_path / "dpo", "dpo", 3)
+    assert main(["report", "elsewhere/run", "dpo"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("report-elsewhere-run-dpo.html  ·  ")
+    assert main(["report", str(alone), str(other)]) == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path}/report-elsewhere-run-dpo.html  ·  ")
+    many = [write_run(tmp_path / "many" / f"{'x' * 60}{number}", "sft", 1) for number in range(5)]
+    for some in (many[:4], many[1:]):
+        assert main(["report", *map(str, some)]) == 0
+    assert len(list((tmp_path / "many").glob("report-x*.html"))) == 2
     assert main(["report", str(alone), "--out", "made/here.html"]) == 0
     assert Path("made/here.html").exists()
     assert main(["report", "nowhere"]) == 2

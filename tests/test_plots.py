@@ -96,6 +96,15 @@ def test_runs_of_one_method_and_of_one_name_are_told_apart(tmp_path):
     assert {f"{seed}/grpo (grpo)" for seed in "abc"} <= set(texts(svg))
 
 
+def test_runs_named_from_here_are_drawn_beside_them_and_said_so(two, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(two[0].parent)
+    (tmp_path / "inside").mkdir()
+    for here, runs, out in ((tmp_path, ("ppo", "grpo"), ""), (tmp_path / "inside", ("../ppo", "../grpo"), "../")):
+        monkeypatch.chdir(here)
+        assert main(["plot", *runs, "--y", "kl"]) == 0
+        assert capsys.readouterr().out == f"{out}plot-kl.png  ·  {out}plot-kl.svg\n"
+
+
 def test_names_are_not_read_as_formulas(tmp_path):
     run = write_run(tmp_path / "_a $x_2$ <b>", "grpo", 6)
     assert main(["plot", str(run), "--y", "reward", "--out", str(tmp_path / "out")]) == 0
@@ -107,6 +116,9 @@ def test_names_are_not_read_as_formulas(tmp_path):
     [
         (["--y", "rewrd"], "no metric 'rewrd'; there is reward"),
         (["--y", "gold"], "rewards/gold/mean"),
+        (["--y", "KL"], "no metric 'KL'; there is kl, eval/kl"),
+        (["--y", "nonsense"], "entropy, eval/completions/clipped_ratio"),  # none is near: all of them
+        (["--y", "nonsense"], "kl, lr"),
         (["--y", "reward", "--x", "stp"], "no metric 'stp'; there is step"),
         (["--y", "eval/reward", "--x", "notes"], "no metric 'notes'"),
         (["--y", "rare", "--x", "eval/kl"], "no step has both rare and eval/kl"),

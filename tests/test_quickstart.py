@@ -4,7 +4,7 @@ import json
 
 from test_page import CHROMIUM, EMPTY_CHARTS, TITLES, browser, show  # noqa: F401  fixtures
 from trivet.cli import main
-from trivet.report.page import runs_in
+from trivet.report.compare import runs_in
 
 
 def page_of(out, show):  # noqa: F811

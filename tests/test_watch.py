@@ -240,14 +240,33 @@ def test_the_command_says_where_it_is_and_ends_quietly(tmp_path, capsys):
         (["{}/grpo", "--prot", "1"], "--port"),
     ],
 )
-def test_what_cannot_be_watched_is_one_sentence(arguments, named, tmp_path, capsys):
+def test_what_cannot_be_watched_is_one_sentence(arguments, named, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(watch, "WAIT", 0.1)
     inside = tmp_path / "empty"
     inside.mkdir()
     going_on(inside / "other" / "grpo")
     assert main(["watch", *(word.format(inside if word == "{}" else inside / "other") for word in arguments)]) == 2
-    said = capsys.readouterr().err
+    said = capsys.readouterr().err.removeprefix("trivet watch: waiting up to 0 s for nope to begin\n")
     assert named in said
     assert said.count("\n") == 1
+
+
+def test_a_run_that_is_about_to_begin_is_waited_for(tmp_path, capsys):
+    run = tmp_path / "runs" / "grpo"
+
+    def begin():
+        run.mkdir(parents=True)  # a run's directory is there a moment before what is in it
+        time.sleep(0.3)
+        going_on(run)
+
+    began, begins = time.monotonic(), threading.Timer(0.3, begin)
+    begins.start()
+    watch.wait_for([run])
+    assert 0.6 < time.monotonic() - began < 10
+    begins.join()
+    assert capsys.readouterr().err == f"trivet watch: waiting up to 60 s for {run} to begin\n"
+    watch.wait_for([run])
+    assert capsys.readouterr().err == ""
 
 
 def test_what_state_a_run_is_in(tmp_path):

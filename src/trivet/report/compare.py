@@ -1,6 +1,8 @@
 """The method table: one row a run, measured numbers where others print adjectives."""
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from trivet.errors import InputError
+from trivet.run.reading import require_run
 
 METHODS = {  # method: objective, reward model needed, stages, best for
     "sft": ("-log π(y_w)", "no", "SFT", "answers worth copying"),
@@ -39,20 +42,30 @@ def compare(args: list[str]) -> None:
     """trivet compare RUN [RUN ...]: print the table of these runs."""
     if not args or any(arg in ("-h", "--help") for arg in args):
         print(
-            "trivet compare RUN [RUN ...]\n\nOne row a run directory: the method, its last held-out numbers, and what it cost."
+            "trivet compare RUN [RUN ...]\n\nOne row a run: the method, its last held-out numbers, and what it cost. RUN is a run "
+            "directory, or a folder of them (runs/quickstart)."
         )
         return
     console = wide_console()
-    for table in tables([Path(arg) for arg in args]):
+    for table in tables([run for arg in args for run in runs_in(Path(arg))]):
         console.print(table)
+
+
+def runs_in(path: Path) -> list[Path]:
+    """The path itself, or the run directories in it if it is a folder of runs, in the order of the methods."""
+    inside = [child.parent for child in path.glob("*/config.toml")]
+    if (path / "config.toml").exists() or not inside:
+        return [path]
+    order = list(METHODS)
+    return sorted(inside, key=lambda run: (order.index(run.name) if run.name in order else len(order), run.name))
 
 
 def read_summary(run: Path) -> dict[str, Any]:
     """summary.json of a finished run."""
     path = run / "summary.json"
     if not path.exists():
-        state = "has not finished" if (run / "config.toml").exists() else "is not a run directory"
-        raise InputError(f"{run} {state}: there is no {path.name} in it")
+        require_run(run)
+        raise InputError(f"{run} has not finished: there is no {path.name} in it")
     try:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
@@ -70,11 +83,8 @@ def tables(runs: list[Path]) -> tuple[Table, Table]:
     for title in [*(COLUMNS[key] for key in shown), "generated", "trained"]:
         measured.add_column(title, justify="right", overflow="fold")
     for name, summary, numbers in zip(names, summaries, heldout, strict=True):
-        cells = [f"{numbers[key]:.3g}" if key in numbers else "" for key in shown]
-        if "gold_se" in numbers and "gold" in shown:
-            cells[shown.index("gold")] += f" ±{numbers['gold_se']:.2f}"
-        tokens = [f"{summary[f'tokens_{kind}'] / 1000:,.0f}k" for kind in ("generated", "trained")]
-        measured.add_row(name, *cells, *tokens)
+        tokens = [summary[f"tokens_{kind}"] for kind in ("generated", "trained")]
+        measured.add_row(name, *cells(numbers, shown), *(f"{n / 1000:,.0f}k" if n else "-" for n in tokens))
     about = Table(title="the methods, with what their last stage cost", title_justify="left", header_style="bold")
     for title in ("method", "objective", "reward model", "stages", "memory", "compute", "best for"):
         about.add_column(title, overflow="fold")
@@ -95,6 +105,15 @@ def heldout_numbers(summary: dict[str, Any]) -> dict[str, float]:
     if {"gold", "accuracy"} & set(numbers):
         numbers.pop("loss", None)
     return numbers
+
+
+def cells(numbers: dict[str, Any], shown: Sequence[str]) -> list[str]:
+    """The held-out numbers of a run under these keys of COLUMNS, as a table shows them; '' for what is not known."""
+    known = {key: value for key, value in numbers.items() if isinstance(value, int | float) and math.isfinite(value)}
+    found = {key: f"{value:.3g}" for key, value in known.items()}
+    if {"gold", "gold_se"} <= known.keys():
+        found["gold"] = f"{known['gold']:.2f} ± {known['gold_se']:.2f}"
+    return [found.get(key, "") for key in shown]
 
 
 def label(run: Path, summary: dict[str, Any], runs: list[Path]) -> str:

@@ -7,6 +7,7 @@ it goes. Nothing is made up: what is not there is left out, and the page does no
 import ast
 import json
 import math
+import os
 import re
 import time
 import tomllib
@@ -18,8 +19,8 @@ from typing import Any
 
 from trivet.report import compare
 from trivet.report.plots import run_colors
-from trivet.report.warnings import Warning, warnings
 from trivet.run.reading import require_run, run_names, state
+from trivet.run.warnings import Warning, warnings
 
 POINTS = 600  # of a line in a chart; more are averaged
 TEXT, TOKENS = 5_000, 2_000  # characters of a text, tokens of a completion; more are cut
@@ -54,12 +55,13 @@ def gather(runs: Sequence[Path], token_bytes: int = 3_000_000) -> dict[str, Any]
 
 def turning_point(
     steps: Sequence[float], true: Sequence[float], learned: Sequence[float], true_se: float | None = None
-) -> dict[str, float] | None:
-    """Where the true reward, smoothed, was highest, if from there to the end it falls while the learned one still rises.
+) -> dict[str, Any] | None:
+    """Where the true reward, smoothed, was highest, and whether from there to the end it falls while the learned one still rises.
 
     Smoothing is a mean over a tenth of the points. A fall counts from six standard errors of such a mean (a maximum is above its
     neighbors by chance already), a rise from four; the noise of a point is true_se where that is known, else taken from second
-    differences, which know no trend. Returns step, peak, fall and rise; None: no such point.
+    differences, which know no trend. Returns step, peak, fall and rise, fall_noise and rise_noise, from which they count, and
+    turns, whether both do; None for fewer than five points.
     """
     width = max(1, len(steps) // 10)
     if len(steps) < 5:
@@ -67,9 +69,9 @@ def turning_point(
     flat, rising = _smooth(true, width), _smooth(learned, width)
     top = max(range(len(flat)), key=flat.__getitem__)
     fall, rise = flat[top] - flat[-1], rising[-1] - rising[top]
-    if fall > 6 * (true_se or _noise(true)) / width**0.5 and rise > 4 * _noise(learned) / width**0.5:
-        return {"step": steps[top], "peak": flat[top], "fall": fall, "rise": rise}
-    return None
+    noise = {"fall_noise": 6 * (true_se or _noise(true)) / width**0.5, "rise_noise": 4 * _noise(learned) / width**0.5}
+    turns = fall > noise["fall_noise"] and rise > noise["rise_noise"]
+    return {"turns": turns, "step": steps[top], "peak": flat[top], "fall": fall, "rise": rise} | noise
 
 
 def _smooth(values: Sequence[float], width: int) -> list[float]:
@@ -103,7 +105,7 @@ def _read(run: Path) -> dict[str, Any]:
     began = record.get("began") or ((run / "config.toml").stat().st_mtime if toml else None)
     explained, true = defaults(method), _true(record, options, lines, judged)
     warned = warnings(options, lines)
-    if true and true["turn"]:
+    if true and true["turn"] and true["turn"]["turns"]:
         reason = f"the {true['name']} reward was {true['turn']['peak']:.3g} around step {true['turn']['step']:g} and fell by "
         reason += f"{true['turn']['fall']:.2g} since, while the learned one rose by {true['turn']['rise']:.2g}"
         help = "fewer --steps, a larger --beta, or a reward model trained on completions of this policy"
@@ -117,12 +119,12 @@ def _read(run: Path) -> dict[str, Any]:
         "seconds": summary.get("seconds", _number(last.get("seconds"))),
         "left": pace and status == "running" and max(0.0, (planned - done) * pace),
         "about": {
-            key: record.get(key, summary.get(key))
+            key: _placed(record.get(key, summary.get(key)))
             for key in ("started_from", "parameters", "device", "machine", "versions", "data")
         },
         "example": _example(record.get("example")),
         "options": [
-            {"name": key, "value": value, "default": key in explained and _same(value, explained[key][0])}
+            {"name": key, "value": _placed(value), "default": key in explained and _same(value, explained[key][0])}
             | ({"help": explained[key][1]} if key in explained else {})
             for key, value in options.items()
         ],
@@ -182,15 +184,16 @@ def _example(example: Line | None) -> Line | None:
 
 
 def _speed(lines: list[Line]) -> list[Line]:
-    """Tokens a second, sampled and trained together, of every step."""
+    """Tokens a second, sampled and trained together, of every step without its evaluation."""
     found, before = [], 0.0
     for line in lines:
         now, tokens = (
             _number(line.get("seconds")),
             [_number(line.get(f"tokens/{kind}")) for kind in ("generated", "trained")],
         )
-        if now is not None and now > before and any(tokens):
-            found.append({"step": line["step"], "tokens": sum(count or 0 for count in tokens) / (now - before)})
+        spent = (now or 0) - before - (_number(line.get("time/evaluation")) or 0)
+        if spent > 0 and any(tokens):
+            found.append({"step": line["step"], "tokens": sum(count or 0 for count in tokens) / spent})
         before = before if now is None else now
     return found
 
@@ -323,12 +326,9 @@ def _comparison(runs: list[dict[str, Any]]) -> dict[str, Any]:
     rows = []
     for run, held in zip(runs, numbers, strict=True):
         objective, needed, stages, best = compare.METHODS.get(run["method"], ("", "", "", ""))
-        cells = [f"{held[key]:.3g}" if _number(held.get(key)) is not None else "" for key in shown]
-        if "gold" in shown and _number(held.get("gold_se")) is not None:
-            cells[shown.index("gold")] += f" ± {held['gold_se']:.2f}"
         whole = {"peak_memory_bytes", "seconds", "tokens_generated", "tokens_trained"} <= run["summary"].keys()
         cost = [compare.memory(run["summary"]), compare.compute(run["summary"])] if whole else ["", ""]
-        rows.append([objective, needed, stages, *cost, *cells, best])
+        rows.append([objective, needed, stages, *cost, *compare.cells(held, shown), best])
     heads = [
         "objective",
         "reward model needed",
@@ -384,6 +384,16 @@ def defaults(method: str) -> dict[str, tuple[Any, str]]:
                     help = str(ast.literal_eval(after.value)) if isinstance(after, ast.Expr) else help
                     found[ast.unparse(field.target)] = (ast.literal_eval(field.value), help)
     return found
+
+
+def _placed(value: Any) -> Any:
+    """A path, or several, without what is only true of this machine: of what comes with Trivet, and of what is below this folder."""
+    if isinstance(value, list | tuple):
+        return [_placed(each) for each in value]
+    if not isinstance(value, str) or not value.startswith(os.sep):
+        return value
+    inside = re.search(r"/(trivet/toy/.*)", value)
+    return inside[1] if inside else value.removeprefix(f"{Path.cwd()}{os.sep}")
 
 
 def _same(value: Any, default: Any) -> bool:

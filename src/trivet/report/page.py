@@ -3,13 +3,15 @@
 import base64
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 from trivet.errors import InputError
+from trivet.report.compare import runs_in
 from trivet.report.gather import gather
-from trivet.report.plots import COLORS
+from trivet.run.reading import common_folder
 
 PARTS = Path(__file__).parent / "page"
 HELP = """trivet report RUN [RUN ...] [--out FILE.html]
@@ -18,7 +20,8 @@ One page for one run, or for several side by side: what was run, warnings, the c
 It is a single file that needs no network. RUN is a run directory, or a folder of them (runs/quickstart). It also reads a run that
 goes on, or was stopped.
 
---out FILE.html   where to; default RUN/report.html, for several the folder that holds them all, else ./report.html"""
+--out FILE.html   where to; default RUN/report.html, for all runs of a folder FOLDER/report.html, for others the same with their names:
+                  runs/report-grpo-ppo.html"""
 
 
 def report(args: list[str]) -> None:
@@ -32,14 +35,21 @@ def report(args: list[str]) -> None:
     if not flags:
         raise InputError("name a run directory first: trivet report RUN [RUN ...] [--out FILE.html]")
     given = read_flags(type("Options", (), {"__annotations__": {"out": str}}), args[flags:])
-    runs = [run for arg in args[:flags] for run in runs_in(Path(arg))]
-    parents = {run.absolute().parent for run in runs}
-    if len(runs) == 1:
-        out = runs[0] / "report.html"
-    else:
-        out = (runs[0].parent if len(parents) == 1 else Path()) / "report.html"
-    out = write_page(runs, Path(given.get("out", out)))
+    runs = list(dict.fromkeys(run for arg in args[:flags] for run in runs_in(Path(arg))))
+    out = write_page(runs, Path(given.get("out", page_of(runs))))
     print(f"{out}  ·  {out.stat().st_size / 1e6:.1f} MB")
+
+
+def page_of(runs: list[Path]) -> Path:
+    """Where the page of these runs goes: another place for other runs, so that no page is written over another."""
+    if len(runs) == 1:
+        return runs[0] / "report.html"
+    folder = common_folder(runs)
+    if {run.resolve() for run in runs} == {run.resolve() for run in runs_in(folder)}:
+        return folder / "report.html"
+    name = "-".join(os.path.relpath(run, folder).replace(os.sep, "-") for run in runs)
+    name = name if len(name) < 150 else f"{name[:140]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return folder / f"report-{name}.html"
 
 
 def write_page(runs: list[Path], out: Path) -> Path:
@@ -48,15 +58,6 @@ def write_page(runs: list[Path], out: Path) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page, encoding="utf-8")
     return out
-
-
-def runs_in(path: Path) -> list[Path]:
-    """The path itself, or the run directories in it if it is a folder of runs, in the order of the methods."""
-    inside = [child.parent for child in path.glob("*/config.toml")]
-    if (path / "config.toml").exists() or not inside:
-        return [path]
-    order = list(COLORS)
-    return sorted(inside, key=lambda run: (order.index(run.name) if run.name in order else len(order), run.name))
 
 
 def build_page(payload: dict[str, Any], *, live: bool = False) -> str:

@@ -2,7 +2,6 @@
 
 import difflib
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from trivet.errors import InputError
-from trivet.report.compare import read_summary
+from trivet.report.compare import read_summary, runs_in
 from trivet.run.arguments import runs_and_options
-from trivet.run.reading import method_of, read_metrics, require_run, run_names
+from trivet.run.reading import common_folder, method_of, read_metrics, require_run, run_names
 
 COLORS = {  # Okabe and Ito's palette, told apart by color-blind readers too
     "sft": "#000000",
@@ -78,8 +77,6 @@ class Config:
 
 def plot(args: list[str]) -> None:
     """trivet plot RUN [RUN ...] --y METRIC [METRIC ...]"""
-    from trivet.report.page import runs_in
-
     paths, config = runs_and_options(Config, args, "trivet plot")
     runs = [run for path in paths for run in runs_in(path)]
     if not config.y:
@@ -87,8 +84,7 @@ def plot(args: list[str]) -> None:
     if config.smooth < 1:
         raise InputError(f"--smooth is {config.smooth}; it must be at least 1")
     name = "plot-" + "-".join(config.y) + (f"-by-{config.x}" if config.x != "step" else "")
-    common = Path(os.path.commonpath([run.absolute() for run in runs]))
-    folder = runs[0] if len(runs) == 1 else Path() if common == Path(common.anchor) else common
+    folder = runs[0] if len(runs) == 1 else common_folder(runs)
     out = str(config.out or folder / name.replace("/", "-"))
     out = out[:-4] if out.endswith((".png", ".svg")) else out
     print("  ·  ".join(map(str, draw_metrics(runs, config.y, config.x, config.smooth, out))))
@@ -195,11 +191,10 @@ def _missing(runs: Sequence[Path], rows: Sequence[list[dict[str, Any]]], x: str,
     absent = next((name for name in (y, x) if name not in known), "")
     if not absent:
         return f"{where}: no step has both {y} and {x}"
-    near = [key for key in known if absent in key.split("/")] + difflib.get_close_matches(
-        absent, known, n=4, cutoff=0.5
-    )
-    near = list(dict.fromkeys(near)) or known
-    return f"{where}: no metric '{absent}'; there is {', '.join(near[:8])}{' and more' if len(near) > 8 else ''}"
+    plain = {key.lower(): key for key in known}
+    near = sorted((key for name, key in plain.items() if absent.lower() in name.split("/")), key=len)
+    near += [plain[name] for name in difflib.get_close_matches(absent.lower(), plain, n=4)]
+    return f"{where}: no metric '{absent}'; there is {', '.join(dict.fromkeys(near or known))}"
 
 
 def draw_quickstart(out: Path, methods: Sequence[str]) -> list[Path]:

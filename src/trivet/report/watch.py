@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import os
 import socket
+import sys
 import time
 import webbrowser
 from contextlib import suppress
@@ -19,13 +20,15 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from trivet.errors import InputError
+from trivet.report.compare import runs_in
 from trivet.report.gather import gather
-from trivet.report.page import as_json, build_page, runs_in
+from trivet.report.page import as_json, build_page
 from trivet.run.arguments import runs_and_options
 from trivet.run.reading import lives, read_object, require_run
 
 HOSTS = ("127.0.0.1", "localhost", "[::1]")
 FILES = ("config.toml", "run.json", "metrics.jsonl", "samples.jsonl", "summary.json", "judged.json")
+WAIT = 60.0  # seconds for a run that is not there yet
 EVERY = 2.0  # seconds between two questions of a page
 HEADERS = {
     "Cache-Control": "no-store",
@@ -49,10 +52,9 @@ class Config:
 def watch(args: list[str]) -> None:
     """trivet watch RUN [RUN ...]: serve until Ctrl-C."""
     paths, config = runs_and_options(Config, args, "trivet watch")
-    for run in (run for path in paths for run in runs_in(path)):
-        require_run(run)
     if not 0 <= config.port < 2**16:
         raise InputError(f"--port {config.port}: ports end at 65535")
+    wait_for(paths)
     try:
         listening = socket.create_server(("127.0.0.1", config.port))
     except OSError as error:  # taken, or not allowed
@@ -72,6 +74,28 @@ def watch(args: list[str]) -> None:
     )
     with suppress(KeyboardInterrupt):
         uvicorn.Server(settings).run(sockets=[listening])
+
+
+def wait_for(paths: list[Path]) -> None:
+    """Return when these are run directories. One that is not there may be that of a run which is loading its model: it has a minute.
+
+    Errors: InputError for what is no run directory, then or at once.
+    """
+    until = time.monotonic()
+    if missing := [str(path) for path in paths if not path.exists()]:
+        print(
+            f"trivet watch: waiting up to {WAIT:.0f} s for {', '.join(missing)} to begin", file=sys.stderr, flush=True
+        )
+        until += WAIT
+    while True:
+        try:
+            for run in (run for path in paths for run in runs_in(path)):
+                require_run(run)
+            return
+        except InputError:
+            if time.monotonic() >= until:
+                raise
+        time.sleep(0.2)
 
 
 def application(paths: list[Path]) -> ASGIApp:

@@ -18,6 +18,14 @@ def require_run(run: Path) -> None:
         raise InputError(f"{run} is not a run directory: {why}")
 
 
+def common_folder(runs: Sequence[Path]) -> Path:
+    """The folder that holds all these runs, relative as they are; the current one where they share nothing but the root."""
+    folder = Path(os.path.commonpath([os.path.abspath(run) for run in runs]))
+    if folder == Path(folder.anchor):
+        return Path()
+    return folder if any(run.is_absolute() for run in runs) else Path(os.path.relpath(folder))
+
+
 def run_names(runs: Sequence[Path], methods: Sequence[str]) -> list[str]:
     """The last parts of each path, as few as tell the runs apart, and the method where that is not the name."""
     parts = [run.resolve().parts for run in runs]

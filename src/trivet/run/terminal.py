@@ -2,16 +2,24 @@
 
 import os
 import time
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from trivet.errors import InputError
 from trivet.run.launch import Launch
 from trivet.run.loop import Metrics
 from trivet.run.memory import peak_memory
+from trivet.run.reading import read_metrics
+from trivet.run.warnings import warnings
 
+# in which a tie counts as wrong; before anything is learned all pairs are tied
+ACCURACIES = ("accuracy", "rewards/accuracies")
 SHOWN = {
     "reward": "reward",
     "loss": "loss",
@@ -53,7 +61,7 @@ class Terminal:
         self.brief = brief
         self.console = Screen(highlight=False, force_terminal=False if os.environ.get("CI") else None)
         self.progress: Progress | None = None
-        self.spoken, self.tokens = 0.0, 0.0
+        self.spoken, self.tokens, self.evaluating = 0.0, 0.0, 0.0
         self.first = Metrics()
 
     def __call__(self, launched: Launch, step: int, metrics: Metrics) -> None:
@@ -67,8 +75,9 @@ class Terminal:
             self.first = metrics
         else:
             self.tokens += metrics.get("tokens/generated", 0) + metrics.get("tokens/trained", 0)
+            self.evaluating += metrics.get("time/evaluation", 0)
             spent = max(1e-9, metrics["seconds"] - self.first["seconds"])
-            line += f"  {self.tokens / spent:,.0f} tokens/s"
+            line += f"  {self.tokens / max(1e-9, spent - self.evaluating):,.0f} tokens/s"
             left = f"  {_clock((run.steps - step) * spent / (step - self.first['step']))} left"
         if self.progress:
             self.progress.update(self.progress.task_ids[0], completed=step, numbers=line)
@@ -78,9 +87,15 @@ class Terminal:
         if step == run.steps:
             self.close()
             if not self.brief:
-                self.console.print(_summary(self.first, metrics))
+                rows: list[dict[str, Any]] = [dict(self.first)]
+                with suppress(InputError, OSError):  # a record that was edited: the model is still to be saved
+                    rows = read_metrics(launched.out) or rows
+                self.console.print(_summary(rows[0], metrics))
                 peak = f"peak memory {peak_memory(run.device) / 2**20:,.0f} MiB"
                 self.console.print(f"  {run.steps} steps in {_clock(metrics['seconds'])} · {peak}")
+                for found in warnings(asdict(launched.config), rows):
+                    said = f"  [yellow]{escape(found.what)}[/yellow]: {escape(found.reason)}; {escape(found.help)}"
+                    self.console.print(said, soft_wrap=True)
 
     def close(self) -> None:
         """End the live line, also of a run that failed."""
@@ -111,13 +126,13 @@ class Terminal:
         for reason, count in launched.counts.items():
             table.add_row(reason, f"{count:,}")
         self.console.print(table)
-        self.console.print("  one example, [dim]given[/dim] and [green]learned[/green]:")
-        self.console.print("  " + _example(launched).replace("\n", "\n  "), soft_wrap=True)
+        example = launched.example()
+        shown = "one example, [dim]given[/dim] and [green]learned[/green]" if example["completions"] else "one prompt"
+        self.console.print(f"  {shown}:\n  " + _example(example).replace("\n", "\n  "), soft_wrap=True)
 
 
-def _example(launched: Launch) -> str:
-    """The first training example: the prompt dim, learned tokens green."""
-    example = launched.example()
+def _example(example: dict[str, Any]) -> str:
+    """An example of Launch.example: the prompt dim, learned tokens green."""
     spans = (
         "".join(f"[{'green' if learned else 'dim'}]{escape(text)}[/]" for text, learned in completion)
         for completion in example["completions"]
@@ -125,14 +140,19 @@ def _example(launched: Launch) -> str:
     return "\n".join([f"[dim]{escape(example['prompt'])}[/dim]", *(f"→ {completion}" for completion in spans)])
 
 
-def _summary(first: Metrics, last: Metrics) -> Table:
+def _summary(first: dict[str, Any], last: Metrics) -> Table:
     """The main numbers of the first and the last step, and the held-out ones, those that were only taken there included."""
+    tied = not any(
+        first.get(key) for key in (*ACCURACIES, "margin", "rewards/margins")
+    )  # none right, no margin on average
     table = Table(box=None, padding=(0, 2, 0, 2), header_style="dim")
     for title in ("", "first step", "last step", "held out"):
         table.add_column(title, justify="right" if title else "left")
     heldout = {key.removeprefix("eval/"): value for key, value in last.items() if key.startswith("eval/")}
     for key in dict.fromkeys(key for key in (*SUMMED_UP, *heldout) if key in last or key in heldout):
-        table.add_row(key, *(f"{numbers[key]:.4g}" if key in numbers else "" for numbers in (first, last, heldout)))
+        cells = [f"{x:.4g}" if (x := numbers.get(key)) is not None else "" for numbers in (first, last, heldout)]
+        cells[0] += " (all tied)" if tied and key in ACCURACIES and cells[0] else ""
+        table.add_row(key, *cells)
     return table
 
 

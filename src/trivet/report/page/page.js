@@ -51,7 +51,7 @@
   const IN_THE_DARK = { "#000000": "#f1f0ec", "#999999": "#9a9a9a", "#0072B2": "#5fb5ee", "#009E73": "#2fc296" };
   const color = (index) => `var(--run-${index})`;
   const inked = (of) => `color-mix(in srgb, ${of} 62%, var(--ink))`; // for words, which need more contrast than lines
-  const brief = (name, most) => (name.length <= most ? name : name.includes("/") ? `…${name.slice(1 - most)}` : `${name.slice(0, most - 1)}…`);
+  const brief = (name, most) => (name.length <= most ? name : `${name.includes("/") ? "" : name.slice(0, most >> 1)}…${name.slice(name.includes("/") ? 1 - most : 1 - (most - (most >> 1)))}`); // ends tell runs apart
   function nameOf(run, index) {
     const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
     const line = document.createElementNS("http://www.w3.org/2000/svg", "line");
@@ -91,20 +91,38 @@
   const axis = { labelArrow: "none", tickSize: 0 };
   const plain = { marginTop: 12, marginBottom: 36, style: { background: "none" } };
 
-  // Names at the right end of lines, moved apart where they would overlap.
+  // Room for names beside a chart of this width, at so many pixels a letter; what is longer is cut.
+  const BOLD = 7, PLAIN = 6.4;
+  const roomFor = (names, width, letter) => Math.ceil(Math.min(0.36 * width, 14 + letter * Math.max(...names.map((name) => name.length))));
+  const fitting = (name, room, letter) => brief(name, Math.max(2, Math.floor((room - 8) / letter)));
+
+  // Names to the right of lines, moved apart where they would overlap; a thin line leads to what does not end there.
   function labelEnds(svg, width, right, lines) {
-    const y = svg.scale("y"), x = svg.scale("x");
+    const y = svg.scale("y"), x = svg.scale("x"), gap = 13, [top, bottom] = d3.extent(y.range);
     const labels = lines
       .map((line) => ({ ...line, last: line.points.findLast((point) => point.y !== null) }))
       .filter((line) => line.last)
-      .map((line) => ({ text: line.label, color: line.color, at: y.apply(line.last.y), x: x.apply(line.last.x) }))
-      .sort((a, b) => a.at - b.at);
-    for (let i = 1; i < labels.length; i++) labels[i].at = Math.max(labels[i].at, labels[i - 1].at + 13);
-    const over = labels.length ? labels.at(-1).at - Math.max(...y.range) : 0;
-    if (over > 0) for (let i = labels.length - 1, most = Math.max(...y.range); i >= 0; i--, most -= 13) labels[i].at = Math.min(labels[i].at, most);
-    d3.select(svg).append("g").attr("aria-label", "line ends").selectAll("text").data(labels).join("text")
-      .attr("text-anchor", "start").attr("x", width - right + 7).attr("y", (d) => d.at).attr("dy", "0.32em").style("fill", (d) => inked(d.color)).attr("font-weight", 600)
-      .text((d) => brief(d.text, 15));
+      .map((line) => ({ text: line.label, color: line.color, y: y.apply(line.last.y), x: x.apply(line.last.x) }))
+      .sort((a, b) => a.y - b.y);
+    const stacks = labels.map((label) => ({ middle: label.y, labels: [label] })); // names that touch, around the mean of their lines' ends
+    const settle = (stack) => {
+      const half = (gap * (stack.labels.length - 1)) / 2;
+      stack.middle = Math.max(top + half, Math.min(bottom - half, d3.mean(stack.labels, (label) => label.y)));
+      stack.labels.forEach((label, i) => (label.at = stack.middle - half + gap * i));
+    };
+    stacks.forEach(settle);
+    for (let i = 0; i + 1 < stacks.length; ) {
+      if (stacks[i + 1].labels[0].at - stacks[i].labels.at(-1).at >= gap) { i++; continue; }
+      stacks[i].labels.push(...stacks.splice(i + 1, 1)[0].labels);
+      settle(stacks[i]);
+      i = Math.max(0, i - 1);
+    }
+    const group = d3.select(svg).append("g").attr("aria-label", "line ends"), edge = width - right, far = labels.filter((d) => edge - d.x > 8 || Math.abs(d.at - d.y) > 6);
+    group.selectAll("path").data(far).join("path").attr("aria-hidden", "true").attr("fill", "none").attr("stroke", (d) => d.color).attr("stroke-dasharray", "1 5")
+      .attr("d", (d) => `M${d.x + 3},${d.y}L${Math.max(d.x + 3, edge - 8)},${d.y}L${edge + 4},${d.at}`);
+    group.selectAll("text").data(labels).join("text")
+      .attr("text-anchor", "start").attr("x", edge + 7).attr("y", (d) => d.at).attr("dy", "0.32em").style("fill", (d) => inked(d.color)).attr("font-weight", 600)
+      .text((d) => fitting(d.text, right, BOLD));
   }
 
   // lines: [{label, color, dash, points: [{x, y, low, high}], held: [{x, y}], band: [...]}]
@@ -112,7 +130,7 @@
     lines = lines.filter((line) => line.points.some((p) => p.y !== null) || line.held?.length);
     if (!lines.length) return null;
     const draw = (width) => {
-      const named = (lines.length > 1 || payload.runs.length > 1) && width > 330, right = named ? 104 : 16;
+      const named = (lines.length > 1 || payload.runs.length > 1) && width > 330, right = named ? roomFor([...lines.map((line) => line.label), ...(payload.runs.length > 1 ? payload.runs.map((run) => run.name) : [])], width, BOLD) : 16;
       const tips = lines.flatMap((line) => [
         ...line.points.filter((p) => p.y !== null).map((p) => ({ ...p, title: `${line.label}\nstep ${p.x}: ${number(p.y, 4)}${p.low !== undefined && p.low !== null ? `\n(${number(p.low)} to ${number(p.high)})` : ""}` })),
         ...(line.held ?? []).map((p) => ({ ...p, title: `${line.label}, held-out\nstep ${p.x}: ${number(p.y, 4)}` })),
@@ -121,7 +139,7 @@
         ...plain, width, height, marginLeft: 52, marginRight: right, ariaLabel: title,
         ariaDescription: lines.map((line) => `${line.label}: ${number(line.points.find((p) => p.y !== null)?.y)} to ${number(line.points.findLast((p) => p.y !== null)?.y)}`).join("; "),
         x: { ...axis, label: "step", labelAnchor: "center", ticks: stepTicks(lines, width), tickFormat: (step) => step.toLocaleString("en-US"), nice: false },
-        y: { ...axis, label: null, ticks: 5, grid: true, zero, percent: false, nice: true, tickFormat: percent ? "~%" : ticks(lines) },
+        y: { ...axis, label: null, ticks: 5, grid: true, zero, percent: false, nice: true, domain: around(lines.flatMap((line) => [...line.points, ...(line.held ?? [])]), "y"), tickFormat: percent ? "~%" : ticks(lines) },
         marks: [
           lines.filter((line) => line.points.some((p) => p.low !== undefined && p.low !== null)).map((line) =>
             Plot.areaY(line.points, { x: "x", y1: "low", y2: "high", fill: line.color, fillOpacity: 0.14, ariaDescription: "band" })),
@@ -142,6 +160,11 @@
       per.length > 0 && `Each point is the mean of ${list(per.map(String))} steps; the band goes from the least to the most of them.`,
       ...notes,
     ], height, draw, held);
+  }
+  // A domain around what is all of one value, which would else have an axis of its own; undefined where there are several.
+  function around(points, key) {
+    const [low, high] = d3.extent(points.flatMap((p) => [p[key], p.low, p.high].filter((v) => typeof v === "number")));
+    return low !== high ? undefined : low === 0 ? [0, 1] : [low - Math.abs(low) / 2, low + Math.abs(low) / 2];
   }
   // Whole steps only.
   function stepTicks(lines, width) {
@@ -196,10 +219,10 @@
       { title: "Reward minus the KL charge", unit: "Per completion", names: ["objective/rlhf_reward"] },
       { title: "Groups whose rewards are all equal", unit: "Share of groups; they teach nothing in grpo and pairwise-grpo", names: ["frac_reward_zero_std"], percent: true, zero: true },
       { title: "Opinions missing", unit: "Rewards that were not given", names: ["rewards/unscored"], zero: true },
-      { title: "Pairs told apart", unit: "Share of pairs in which the chosen side has the higher reward", names: ["rewards/accuracies"], percent: true },
+      { title: "Pairs told apart", unit: "Share of pairs in which the chosen side has the higher reward; at the first step all are equal, which counts as 0", names: ["rewards/accuracies"], percent: true },
       { title: "Margin of the pairs", unit: "Implicit reward of the chosen minus the rejected side", names: ["rewards/margins"] },
       { title: "Implicit reward of both sides", unit: "β log π/π_ref, summed over tokens", names: ["rewards/chosen", "rewards/rejected"], labels: ["chosen", "rejected"] },
-      { title: "Pairs ranked right by the reward model", unit: "Share of pairs in which the chosen side scores higher", names: ["accuracy"], percent: true },
+      { title: "Pairs ranked right by the reward model", unit: "Share of pairs in which the chosen side scores higher; a head that has learned nothing scores all alike, which counts as 0", names: ["accuracy"], percent: true },
       { title: "Margin of the scores", unit: "Score of the chosen minus the rejected side", names: ["margin"] },
       { title: "Mean score", unit: "Over both sides", names: ["mean_reward"] },
     ],
@@ -339,7 +362,7 @@
 
   function frontierChart({ reward, lines }) {
     const trails = lines.map((trail, i) => ({ label: payload.runs[i].name, color: color(i), dash: DASHES[i % 8], trail })).filter((line) => line.trail.length);
-    if (!trails.length) return null;
+    if (d3.sum(trails, (line) => line.trail.length) < 2) return null; // one point shows no price
     const dots = trails.flatMap((line, k) => line.trail.map((p) => ({ ...p, ...line, symbol: k, title: `${line.label}\nstep ${p.step}\nreward ${number(p.reward)}${p.se ? ` ± ${number(2 * p.se, 2)}` : ""}\nKL ${number(p.kl)}` })));
     const start = dots.find((p) => p.step === 0 && p.kl < 0.01) ?? dots.find((p) => p.label === "sft");
     const errors = dots.some((p) => p.se);
@@ -347,11 +370,11 @@
       `Held-out ${reward}, against KL to the start in nats per completion; each dot is an evaluation, each line a run in the order of its steps.`,
       errors && "Bars: ± two standard errors.",
     ], 380, (width) => {
-      const named = width > 420, right = named ? 110 : 18;
+      const named = width > 420, right = named ? roomFor(trails.map((line) => line.label), width, BOLD) : 18;
       const svg = Plot.plot({
         ...plain, width, height: 380, marginTop: 12, marginLeft: 40, marginRight: right, marginBottom: 42, ariaLabel: "Held-out reward against KL, by run",
-        x: { ...axis, label: "KL to the start, nats per completion", labelAnchor: "center", grid: true, nice: true, zero: true, ticks: Math.floor(width / 90) },
-        y: { ...axis, label: null, grid: true, nice: true, ticks: 6 },
+        x: { ...axis, label: "KL to the start, nats per completion", labelAnchor: "center", grid: true, nice: true, zero: true, domain: around(dots, "kl"), ticks: Math.floor(width / 90) },
+        y: { ...axis, label: null, grid: true, nice: true, domain: around(dots, "reward"), ticks: 6 },
         symbol: { range: ["circle", "square", "triangle", "diamond", "star", "wye", "cross"] },
         marks: [
           trails.map((line) => Plot.line(line.trail, { x: "kl", y: "reward", stroke: line.color, strokeWidth: 1.8, strokeDasharray: line.dash, ariaDescription: line.label })),
@@ -383,7 +406,7 @@
     }
     d3.select(svg).append("g").attr("aria-label", "names").selectAll("text").data(placed).join("text")
       .attr("text-anchor", "start").attr("x", (d) => d.px).attr("y", (d) => d.py).attr("dy", "0.32em").style("fill", (d) => inked(d.color)).attr("font-weight", 600)
-      .attr("paint-order", "stroke").attr("stroke", "var(--paper)").attr("stroke-width", 3).text((d) => brief(d.label, 17));
+      .attr("paint-order", "stroke").attr("stroke", "var(--paper)").attr("stroke-width", 3).text((d) => fitting(d.label, svg.getAttribute("width") - d.px, BOLD));
   }
 
   // Learned against true reward: two charts with the same steps, and what was seen in words.
@@ -395,17 +418,24 @@
       const index = payload.runs.indexOf(run), { chart } = run.true;
       return { label: run.name, color: color(index), dash: payload.runs.length > 1 ? DASHES[index % 8] : "", points: points(chart, key), per: chart.per };
     });
-    for (const run of runs.filter((each) => each.true.turn)) {
+    const turned = runs.filter((run) => run.true.turn?.turns), steady = runs.filter((run) => !run.true.turn?.turns);
+    for (const run of turned) {
       const stroke = color(payload.runs.indexOf(run));
       marks.push(Plot.ruleX([run.true.turn.step], { stroke, strokeWidth: 1.2, strokeDasharray: "1 3", ariaDescription: "turning point" }));
     }
-    const peaks = runs.filter((run) => run.true.turn).map((run) => Plot.dot([run.true.turn], { x: "step", y: "peak", r: 5.5, stroke: "currentColor", strokeWidth: 1.6, symbol: "diamond", ariaDescription: "turning point" }));
-    const turned = runs.filter((run) => run.true.turn), steady = runs.filter((run) => !run.true.turn);
+    const peaks = turned.map((run) => Plot.dot([run.true.turn], { x: "step", y: "peak", r: 5.5, stroke: "currentColor", strokeWidth: 1.6, symbol: "diamond", ariaDescription: "turning point" }));
     const words = turned.map((run) => {
       const { step, peak, fall, rise } = run.true.turn;
       return el("p", {}, el("b", { dir: "auto" }, show(run.name)), ` turns at step ${number(step)}: its ${show(run.true.name)} reward was highest there (${number(peak)}) and has fallen by ${number(fall)} since, while the learned reward rose by another ${number(rise)}. From there on it pleases the reward model, not the judge.`);
     });
-    if (steady.length) words.push(el("p", {}, turned.length ? `No such turn was seen in ${list(steady.map((run) => show(run.name)))}.` : `No turn was seen: nowhere does the ${show(list(names))} reward fall for good while the learned one still rises.`));
+    const known = steady.filter((run) => run.true.turn), few = steady.filter((run) => !run.true.turn);
+    if (known.length) words.push(el("p", {}, turned.length || few.length ? `No such turn was seen in ${list(known.map((run) => show(run.name)))}.` : `No turn was seen: nowhere does the ${show(list(names))} reward fall by more than its noise while the learned one rises by more than its own.`));
+    if (few.length) words.push(el("p", {}, `Too few points to see a turn: ${list(few.map((run) => show(run.name)))}.`));
+    const measured = known.map((run) => {
+      const { fall, fall_noise, rise, rise_noise } = run.true.turn;
+      return `${show(run.name)} fell by ${number(fall, 2)} (noise ${number(fall_noise, 2)})${fall > fall_noise ? ` while the learned one rose by ${number(rise, 2)} (noise ${number(rise_noise, 2)})` : ""}`;
+    });
+    if (known.length) words.push(el("p", { class: "soft small" }, `From its highest point to the end: ${measured.join("; ")}. Measured on means over a tenth of the points; noise: six standard errors of such a mean, four for the learned reward.`));
     return [
       el("h3", {}, "Learned against true reward"),
       el("p", { class: "soft" }, `The learned reward is what methods that sample are trained on; the ${show(list(names))} reward only watches. Where the first goes on rising while the second falls, the reward is over-optimized.`),
@@ -725,12 +755,12 @@
     const key = el("ul", { class: "legend" }, names.map((name) => el("li", { class: "name" }, el("span", { style: `display:inline-block;width:.8rem;height:.8rem;border-radius:2px;background:${tint(name)}` }), el("span", {}, show(name)))));
     const height = 46 + 34 * rows.length;
     const chart = figure(title, notes, height, (width) => {
-      const left = rows.length > 1 ? Math.min(120, width * 0.3) : 8, room = (width - left - 16) / most;
+      const left = rows.length > 1 ? roomFor(rows.map((row) => row.run.name), width, PLAIN) : 8, room = (width - left - 16) / most;
       const label = (d) => (d.name.length * 6.6 + 8 < d.value * room ? d.name : "");
       return Plot.plot({
         ...plain, width, height, marginLeft: left, marginRight: 16, marginBottom: 38, ariaLabel: title,
         x: { ...axis, label: unit, labelAnchor: "center", grid: true, ticks: Math.max(2, Math.floor(width / 110)), tickFormat: format },
-        y: { ...axis, label: null, domain: rows.map((row) => row.run.name), padding: 0.22, axis: rows.length > 1 ? "left" : null, tickFormat: (name) => brief(name, 18) },
+        y: { ...axis, label: null, domain: rows.map((row) => row.run.name), padding: 0.22, axis: rows.length > 1 ? "left" : null, tickFormat: (name) => fitting(name, left, PLAIN) },
         color: { type: "identity" },
         marks: [
           Plot.barX(flat, Plot.stackX({ x: "value", y: "run", fill: "fill", order: null, inset: 0.5, ariaDescription: title, title: (d) => `${d.run}, ${d.name}: ${format(d.value)} ${unit}` })),
@@ -750,7 +780,7 @@
       bars("What fills the memory", ["At its fullest, by part. Program: Python and its libraries, before the model was loaded."], "MiB", (v) => number(v, 3), runs.map((run) => ({ run, parts: Object.fromEntries(Object.entries(run.memory).map(([name, n]) => [name, n / 2 ** 20])) }))),
     ].filter(Boolean);
     const lines = runs.map((run, i) => ({ label: run.name, color: color(i), dash: runs.length > 1 ? DASHES[i % 8] : "", points: points(run.speed, "tokens"), per: run.speed.per }));
-    const speed = lineChart({ title: "Tokens per second", unit: "Sampled and trained together", notes: [runs.some((run) => run.heldout.steps.length > 1) && "A step that ends with an evaluation counts its time too."], lines, zero: true });
+    const speed = lineChart({ title: "Tokens per second", unit: "Sampled and trained together", notes: [runs.some((run) => run.time.evaluation) && "Without the time of evaluations."], lines, zero: true });
     if (!made.length && !speed) return null;
     return [el("div", { class: "charts" }, made, speed)];
   }
@@ -770,7 +800,7 @@
         own.length > 0 && table([], own.map(option), { kind: "options" }),
         rest.length > 0 && fold(`rest ${run.name}`, `${count(rest.length, "option")} as by default`, table([], rest.map(option), { kind: "options" })),
         about.data && [el("h4", {}, "Data"), table([], Object.entries(about.data).map(([name, n]) => [show(name), number(n)]), { numeric: [1] })],
-        run.example && [el("h4", {}, "One example"), el("p", { class: "soft small" }, "Marked: what is trained on."), example(run.example)],
+        run.example && (run.example.completions.length ? [el("h4", {}, "One example"), el("p", { class: "soft small" }, "Marked: what is trained on."), example(run.example)] : [el("h4", {}, "One prompt"), example(run.example)]),
         facts.length > 0 && [el("h4", {}, "Machine and versions"), table([], facts.map(([name, value]) => [name, show(value)]))],
       ];
       if (payload.runs.length === 1) return el("div", {}, inside);
@@ -842,19 +872,28 @@
   }
 
   // The contents show where the reader is.
-  let seen = null;
+  let seen = null, mark = () => {};
   function follow(sections) {
     seen?.disconnect();
-    const inView = new Set();
-    seen = new IntersectionObserver((entries) => {
-      for (const entry of entries) entry.isIntersecting ? inView.add(entry.target.id) : inView.delete(entry.target.id);
-      const now = sections.find((section) => inView.has(section.id))?.id;
+    let marked = null;
+    const inView = new Set(), last = sections.findLast((section) => section.tagName === "SECTION");
+    mark = () => {
+      const end = window.scrollY > 0 && window.scrollY + window.innerHeight >= root.scrollHeight - 2; // where the last one can't get higher
+      const now = (end ? last : sections.find((section) => inView.has(section.id)))?.id;
+      if (now === marked) return;
+      marked = now;
       for (const link of byId("contents").querySelectorAll("a")) link.getAttribute("href") === `#${now}` ? link.setAttribute("aria-current", "true") : link.removeAttribute("aria-current");
       const here = byId("contents").querySelector("[aria-current]"), row = byId("contents").firstChild;
       if (here) row.scrollLeft = here.offsetLeft - row.offsetLeft - (row.clientWidth - here.offsetWidth) / 2;
+    };
+    seen = new IntersectionObserver((entries) => {
+      for (const entry of entries) entry.isIntersecting ? inView.add(entry.target.id) : inView.delete(entry.target.id);
+      mark();
     }, { rootMargin: "-15% 0px -60% 0px" });
     for (const section of sections) seen.observe(section);
   }
+
+  window.addEventListener("scroll", () => mark(), { passive: true });
 
   // ---- theme and live
 
