@@ -4,17 +4,14 @@ out = launch(grpo.Config(model="Qwen/Qwen3-0.6B", data="questions.jsonl", reward
 """
 
 import gc
-import hashlib
 import importlib
 import secrets
-import signal
 import sys
-import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -54,7 +51,9 @@ from trivet.run.reading import method_of, read_object
 from trivet.run.record import Record, require_free, short
 from trivet.run.rescue import OutOfMemoryError, Skips, halved, is_lost_process, is_out_of_memory, save_beginning
 from trivet.run.servers import servers_of
+from trivet.run.stopping import asked_of, asked_to_stop
 from trivet.run.trackers import send, trackers, until_end
+from trivet.run.unchanged import facts_of, require_examples, require_paths
 
 
 class Launch:
@@ -172,12 +171,6 @@ Watch = Callable[[Launch, int, Metrics], None]  # step 0 without metrics when al
 SAVE_SECONDS = 600.0  # between checkpoints where --save-every is not given
 
 
-class Stopped(KeyboardInterrupt):
-    """A run that was asked to stop, and did so after a step, with a checkpoint. code: what the process exits with."""
-
-    code = 130
-
-
 def launch(config: Options, watch: Watch | None = None, *, again: bool = False) -> Path:
     """Train by the recipe that this config belongs to; returns the run directory, a Path that a notebook displays.
 
@@ -214,7 +207,7 @@ def _launch(config: Options, watch: Watch | None, again: bool) -> Path:
     about |= {"id": secrets.token_hex(4)}  # by which trackers know the run
     about |= {"data": launched.counts, "example": launched.example()}
     about |= {"parameters": sum(p.numel() for p in run.model.parameters())}
-    about["examples"] = {"training": len(run.train), "sha256": _digest(run.train, run.heldout)}
+    about["examples"] = facts_of(run.train, run.heldout)
     generates = servers_of(run, out, launched.start_from, launched.context)
     together = ranks.at_work(launched.recipe, run)
     with (
@@ -232,7 +225,7 @@ def _launch(config: Options, watch: Watch | None, again: bool) -> Path:
         }
         done, tokens, heldout = counted["step"], Counter[str](counted["tokens"]), dict[str, float](counted["eval"])
         if done:
-            _require_examples(launched, about["examples"])
+            require_examples(out, config.data, about["examples"], run.note)
         skips = Skips(out, run, checkpoints)
         record.begin(about, done)
         options = {"method": launched.method} | vars(launched.config)
@@ -283,30 +276,6 @@ def _launch(config: Options, watch: Watch | None, again: bool) -> Path:
         }
         record.end(summary | {key: about[key] for key in ("started_from", "data", "parameters")})
     return RunDirectory(out)
-
-
-def _digest(train: Sequence[Example], heldout: Sequence[Example]) -> str:
-    """SHA-256 of the examples; of more than are held, of a thousand rows."""
-    shown: Any = ((x.prompt, x.completions, x.learned, x.row) for x in train)
-    if isinstance(train, LazyExamples):
-        shown = (train.rows[i] for i in range(0, len(train), -(-len(train) // 1000)))
-    found = hashlib.sha256()
-    for x in (*shown, *((x.prompt, x.completions, x.learned, x.row) for x in heldout)):
-        found.update(repr(x).encode(errors="surrogatepass"))
-    return found.hexdigest()
-
-
-def _require_examples(launched: Launch, now: dict[str, Any]) -> None:
-    """InputError where there is not the same number of examples as the run was begun with; where they differ, it is said."""
-    known = read_object(launched.out / "run.json").get("examples", now)
-    if known == now:
-        return
-    what = f"{launched.config.data}, or what reads it, is not what it was when the run began"
-    counts = [facts.get("training") if isinstance(facts, dict) else None for facts in (known, now)]
-    if counts[0] != counts[1]:
-        said = "restore it, or begin a new run from the weights of a checkpoint"
-        raise InputError(f"{launched.out}: {what}: {counts[0]} examples then, {counts[1]} now; {said}")
-    launched.run.note(f"{what}; going on with what it is now, so not to the same bits")
 
 
 def _failed(
@@ -378,49 +347,8 @@ def config_of(out: Path) -> Options:
         said = "there is no config.toml in it that names a method"
         raise InputError(f"{out} is not a run directory: {said}") from None
     config = kind(**typed(kind, read_toml(str(out / "config.toml")), f"{out / 'config.toml'}: "))
-    _require_paths(config, out)
+    require_paths(config, out)
     return config
-
-
-def _require_paths(config: Options, out: Path) -> None:
-    """InputError where a path of the options is meant from the directory in which the run was begun, and not there from here."""
-    began = Path(str(read_object(out / "run.json").get("directory", "")))
-    for name in (config.model, config.data, config.eval_data, config.chat_template, *getattr(config, "reward", ())):
-        path = name.partition(".py:")[0] + ".py" if ".py:" in name else name  # file.py:function
-        if path and not Path(path).exists() and (began / path).exists():
-            said = f"{path} is meant from {began}, where the run was begun"
-            raise InputError(f"{out}: {said}; go there: cd {began}, and name {out.absolute()}")
-
-
-@contextmanager
-def asked_to_stop(run: Run) -> Iterator[list[int]]:
-    """Within it the first Ctrl-C, SIGTERM or SIGHUP (its terminal is gone) is only noted in this list; the second ends the process as ever.
-
-    One that the process was started to ignore, by nohup for one, stays ignored."""
-    asked, before = list[int](), dict[int, Any]()
-
-    def note(number: int, _: Any) -> None:
-        asked.append(number)
-        for signal_number, handler in before.items():
-            signal.signal(signal_number, handler)
-        run.note("stopping after this step, with a checkpoint; once more stops at once")
-
-    if threading.current_thread() is threading.main_thread():
-        numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows has no SIGHUP
-        heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
-        before.update({number: signal.signal(number, note) for number in heard})
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def asked_of(number: int, said: str) -> Stopped:
-    """The end of a run that this signal asked for."""
-    stopped = Stopped(said)
-    stopped.code = 128 + number
-    return stopped
 
 
 def microbatch_that_fits(device: str) -> int:

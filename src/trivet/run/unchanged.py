@@ -1,0 +1,53 @@
+"""Whether a run goes on with the data and from the place that it was begun with."""
+
+import hashlib
+import marshal
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from trivet.batch import Example
+from trivet.data import LazyExamples
+from trivet.errors import InputError
+from trivet.run.options import Options
+from trivet.run.reading import read_object
+
+
+def facts_of(train: Sequence[Example], heldout: Sequence[Example]) -> dict[str, Any]:
+    """How many examples there are, and the SHA-256 of them; of more than are held, of the rows of a thousand."""
+    found, shown = hashlib.sha256(), list[Any]()
+    examples: Iterable[Example] = heldout
+    if isinstance(train, LazyExamples):
+        shown = [train.rows[i] for i in range(0, len(train), -(-len(train) // 1000))]
+    else:
+        examples = (*train, *heldout)
+    for row in shown:
+        found.update(repr(row).encode(errors="surrogatepass"))
+    for x in examples:
+        found.update(
+            marshal.dumps((x.prompt, x.completions, x.learned), 2) + repr(x.row).encode(errors="surrogatepass")
+        )
+    return {"training": len(train), "sha256": found.hexdigest()}
+
+
+def require_examples(out: Path, data: str, now: dict[str, Any], note: Callable[[str], None]) -> None:
+    """InputError where there is not the same number of examples as the run was begun with; where they differ, it is noted."""
+    known = read_object(out / "run.json").get("examples", now)
+    if known == now:
+        return
+    what = f"{data}, or what reads it, is not what it was when the run began"
+    counts = [facts.get("training") if isinstance(facts, dict) else None for facts in (known, now)]
+    if counts[0] != counts[1]:
+        said = "restore it, or begin a new run from the weights of a checkpoint"
+        raise InputError(f"{out}: {what}: {counts[0]} examples then, {counts[1]} now; {said}")
+    note(f"{what}; going on with what it is now, so not to the same bits")
+
+
+def require_paths(config: Options, out: Path) -> None:
+    """InputError where a path of the options is meant from the directory in which the run was begun, and not there from here."""
+    began = Path(str(read_object(out / "run.json").get("directory", "")))
+    for name in (config.model, config.data, config.eval_data, config.chat_template, *getattr(config, "reward", ())):
+        path = name.partition(".py:")[0] + ".py" if ".py:" in name else name  # file.py:function
+        if path and not Path(path).exists() and (began / path).exists():
+            said = f"{path} is meant from {began}, where the run was begun"
+            raise InputError(f"{out}: {said}; go there: cd {began}, and name {out.absolute()}")
