@@ -421,6 +421,23 @@ def test_a_signal_that_is_ignored_stays_so(tmp_path, stopped):
         signal.signal(signal.SIGHUP, before)
 
 
+def test_what_a_reward_function_has_forked_ends_by_a_signal_as_ever(tmp_path):
+    """A pool ends its workers so, and waits for them."""
+
+    def fork(launched, step, metrics):
+        if step == 1:
+            read, write = os.pipe()
+            if not (pid := os.fork()):
+                os.write(write, b"up")
+                time.sleep(20)
+                os._exit(0)
+            os.read(read, 2)  # Python drops signals of the first moment
+            os.kill(pid, signal.SIGTERM)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
+
+    launch(config(grpo, tmp_path / "r", steps=1), fork)
+
+
 def test_the_command_is_killed_with_kill_9_and_resumed(tmp_path, stopped):
     run = tmp_path / "r"
     options = dataclasses.asdict(config(grpo, run))

@@ -1,5 +1,6 @@
 """Ctrl-C, SIGTERM and a closed terminal: the step is finished and saved, then the run ends."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -20,12 +21,14 @@ def asked_to_stop(run: Run) -> Iterator[list[int]]:
     """Within it the first Ctrl-C, SIGTERM or SIGHUP (its terminal is gone) is only noted in this list; the second ends the process as ever.
 
     One that the process was started to ignore, by nohup for one, stays ignored."""
-    asked, before = list[int](), dict[int, Any]()
+    asked, before, own = list[int](), dict[int, Any](), os.getpid()
 
     def note(number: int, _: Any) -> None:
         asked.append(number)
         for signal_number, handler in before.items():
             signal.signal(signal_number, handler)
+        if os.getpid() != own:  # a process that a reward function has forked, and means to end
+            return os.kill(os.getpid(), number)
         run.note("stopping after this step, with a checkpoint; once more stops at once")
 
     if threading.current_thread() is threading.main_thread():
