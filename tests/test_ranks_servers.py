@@ -16,7 +16,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch
 import pytest
 
 from stub_vllm import Stub
-from test_ranks import config, folder, numbers, on_ranks, ragged, same, trained
+from test_ranks import config, folder, killed_after, numbers, on_ranks, ragged, same, trained
 from trivet.cli import main
 from trivet.generation import server
 from trivet.generation.local import Local
@@ -123,6 +123,22 @@ def test_without_a_server_all_stop_with_a_checkpoint_that_any_number_goes_on_fro
             resume(here)
         same(whole, here)
     back.close()
+
+
+def test_rollouts_not_yet_used_are_in_a_checkpoint_of_two(stub, tmp_path):
+    options = {"generate_with": (stub.url,), "max_staleness": 1, "save_every": 2, "steps": 5, "lr": 1e-2}
+    whole, out = trained("grpo", tmp_path / "whole", 2, **options), tmp_path / "run"
+    given = config("grpo", out, **options)
+    assert on_ranks(2, lambda: alone(stub) or killed_after(3, given)) == [0, 0]
+    shutil.copytree(out, one := tmp_path / "one")
+    assert on_ranks(2, lambda: alone(stub) or (resume(out) and 0)) == [0, 0]
+    resume(one)
+    for run in (out, one):
+        assert [x["sampling/staleness"] for x in numbers(run)] == [0, 1, 1, 1, 1]
+        for own in (whole, run):  # but for these counts
+            found = [{key: x for key, x in line.items() if not key.startswith("servers/")} for line in numbers(own)]
+            (own / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
+        same(whole, run)
 
 
 def test_before_the_first_step_nothing_is_left(tmp_path, monkeypatch, capfd):

@@ -16,6 +16,7 @@ from peft import LoraConfig
 
 from conftest import tiny
 from stub_vllm import FAULTS, Stub
+from test_resume import KilledError, killed_after, same
 from trivet.batch import Example
 from trivet.cli import main
 from trivet.errors import InputError
@@ -24,6 +25,7 @@ from trivet.generation.local import Local
 from trivet.generation.server import NoServerError, Server, Servers
 from trivet.model.forward import in_microbatches, token_logprobs
 from trivet.model.load import load_policy
+from trivet.model.text import load_tokenizer
 from trivet.optimization import truncated_importance_weights
 from trivet.recipes import grpo, pairwise_grpo, ppo
 from trivet.run.launch import Launch, launch, resume
@@ -410,6 +412,38 @@ def test_without_a_server_the_run_stops_with_a_checkpoint_and_goes_on_later(toy,
     assert [x["step"] for x in metrics] == [1, 2, 3, 4, 5, 6]
     assert [x["sampling/staleness"] for x in metrics] == [0] * 6
     assert json.loads((out / "summary.json").read_text())["steps"] == 6
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [(grpo, {}), (ppo, {}), (grpo, {"lora": 4, "merge": True})],
+    ids=["grpo", "ppo", "lora"],
+)
+def test_rollouts_not_yet_used_are_in_a_checkpoint(toy, tmp_path, recipe, options):
+    """Killed after step 5, so that it goes on from step 4 with two batches that older weights have written."""
+    server, model = Stub(tmp_path / "toy", seeded=True), str(tmp_path / "toy")
+    load_tokenizer(ARITHMETIC["model"]).save_pretrained(model)
+    options = (
+        TOY | options | {"model": model, "from_scratch": False, "generate_with": (server.url,), "max_staleness": 2}
+    )
+    options |= {"steps": 7, "save_every": 2, "eval_limit": 2, "lr": 1e-3}
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    launch(recipe.Config(**options, out=str(whole)))
+    with pytest.raises(KilledError):
+        launch(recipe.Config(**options, out=str(out)), killed_after(5))
+    began = len(server.asked)
+    resume(out)
+    server.close()
+    assert [x["sampling/staleness"] for x in lines(out, "metrics.jsonl")] == [0, 1, 2, 2, 2, 2, 2]
+    asked = [x for x in server.asked[began:] if x["sampling_params"]["max_tokens"] > 1]
+    assert len(asked) == 8 + 2  # of step 7, and to evaluate
+    for run in (whole, out):
+        own = [
+            {key: x for key, x in line.items() if not key.startswith("servers/")}
+            for line in lines(run, "metrics.jsonl")
+        ]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in own))
+    same(whole, out)
 
 
 @pytest.mark.parametrize(("every", "where"), [(0, "the start"), (2, "step 2")])

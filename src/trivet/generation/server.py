@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from trivet.batch import Example, Rollouts, collate
+from trivet.batch import Example, Groups, Rollouts, collate
 from trivet.calls import NoAnswerError, RefusedError, answered, pause
 from trivet.errors import InputError
 from trivet.generation.engine import Engine
@@ -255,6 +255,29 @@ class Ahead:
     future: "Future[Rollouts] | None" = None
 
 
+GROUPS = ("prompts", "prompt_mask", "completions", "mask", "present")
+Begun = list[tuple[int, "Future[Rollouts]"]]  # the step of a batch, and what it will be
+
+
+def written(begun: Begun) -> list[dict[str, Any]]:
+    """These batches for a checkpoint, once they are written; those that can't be are left out. Rows of data are not in them."""
+    found = list[dict[str, Any]]()
+    for step, future in begun:
+        with suppress(Exception):  # whoever trains on it will hear why
+            rollouts = future.result()
+            tensors = {name: getattr(rollouts.groups, name) for name in GROUPS}
+            tensors |= {"logprobs": rollouts.logprobs, "finished": rollouts.finished}
+            size, texts, versions = rollouts.groups.group_size, list(rollouts.texts), list(rollouts.versions)
+            found.append({"step": step, "group_size": size, "texts": texts, "versions": versions, **tensors})
+    return found
+
+
+def _read_back(batch: dict[str, Any], prompts: Sequence[Example]) -> Rollouts:
+    groups = Groups(group_size=batch["group_size"], **{name: batch[name] for name in GROUPS})
+    own = {name: batch[name] for name in ("logprobs", "finished", "texts", "versions")}
+    return Rollouts(groups=groups, rows=[prompt.row for prompt in prompts], **own)
+
+
 @dataclass(eq=False)
 class Servers:
     """What an Engine does, done by servers; with `staleness` above 0 they write the coming batches while the learner trains."""
@@ -271,6 +294,9 @@ class Servers:
     whole: Callable[..., tuple[Any, Tensor]] = in_one_piece  # or run.ranks, for a policy in shards
     waits: Callable[[], None] = lambda: None  # called while servers write: others wait with us
     cache_bytes: int = 0  # of this process: none
+    kept: dict[int, dict[str, Any]] = field(
+        default_factory=dict[int, dict[str, Any]], init=False
+    )  # of a checkpoint, by step
     counts: dict[str, float] = field(default_factory=dict[str, float], init=False)
 
     def __post_init__(self) -> None:
@@ -299,7 +325,10 @@ class Servers:
         rest = source()
         while True:
             while len(self.coming) <= self.staleness and (given := next(rest, None)):
-                self.coming.append(Ahead(*given))
+                self.coming.append(ahead := Ahead(*given))
+                if ahead.step in self.kept:
+                    ahead.future = Future()
+                    ahead.future.set_result(_read_back(self.kept.pop(ahead.step), ahead.prompts))
             if not self.coming:
                 return
             self.now = self.coming.popleft()
@@ -328,6 +357,14 @@ class Servers:
             self.counts["sampling/staleness"] = float(self.step - 1 - rollouts.versions[0])
         moved = {name: getattr(rollouts, name).to(policy.device) for name in ("groups", "logprobs", "finished")}
         return replace(rollouts, **moved)
+
+    def begun(self) -> "Begun":
+        """The batches to come that are being written, or are written."""
+        return [(ahead.step, ahead.future) for ahead in self.coming if ahead.future is not None]
+
+    def take(self, written: list[dict[str, Any]]) -> None:
+        """Batches that a checkpoint holds as `written` gave them: they are not generated again."""
+        self.kept = {batch["step"]: batch for batch in written}
 
     def metrics(self) -> dict[str, float]:
         """Of the last batch: how many steps its weights were behind; of the servers: how many work, work sent again, seconds of

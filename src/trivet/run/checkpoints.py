@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trivet.errors import InputError
+from trivet.generation.server import written
 from trivet.model.load import restore, save_model
 from trivet.run.files import make_folder, to_disk, write_json
 from trivet.run.loop import Run
@@ -44,8 +45,9 @@ class Checkpoints:
 
     def step_begins(self) -> None:
         """Remember the small things that the next step will change."""
-        tensors = {name: part.clone() for name, part in self.parts.items() if isinstance(part, Tensor)}
-        self.before = {"updates": self._updates(), "tensors": tensors, "random": _random_state(self.run.generator)}
+        small: dict[str, Any] = {name: part.clone() for name, part in self.parts.items() if isinstance(part, Tensor)}
+        small |= {name: part.begun() for name, part in self.parts.items() if hasattr(part, "begun")}
+        self.before = {"updates": self._updates(), "small": small, "random": _random_state(self.run.generator)}
 
     @property
     def untouched(self) -> bool:
@@ -69,7 +71,7 @@ class Checkpoints:
             )
         tensors: dict[str, Tensor] = {}
         own = {x.data_ptr() for x in self.run.model.state_dict().values()}
-        parts = self.parts | (self.before["tensors"] if beginning else {})
+        parts = self.parts | (self.before["small"] if beginning else {})
         state = {
             "step": step,
             "counted": counted,
@@ -214,11 +216,13 @@ def _require_whole(path: Path) -> None:
 
 def _state(part: Any, own: set[int]) -> Any:
     """What a part has that it could not be made with again: of a model its trained tensors that the policy does not share."""
+    if hasattr(part, "begun"):
+        return written(part.begun())
     if hasattr(part, "adamw"):
         return {"adamw": part.adamw.state_dict(), "schedule": part.schedule.state_dict()}
     if isinstance(part, torch.nn.Module) and any(x.requires_grad for x in part.parameters()):
         return {name: x for name, x in part.state_dict().items() if x.data_ptr() not in own}
-    return part if isinstance(part, Tensor) else None
+    return part if isinstance(part, Tensor) else written(part) if isinstance(part, list) else None
 
 
 def _set_state(part: Any, state: Any) -> None:
@@ -227,6 +231,8 @@ def _set_state(part: Any, state: Any) -> None:
     if hasattr(part, "adamw"):
         part.adamw.load_state_dict(state["adamw"])
         _set_schedule(part, state["schedule"])
+    elif hasattr(part, "begun"):
+        part.take(state)
     elif isinstance(part, torch.nn.Module):
         part.load_state_dict(state, strict=False)
     else:

@@ -53,7 +53,7 @@ class Checkpoints(alone.Checkpoints):
         whole, half = self.folder / f"step-{step}", self.folder / f".step-{step}"
         random, parts = alone._random_state(self.run.generator), self.parts
         if beginning:
-            random, parts = self.before["random"], parts | self.before["tensors"]
+            random, parts = self.before["random"], parts | self.before["small"]
         state = {"step": step, "counted": counted, "random": random}
         state["parts"] = {name: _rest(part) for name, part in parts.items()}
         try:
@@ -143,6 +143,8 @@ def restore(
             alone._set_schedule(part, said["schedule"])
         elif isinstance(part, Tensor):
             part.copy_(said)
+        elif hasattr(part, "begun") and said:
+            part.take(said)
     found = {name: x.detach() for name, x in tensors(run, parts).items()}
     if given is None:
         with warnings.catch_warnings():
@@ -160,6 +162,8 @@ def restore(
 
 def _rest(part: Any) -> Any:
     """Of a part, what is not among the tensors."""
+    if hasattr(part, "begun") or isinstance(part, list):
+        return alone._state(part, set())
     if hasattr(part, "adamw"):
         known = enumerate(part.adamw.state.get(x, {}).get("step") for x in part.parameters)
         return {
