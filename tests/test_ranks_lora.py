@@ -125,7 +125,7 @@ def test_all_roles_have_one_base_in_shards(tmp_path):
         with patch.object(shards.Checkpoints, "holds", count):
             launch(given)
         # four adapters of rank 1, heads, and buffers beside it
-        assert base / 2 < held[0] < 1.5 * base / 2, (held, base)
+        assert base / 2 < held[0] < 1.5 * base, (held, base)  # a base for each role would be 2 base and more
 
     given = config("ppo", tmp_path / "run", **options_of("ppo", LORA | {"lora": 1, "steps": 1}))
     assert on_ranks(2, work) == [0, 0]

@@ -28,7 +28,6 @@ from trivet.batch import Example, Groups, Rollouts, collate, group_rows, microba
 from trivet.errors import InputError
 from trivet.generation.engine import Engine
 from trivet.generation.server import Servers
-from trivet.model import scores, token_logprobs, values
 from trivet.model.adapters import trainable_copy
 from trivet.model.copies import frozen_copy
 from trivet.model.forward import shares_prefix
@@ -39,6 +38,7 @@ from trivet.run.remembered import digest
 from trivet.run.sharded import NO_QUANTIZED, ShardedModels, broadcast, gathered, local
 
 TOLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells each process
+PASSES = {"token_logprobs", "values", "scores"}
 PATIENCE = timedelta(hours=1)  # for the slowest rank: rewards are asked for by one
 
 
@@ -270,9 +270,6 @@ class Ranks:
         shared = {
             "microbatches": self.microbatches,
             "in_microbatches": self.in_microbatches,
-            "token_logprobs": models.through(token_logprobs),
-            "values": models.through(values),
-            "scores": models.through(scores),
             "with_scalar_head": models.with_scalar_head,
             "frozen_copy": models.making(frozen_copy),
             "trainable_copy": models.making(trainable_copy),
@@ -280,8 +277,11 @@ class Ranks:
         }
         with ExitStack() as stack:
             for module in (*modules, learned):
-                for name in shared.keys() & vars(module).keys():
-                    stack.enter_context(patch.object(module, name, shared[name]))
+                own = vars(module)
+                passes = {name: models.through(own[name]) for name in PASSES & own.keys()}
+                for name, put in (shared | passes).items():
+                    if name in own:
+                        stack.enter_context(patch.object(module, name, put))
             away = vars(run.config).get("generate_with") or vars(run.config).get("vllm")
             share = self.served if away else self.generate
             stack.enter_context(patch.object(Engine, "generate", lambda *args: share(generate, *args)))

@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,8 @@ def _each(opened: Trackers, act: Callable[[Tracker], None]) -> None:
         except Exception as error:
             del opened[name]
             said = f"{type(error).__name__}: {first_line(error)}"
-            print(f"trivet: --track {name} failed and is left out from here: {said}", file=sys.stderr)
+            with suppress(OSError):  # nobody may be there to read it
+                print(f"trivet: --track {name} failed and is left out from here: {said}", file=sys.stderr)
 
 
 def _tensorboard(out: Path, config: dict[str, Any], identifier: str, done: int) -> Tracker:
