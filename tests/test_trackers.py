@@ -166,8 +166,10 @@ def test_wandb_offline_after_a_life_that_was_synced_is_a_run_of_its_own(tmp_path
     lives = [[1, 4, "synced"], [3, 4, "stopped"], [5, 6, "done"]]
     out = tmp_path / "run"
     assert python(["-c", LIVES, str(out), json.dumps(lives)], {"WANDB_MODE": "offline"}).returncode == 0
-    assert len(list(out.glob("wandb/offline-run-*-0a1b2c3d/*.synced"))) == 1
-    (path,) = out.glob("wandb/offline-run-*-0a1b2c3d-1*/*.wandb")
+    assert len(list(out.glob("wandb/offline-run-*/run-0a1b2c3d.wandb.synced"))) == 1
+    (path,) = out.glob(
+        "wandb/offline-run-*/run-0a1b2c3d-1.wandb"
+    )  # by the file: folders of one second get a -1 of wandb's
     assert without_times(wandb_history(path)[0]) == [{"_step": step, "x": step / 2} for step in range(1, 7)]
 
 
