@@ -271,10 +271,13 @@ def test_what_a_reward_function_has_forked_does_not_hold_the_lock(tmp_path, stop
 
     def fork(launched, step, metrics):
         if step == 3:
+            told, tell = os.pipe()
             if not (pid := os.fork()):
+                os.write(tell, b".")  # by now it has let go
                 time.sleep(100)
                 os._exit(0)
             forked.append(pid)
+            os.read(told, 1)
             raise KilledError
 
     with pytest.raises(KilledError):
