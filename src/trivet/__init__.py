@@ -11,7 +11,6 @@ trivet.optimization (how does it change?); trivet.recipes is where they meet, on
 
 import os
 
-if (
-    "OMP_WAIT_POLICY" not in os.environ
-):  # torch's threads spin for long, and are slow where another process wants a core
+# torch's threads spin for long, and are slow where another process wants a core
+if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch is imported, so after this

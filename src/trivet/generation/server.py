@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -255,7 +255,7 @@ class Ahead:
     future: "Future[Rollouts] | None" = None
 
 
-GROUPS = ("prompts", "prompt_mask", "completions", "mask", "present")
+WRITTEN = ("logprobs", "finished", "texts", "versions")  # of rollouts, beside their groups
 Begun = list[tuple[int, "Future[Rollouts]"]]  # the step of a batch, and what it will be
 
 
@@ -265,17 +265,14 @@ def written(begun: Begun) -> list[dict[str, Any]]:
     for step, future in begun:
         with suppress(Exception):  # whoever trains on it will hear why
             rollouts = future.result()
-            tensors = {name: getattr(rollouts.groups, name) for name in GROUPS}
-            tensors |= {"logprobs": rollouts.logprobs, "finished": rollouts.finished}
-            size, texts, versions = rollouts.groups.group_size, list(rollouts.texts), list(rollouts.versions)
-            found.append({"step": step, "group_size": size, "texts": texts, "versions": versions, **tensors})
+            groups = {known.name: getattr(rollouts.groups, known.name) for known in fields(Groups)}
+            found.append({"step": step, "groups": groups, **{name: getattr(rollouts, name) for name in WRITTEN}})
     return found
 
 
 def _read_back(batch: dict[str, Any], prompts: Sequence[Example]) -> Rollouts:
-    groups = Groups(group_size=batch["group_size"], **{name: batch[name] for name in GROUPS})
-    own = {name: batch[name] for name in ("logprobs", "finished", "texts", "versions")}
-    return Rollouts(groups=groups, rows=[prompt.row for prompt in prompts], **own)
+    own = {name: batch[name] for name in WRITTEN}
+    return Rollouts(groups=Groups(**batch["groups"]), rows=[prompt.row for prompt in prompts], **own)
 
 
 @dataclass(eq=False)
@@ -294,9 +291,8 @@ class Servers:
     whole: Callable[..., tuple[Any, Tensor]] = in_one_piece  # or run.ranks, for a policy in shards
     waits: Callable[[], None] = lambda: None  # called while servers write: others wait with us
     cache_bytes: int = 0  # of this process: none
-    kept: dict[int, dict[str, Any]] = field(
-        default_factory=dict[int, dict[str, Any]], init=False
-    )  # of a checkpoint, by step
+    # batches of a checkpoint, by step
+    kept: dict[int, dict[str, Any]] = field(default_factory=dict[int, dict[str, Any]], init=False)
     counts: dict[str, float] = field(default_factory=dict[str, float], init=False)
 
     def __post_init__(self) -> None:
