@@ -201,7 +201,7 @@ def test_threads_count_as_processes(apart):
 
 def test_two_programs_do_not_count_each_others_processes(apart):
     sources = [
-        "import os, time\nfor _ in range(5):\n    if os.fork() == 0:\n        time.sleep(1); os._exit(0)\nprint('all')"
+        "import os, time\nfor _ in range(5):\n    if os.fork() == 0:\n        time.sleep(9); os._exit(0)\ntime.sleep(2)\nprint('all')"
     ] * 3
     given = rollouts([{"prompt": "p", "expected_output": "all"}] * 3, group_size=1)
     given = type(given)(**{name: getattr(given, name) for name in given.__slots__} | {"texts": sources})
