@@ -16,7 +16,8 @@ from trivet.cli import main
 from trivet.errors import InputError
 from trivet.recipes import dpo, sft
 from trivet.run.files import to_disk
-from trivet.run.launch import launch, resume
+from trivet.run.launch import launch
+from trivet.run.resume import resume
 
 
 def files_in(path):

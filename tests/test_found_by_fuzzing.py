@@ -12,9 +12,10 @@ from trivet.cli import main
 from trivet.errors import InputError
 from trivet.recipes import sft
 from trivet.rewards.functions import FunctionReward
-from trivet.run.launch import launch, resume
+from trivet.run.launch import launch
 from trivet.run.reading import read_object
 from trivet.run.record import _append, short
+from trivet.run.resume import resume
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,9 @@ from trivet.model.forward import token_logprobs
 from trivet.model.load import load_policy, load_scorer
 from trivet.model.scalar import scores, values, with_scalar_head
 from trivet.recipes import dpo, grpo, ppo, reward_model, sft
-from trivet.run.launch import Launch, launch, resume
+from trivet.run.launch import Launch, launch
 from trivet.run.loop import Optimizer
+from trivet.run.resume import resume
 from trivet.toy import STORIES
 
 KINDS = pytest.mark.parametrize("kind", [Qwen3Config, LlamaConfig, GPT2Config], ids=lambda kind: kind.model_type)

@@ -90,7 +90,7 @@ def test_nulls_are_gaps_and_a_half_written_line_is_left_out(tmp_path):
 def test_runs_of_one_method_and_of_one_name_are_told_apart(tmp_path):
     runs = [write_run(tmp_path / seed / "grpo", "grpo", 6) for seed in ("a", "b", "c")]
     assert main(["plot", *map(str, runs), "--y", "reward"]) == 0
-    svg = tmp_path / "plot-reward.svg"
+    svg = tmp_path / "plot-reward-a-grpo-b-grpo-c-grpo.svg"
     assert len({(color, dashes) for color, dashes, _ in lines_of(svg)}) == 3
     assert len({color for color, *_ in lines_of(svg)}) == 3
     assert {f"{seed}/grpo (grpo)" for seed in "abc"} <= set(texts(svg))
@@ -163,6 +163,14 @@ def test_a_folder_of_runs(tmp_path):
         write_run(tmp_path / method, method, 6)
     assert main(["plot", str(tmp_path), "--y", "loss", "--x", "seconds"]) == 0
     assert {"sft", "dpo", "wall time (s)"} <= set(texts(tmp_path / "plot-loss-by-seconds.svg"))
+
+
+def test_a_picture_of_some_runs_leaves_that_of_all(tmp_path, capsys):
+    for method in ("dpo", "sft", "grpo"):
+        write_run(tmp_path / method, method, 6)
+    assert main(["plot", str(tmp_path), "--y", "kl"]) == 0
+    assert main(["plot", str(tmp_path / "grpo"), str(tmp_path / "dpo"), "--y", "kl"]) == 0
+    assert {path.name for path in tmp_path.glob("*.svg")} == {"plot-kl.svg", "plot-kl-grpo-dpo.svg"}
 
 
 def test_a_run_from_before_run_json(tmp_path):

@@ -15,7 +15,8 @@ from trivet.model.forward import token_logprobs
 from trivet.model.load import load_policy
 from trivet.recipes import dpo, ppo, sft
 from trivet.recipes.offline import to_groups
-from trivet.run.launch import Launch, launch, resume
+from trivet.run.launch import Launch, launch
+from trivet.run.resume import resume
 from trivet.toy import STORIES
 
 LIBRARIES = {"4bit": "bitsandbytes", "8bit": "torchao"}

@@ -36,8 +36,9 @@ from trivet.generation import engine, sampling
 from trivet.run import launch as launching
 from trivet.run import ranks
 from trivet.run.clock import Clock
-from trivet.run.launch import launch, resume
+from trivet.run.launch import launch
 from trivet.run.ranks import balanced
+from trivet.run.resume import resume
 from trivet.toy import STORIES
 
 OF_REWARDS = {"reward": ("trivet.toy.stories:gold",), "group_size": 2, "max_completion_tokens": 10}

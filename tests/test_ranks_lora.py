@@ -32,7 +32,8 @@ from test_ranks import (
 )
 from trivet.cli import main
 from trivet.run import shards
-from trivet.run.launch import launch, resume
+from trivet.run.launch import launch
+from trivet.run.resume import resume
 
 LORA = {"lora": 4, "lr": 3e-3}
 CONTINUED = {"model": "sft", "lr": 3e-3}

@@ -21,7 +21,8 @@ from trivet.cli import main
 from trivet.generation import server
 from trivet.generation.local import Local
 from trivet.run import ranks, servers
-from trivet.run.launch import launch, resume
+from trivet.run.launch import launch
+from trivet.run.resume import resume
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,9 @@ from trivet.cli import main
 from trivet.errors import InputError
 from trivet.recipes import dpo, grpo, ppo, sft
 from trivet.run.checkpoints import damage, steps
-from trivet.run.launch import launch, resume
+from trivet.run.launch import launch
 from trivet.run.replay import replayed
+from trivet.run.resume import resume
 
 
 def broken_at(monkeypatch, recipe, steps, what=math.nan):

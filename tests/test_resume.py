@@ -24,7 +24,8 @@ from trivet.recipes import dpo, grpo, pairwise_grpo, ppo, reward_model, sft
 from trivet.run import launch as launching
 from trivet.run import record as recording
 from trivet.run.checkpoints import damage, steps
-from trivet.run.launch import launch, resume
+from trivet.run.launch import launch
+from trivet.run.resume import resume
 from trivet.run.stopping import Stopped
 from trivet.toy import STORIES
 

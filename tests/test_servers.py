@@ -28,7 +28,8 @@ from trivet.model.load import load_policy
 from trivet.model.text import load_tokenizer
 from trivet.optimization import truncated_importance_weights
 from trivet.recipes import grpo, pairwise_grpo, ppo
-from trivet.run.launch import Launch, launch, resume
+from trivet.run.launch import Launch, launch
+from trivet.run.resume import resume
 from trivet.toy import ARITHMETIC
 
 PROMPTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9, 10, 11], [12]]

@@ -103,7 +103,8 @@ def run_command(command: str, args: list[str]) -> int:
     }
     if command in RECIPES or command == "resume":
         from trivet.run.arguments import parse, read_flags, typed
-        from trivet.run.launch import config_of, launch, resume
+        from trivet.run.launch import launch
+        from trivet.run.resume import config_of, resume
         from trivet.run.terminal import Terminal
 
         with closing(Terminal()) as terminal:  # else a progress line swallows what is said after it

@@ -31,7 +31,7 @@ def load_policy(
     """
     base, config = base_of(name)
     if from_scratch:
-        model = _reading(base, lambda: _from_config(base, AutoModelForCausalLM))
+        model = _reading(base, lambda: from_config(base, AutoModelForCausalLM))
     else:
         model = _with_weights(base, AutoModelForCausalLM, **quantization(quantize, precision, device))
     return _prepare(_with_adapter(model, config, name), device, PRECISIONS[precision])
@@ -51,7 +51,7 @@ def load_scorer(
     (name, config), folder = base_of(name), name
     kind, new_head = AutoModelForSequenceClassification, from_scratch or not is_scorer(name)
     if from_scratch:
-        model = _reading(name, lambda: _from_config(name, kind, num_labels=1))
+        model = _reading(name, lambda: from_config(name, kind, num_labels=1))
     else:
         options = quantization(quantize, precision, device) | {"num_labels": 1}
         model = _with_weights(name, kind, may_lack=("score",) if new_head else (), **options)
@@ -160,7 +160,7 @@ def is_local_model(name: str) -> bool:
     return any((Path(name) / file).exists() for file in ("config.json", ADAPTER_CONFIG))
 
 
-def _from_config(name: str, kind: Any, **options: Any) -> Any:
+def from_config(name: str, kind: Any, **options: Any) -> Any:
     """The model in float32 with random weights."""
     config = AutoConfig.from_pretrained(name, trust_remote_code=trusted(), **options)
     return kind.from_config(config, trust_remote_code=trusted()).float()

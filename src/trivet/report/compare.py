@@ -1,7 +1,9 @@
 """The method table: one row a run, measured numbers where others print adjectives."""
 
+import hashlib
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from trivet.errors import InputError
-from trivet.run.reading import require_run
+from trivet.run.reading import common_folder, require_run
 
 METHODS = {  # method: objective, reward model needed, stages, best for
     "sft": ("-log π(y_w)", "no", "SFT", "answers worth copying"),
@@ -58,6 +60,18 @@ def runs_in(path: Path) -> list[Path]:
         return [path]
     order = list(METHODS)
     return sorted(inside, key=lambda run: (order.index(run.name) if run.name in order else len(order), run.name))
+
+
+def place_of(runs: list[Path], name: str) -> Path:
+    """Where a file on these runs goes, its ending aside: another place for other runs, so that none is written over another."""
+    if len(runs) == 1:
+        return runs[0] / name
+    folder = common_folder(runs)
+    if {run.resolve() for run in runs} == {run.resolve() for run in runs_in(folder)}:
+        return folder / name
+    names = "-".join(os.path.relpath(run, folder).replace(os.sep, "-") for run in runs)
+    names = names if len(names) < 150 else f"{names[:140]}-{hashlib.sha256(names.encode()).hexdigest()[:8]}"
+    return folder / f"{name}-{names}"
 
 
 def read_summary(run: Path) -> dict[str, Any]:

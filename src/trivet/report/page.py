@@ -3,15 +3,13 @@
 import base64
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 from trivet.errors import InputError
-from trivet.report.compare import runs_in
+from trivet.report.compare import place_of, runs_in
 from trivet.report.gather import gather
-from trivet.run.reading import common_folder
 
 PARTS = Path(__file__).parent / "page"
 HELP = """trivet report RUN [RUN ...] [--out FILE.html]
@@ -36,20 +34,8 @@ def report(args: list[str]) -> None:
         raise InputError("name a run directory first: trivet report RUN [RUN ...] [--out FILE.html]")
     given = read_flags(type("Options", (), {"__annotations__": {"out": str}}), args[flags:])
     runs = list(dict.fromkeys(run for arg in args[:flags] for run in runs_in(Path(arg))))
-    out = write_page(runs, Path(given.get("out", page_of(runs))))
+    out = write_page(runs, Path(given.get("out", f"{place_of(runs, 'report')}.html")))
     print(f"{out}  ·  {out.stat().st_size / 1e6:.1f} MB")
-
-
-def page_of(runs: list[Path]) -> Path:
-    """Where the page of these runs goes: another place for other runs, so that no page is written over another."""
-    if len(runs) == 1:
-        return runs[0] / "report.html"
-    folder = common_folder(runs)
-    if {run.resolve() for run in runs} == {run.resolve() for run in runs_in(folder)}:
-        return folder / "report.html"
-    name = "-".join(os.path.relpath(run, folder).replace(os.sep, "-") for run in runs)
-    name = name if len(name) < 150 else f"{name[:140]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return folder / f"report-{name}.html"
 
 
 def write_page(runs: list[Path], out: Path) -> Path:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from trivet.errors import InputError
-from trivet.report.compare import read_summary, runs_in
+from trivet.report.compare import place_of, read_summary, runs_in
 from trivet.run.arguments import runs_and_options
-from trivet.run.reading import common_folder, method_of, read_metrics, require_run, run_names
+from trivet.run.reading import method_of, read_metrics, require_run, run_names
 
 COLORS = {  # Okabe and Ito's palette, told apart by color-blind readers too
     "sft": "#000000",
@@ -72,7 +72,7 @@ class Config:
     smooth: int = 5
     """Mean of this many steps up to each; 1 draws the steps as they are. Held-out numbers are never smoothed."""
     out: str = ""
-    """Files to write, without .png and .svg; default plot-METRIC in the run directory, of several in the folder that holds them."""
+    """Files to write, without .png and .svg; default plot-METRIC in the run directory, of all runs of a folder in that folder, of others with their names."""
 
 
 def plot(args: list[str]) -> None:
@@ -84,8 +84,7 @@ def plot(args: list[str]) -> None:
     if config.smooth < 1:
         raise InputError(f"--smooth is {config.smooth}; it must be at least 1")
     name = "plot-" + "-".join(config.y) + (f"-by-{config.x}" if config.x != "step" else "")
-    folder = runs[0] if len(runs) == 1 else common_folder(runs)
-    out = str(config.out or folder / name.replace("/", "-"))
+    out = str(config.out or place_of(runs, name.replace("/", "-")))
     out = out[:-4] if out.endswith((".png", ".svg")) else out
     print("  ·  ".join(map(str, draw_metrics(runs, config.y, config.x, config.smooth, out))))
 

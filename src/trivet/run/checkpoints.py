@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and what goes into them: all that a run needs to go on to the same bits.
+"""Checkpoints that are whole or not there, of all that a run needs to go on to the same bits.
 
 checkpoints/step-N/ is an ordinary model folder with state.safetensors and state.json beside the weights, and manifest.json, the
 sizes and SHA-256 of all of them. It is written under another name and renamed when it is on the disk, so a kill leaves the old ones.
@@ -6,23 +6,20 @@ sizes and SHA-256 of all of them. It is written under another name and renamed w
 
 import hashlib
 import json
-import random
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trivet.errors import InputError
-from trivet.generation.server import written
 from trivet.model.load import restore, save_model
 from trivet.run.files import make_folder, to_disk, write_json
 from trivet.run.loop import Run
+from trivet.run.state import packed, random_state, set_random_state, set_state, state_of, unpacked
 
 
 class Checkpoints:
@@ -47,7 +44,7 @@ class Checkpoints:
         """Remember the small things that the next step will change."""
         small: dict[str, Any] = {name: part.clone() for name, part in self.parts.items() if isinstance(part, Tensor)}
         small |= {name: part.begun() for name, part in self.parts.items() if hasattr(part, "begun")}
-        self.before = {"updates": self._updates(), "small": small, "random": _random_state(self.run.generator)}
+        self.before = {"updates": self._updates(), "small": small, "random": random_state(self.run.generator)}
 
     @property
     def untouched(self) -> bool:
@@ -75,8 +72,8 @@ class Checkpoints:
         state = {
             "step": step,
             "counted": counted,
-            "parts": {name: _state(part, own) for name, part in parts.items()},
-            "random": self.before["random"] if beginning else _random_state(self.run.generator),
+            "parts": {name: state_of(part, own) for name, part in parts.items()},
+            "random": self.before["random"] if beginning else random_state(self.run.generator),
         }
         whole, half = self.folder / f"step-{step}", self.folder / f".step-{step}"
         self._make_room()
@@ -84,10 +81,10 @@ class Checkpoints:
         make_folder(half)
         try:
             save_model(self.run.model, self.tokenizer, half)
-            write_json(half / "state.json", {"state": _packed(state, tensors, "")})
+            write_json(half / "state.json", {"state": packed(state, tensors, "")})
             save_file(tensors, half / "state.safetensors")
             write_json(half / "manifest.json", {"step": step, "files": manifest(half)})
-            _put_in_place(half, whole, self.folder.parent)
+            put_in_place(half, whole, self.folder.parent)
         except BaseException:  # a full disk, for one: the checkpoints before it stay as they are
             shutil.rmtree(half, ignore_errors=True)
             raise
@@ -117,12 +114,12 @@ class Checkpoints:
 
             return shards.restore(self.run, self.parts, folder)
         run, tensors = self.run, load_file(folder / "state.safetensors")
-        state = _unpacked(json.loads((folder / "state.json").read_text(encoding="utf-8"))["state"], tensors)
+        state = unpacked(json.loads((folder / "state.json").read_text(encoding="utf-8"))["state"], tensors)
         run.done = state["step"]  # from here on: what was made before, DPO's reference, was of all steps
         restore(run.model, folder)
         for name, part in self.parts.items():
-            _set_state(part, state["parts"][name])
-        _set_random_state(run.generator, state["random"])
+            set_state(part, state["parts"][name])
+        set_random_state(run.generator, state["random"])
 
     def _make_room(self) -> None:
         """InputError where the disk can't take another one: before it is begun, so that nothing is lost."""
@@ -149,10 +146,10 @@ def save_whole(model: Any, tokenizer: Any, folder: Path, *, merge: bool = False)
     save_model(model, tokenizer, half, merge=merge)
     for path in half.glob("*.safetensors"):
         _require_whole(path)
-    _put_in_place(half, folder, folder.parent)
+    put_in_place(half, folder, folder.parent)
 
 
-def _put_in_place(half: Path, whole: Path, run: Path) -> None:
+def put_in_place(half: Path, whole: Path, run: Path) -> None:
     """Give a folder its name when it is on the disk, and so is the record of the run up to here."""
     for path in (*half.rglob("*"), half, *run.glob("*.jsonl"), run):
         to_disk(path)
@@ -212,86 +209,3 @@ def _require_whole(path: Path) -> None:
         ends = [facts["data_offsets"][1] for name, facts in tensors.items() if name != "__metadata__"]
     if size != 8 + length + max(ends, default=0):
         raise OSError(f"{path} is not as long as its header says")
-
-
-def _state(part: Any, own: set[int]) -> Any:
-    """What a part has that it could not be made with again: of a model its trained tensors that the policy does not share."""
-    if hasattr(part, "begun"):
-        return written(part.begun())
-    if hasattr(part, "adamw"):
-        return {"adamw": part.adamw.state_dict(), "schedule": part.schedule.state_dict()}
-    if isinstance(part, torch.nn.Module) and any(x.requires_grad for x in part.parameters()):
-        return {name: x for name, x in part.state_dict().items() if x.data_ptr() not in own}
-    return part if isinstance(part, Tensor) else written(part) if isinstance(part, list) else None
-
-
-def _set_state(part: Any, state: Any) -> None:
-    if state is None:
-        return
-    if hasattr(part, "adamw"):
-        part.adamw.load_state_dict(state["adamw"])
-        _set_schedule(part, state["schedule"])
-    elif hasattr(part, "begun"):
-        part.take(state)
-    elif isinstance(part, torch.nn.Module):
-        part.load_state_dict(state, strict=False)
-    else:
-        part.copy_(state)
-
-
-def _set_schedule(part: Any, state: dict[str, Any]) -> None:
-    """The position of an optimizer's schedule, on the learning rate of the config, which may have been lowered since."""
-    base = part.schedule.base_lrs
-    part.schedule.load_state_dict(state)
-    part.schedule.base_lrs = base
-    for group, lr, scale in zip(part.adamw.param_groups, base, part.schedule.lr_lambdas, strict=True):
-        group["initial_lr"], group["lr"] = lr, lr * scale(part.schedule.last_epoch)
-    part.schedule._last_lr = [group["lr"] for group in part.adamw.param_groups]
-
-
-def _random_state(generator: torch.Generator) -> dict[str, Any]:
-    state: dict[str, Any] = {"run": generator.get_state(), "torch": torch.get_rng_state(), "python": random.getstate()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    if "numpy" in sys.modules:  # a reward function may draw from it
-        name, keys, *rest = sys.modules["numpy"].random.get_state()
-        state["numpy"] = [name, torch.from_numpy(keys.astype("int64")), *rest]
-    return state
-
-
-def _set_random_state(generator: torch.Generator, state: dict[str, Any]) -> None:
-    generator.set_state(state["run"])
-    torch.set_rng_state(state["torch"])
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    if "numpy" in state:
-        import numpy
-
-        name, keys, *rest = state["numpy"]
-        numpy.random.set_state((name, keys.numpy().astype("uint32"), *rest))
-
-
-def _packed(x: Any, tensors: dict[str, Tensor], path: str) -> Any:
-    """x for JSON, its tensors put aside by the path to them; keys that are numbers keep their type."""
-    if isinstance(x, Tensor):
-        tensors[path] = x.detach().cpu().contiguous().clone()
-        return {"tensor": path}
-    if isinstance(x, dict):
-        if all(isinstance(key, str) for key in x) and "tensor" not in x and "numbered" not in x:
-            return {key: _packed(value, tensors, f"{path}/{key}") for key, value in x.items()}
-        return {"numbered": [[key, _packed(value, tensors, f"{path}/{key}")] for key, value in x.items()]}
-    if isinstance(x, list | tuple):
-        return [_packed(value, tensors, f"{path}/{i}") for i, value in enumerate(x)]
-    return x
-
-
-def _unpacked(x: Any, tensors: dict[str, Tensor]) -> Any:
-    if isinstance(x, dict):
-        if "tensor" in x:
-            return tensors[x["tensor"]]
-        if "numbered" in x:
-            return {key: _unpacked(value, tensors) for key, value in x["numbered"]}
-        return {key: _unpacked(value, tensors) for key, value in x.items()}
-    return [_unpacked(value, tensors) for value in x] if isinstance(x, list) else x

@@ -38,7 +38,7 @@ from trivet.model.text import decode_completion, load_tokenizer, stop_ids
 from trivet.rewards.functions import load_rewards
 from trivet.run import ranks
 from trivet.run.adapted import adapted, check_adapter
-from trivet.run.arguments import read_toml, typed
+from trivet.run.arguments import typed
 from trivet.run.checkpoints import Checkpoints, save_whole
 from trivet.run.clock import clock_on
 from trivet.run.config import check
@@ -47,13 +47,13 @@ from trivet.run.files import RunDirectory
 from trivet.run.loop import Metrics, Run
 from trivet.run.memory import by_part, memory_now, peak_memory
 from trivet.run.options import Options
-from trivet.run.reading import method_of, read_object
-from trivet.run.record import Record, require_free, short
+from trivet.run.reading import read_object
+from trivet.run.record import Record, short
 from trivet.run.rescue import OutOfMemoryError, Skips, halved, is_lost_process, is_out_of_memory, save_beginning
 from trivet.run.servers import servers_of
 from trivet.run.stopping import asked_of, asked_to_stop
 from trivet.run.trackers import send, trackers, until_end
-from trivet.run.unchanged import facts_of, require_examples, require_paths
+from trivet.run.unchanged import facts_of, require_examples
 
 
 class Launch:
@@ -306,49 +306,6 @@ def _failed(
     if done == 0 and isinstance(failed, InputError | OSError | KeyboardInterrupt):
         launched.record.undo()
     return failed
-
-
-MAY_CHANGE = ("generate_with", "vllm", "track", "save_every", "keep", "microbatch_tokens")  # not what is computed
-
-
-def resume(out: str | Path, /, watch: Watch | None = None, **options: Any) -> Path:
-    """Go on with a run that was stopped or killed. options: other values from here on, of those in MAY_CHANGE.
-
-    Errors: InputError where there is no run, it is done, or an option would change what it computes.
-    """
-    out = Path(out)
-    if (out / "summary.json").exists():
-        raise InputError(f"{out} is done: its model is in {out / 'model'}")
-    require_free(out)
-    before = config_of(out)
-    config = replace(before, **typed(type(before), options, "") | {"out": str(out)})
-    if other := sorted(options.keys() - set(MAY_CHANGE)):
-        may = ", ".join(f"--{name.replace('_', '-')}" for name in MAY_CHANGE if hasattr(config, name))
-        raise InputError(
-            f"--{other[0].replace('_', '-')} would change what the run computes; resume takes {may}, the rest stands in {out / 'config.toml'}"
-        )
-    if _served(config) != _served(before):
-        who = "servers generate" if _served(before) else "the run itself generates"
-        raise InputError(
-            f"{out}: {who}, and others would write other tokens; only servers can take the place of servers"
-        )
-    return launch(config, watch, again=True)
-
-
-def _served(config: Options) -> bool:
-    return bool(vars(config).get("generate_with") or vars(config).get("vllm"))
-
-
-def config_of(out: Path) -> Options:
-    """The options of the run in this directory. Errors: InputError where it is none."""
-    try:
-        kind = importlib.import_module(f"trivet.recipes.{method_of(out).replace('-', '_')}").Config
-    except (ImportError, AttributeError, ValueError):
-        said = "there is no config.toml in it that names a method"
-        raise InputError(f"{out} is not a run directory: {said}") from None
-    config = kind(**typed(kind, read_toml(str(out / "config.toml")), f"{out / 'config.toml'}: "))
-    require_paths(config, out)
-    return config
 
 
 def microbatch_that_fits(device: str) -> int:

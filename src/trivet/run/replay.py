@@ -12,10 +12,11 @@ from typing import Any
 
 from trivet.errors import InputError
 from trivet.run.checkpoints import Checkpoints, damage
-from trivet.run.launch import Launch, config_of
+from trivet.run.launch import Launch
 from trivet.run.loop import Optimizer
 from trivet.run.reading import read_metrics, read_object
 from trivet.run.remembered import digest
+from trivet.run.resume import config_of
 
 
 @dataclass(kw_only=True)

@@ -24,8 +24,7 @@ from trivet.model.adapters import inject, is_adapters
 from trivet.model.attention import NAME
 from trivet.model.blocks import blocks, checkpoint_blocks
 from trivet.model.forward import shares_prefix
-from trivet.model.load import PRECISIONS, base_of
-from trivet.model.load import _from_config as from_config
+from trivet.model.load import PRECISIONS, base_of, from_config
 from trivet.model.scalar import with_scalar_head
 from trivet.run.options import Options
 from trivet.run.remembered import digest

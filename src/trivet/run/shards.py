@@ -22,14 +22,16 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trivet.errors import InputError, first_line
 from trivet.model.load import load_policy, load_scorer
-from trivet.run import checkpoints as alone
+from trivet.run import checkpoints
+from trivet.run.checkpoints import facts_of, files_of, put_in_place
 from trivet.run.files import make_folder, write_json
 from trivet.run.loop import Run
 from trivet.run.ranks import Ranks
 from trivet.run.sharded import broadcast, broadcast_tensor
+from trivet.run.state import packed, random_state, set_random_state, set_schedule, state_of, unpacked
 
 
-class Checkpoints(alone.Checkpoints):
+class Checkpoints(checkpoints.Checkpoints):
     """The state of one run that many processes hold together. All of them call each method."""
 
     def __init__(self, us: Ranks, out: Path, run: Run, tokenizer: Any):
@@ -37,7 +39,7 @@ class Checkpoints(alone.Checkpoints):
         self.us = us
 
     def holds(self, **parts: Any) -> None:
-        """As alone; the state may be one process's."""
+        """As of one process, which may have written it."""
         self.parts = parts
         if self.us.rank == 0:
             self._make_room()
@@ -48,10 +50,10 @@ class Checkpoints(alone.Checkpoints):
                 restore(self.run, parts, self.start, self._of_one(self.start))
 
     def save(self, step: int, counted: dict[str, Any], keep: int = 0, *, beginning: bool = False) -> Path:
-        """As alone: each rank writes its shards, and reads a part of the files again for the manifest."""
+        """As of one process: each rank writes its shards, and reads a part of the files again for the manifest."""
         leads, small = self.us.rank == 0, dict[str, Tensor]()
         whole, half = self.folder / f"step-{step}", self.folder / f".step-{step}"
-        random, parts = alone._random_state(self.run.generator), self.parts
+        random, parts = random_state(self.run.generator), self.parts
         if beginning:
             random, parts = self.before["random"], parts | self.before["small"]
         state = {"step": step, "counted": counted, "random": random}
@@ -66,15 +68,15 @@ class Checkpoints(alone.Checkpoints):
             writer = HuggingFaceStorageWriter(str(half / "shards"), save_distributed=True)
             dcp.save(written, storage_writer=writer)
             if leads:
-                write_json(half / "state.json", {"state": alone._packed(state, small, "")})
+                write_json(half / "state.json", {"state": packed(state, small, "")})
                 save_file(small, half / "state.safetensors")
             dist.barrier()
-            files, every = alone.files_of(half), [None] * self.us.size
-            dist.all_gather_object(every, alone.facts_of(half, files[self.us.rank :: self.us.size]))
+            files, every = files_of(half), [None] * self.us.size
+            dist.all_gather_object(every, facts_of(half, files[self.us.rank :: self.us.size]))
             if leads:
                 known = {name: facts for part in every for name, facts in part.items()}  # type: ignore[attr-defined]
                 write_json(half / "manifest.json", {"step": step, "files": known})
-                alone._put_in_place(half, whole, self.folder.parent)
+                put_in_place(half, whole, self.folder.parent)
         except BaseException as error:
             if leads:
                 shutil.rmtree(half, ignore_errors=True)
@@ -90,7 +92,7 @@ class Checkpoints(alone.Checkpoints):
         return whole
 
     def go_on(self, note: Callable[[str], None]) -> dict[str, Any]:
-        """As alone: rank 0 looks which one is whole."""
+        """As of one process: rank 0 looks which one is whole."""
         counted, self.start = broadcast((super().go_on(note), self.start) if self.us.rank == 0 else None)
         return counted
 
@@ -130,7 +132,7 @@ def restore(
 ) -> None:
     """Take the state in a checkpoint. given: where its tensors come from, if not from its shards."""
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))["state"]
-    state = alone._unpacked(state, load_file(folder / "state.safetensors"))
+    state = unpacked(state, load_file(folder / "state.safetensors"))
     run.done = state["step"]
     for name, part in parts.items():
         said = state["parts"][name]
@@ -140,7 +142,7 @@ def restore(
                 x = part.parameters[i]
                 moments = {key: torch.zeros_like(x) for key in ("exp_avg", "exp_avg_sq")}
                 part.adamw.state[x] = {"step": torch.tensor(float(step), device=x.device), **moments}
-            alone._set_schedule(part, said["schedule"])
+            set_schedule(part, said["schedule"])
         elif isinstance(part, Tensor):
             part.copy_(said)
         elif hasattr(part, "begun") and said:
@@ -157,13 +159,13 @@ def restore(
             if isinstance(x, DTensor):
                 full = distribute_tensor(full, x.device_mesh, x.placements, src_data_rank=None)
             x.copy_(full)
-    alone._set_random_state(run.generator, state["random"])
+    set_random_state(run.generator, state["random"])
 
 
 def _rest(part: Any) -> Any:
     """Of a part, what is not among the tensors."""
     if hasattr(part, "begun") or isinstance(part, list):
-        return alone._state(part, set())
+        return state_of(part, set())
     if hasattr(part, "adamw"):
         known = enumerate(part.adamw.state.get(x, {}).get("step") for x in part.parameters)
         return {
