@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -460,21 +461,26 @@ def test_without_a_server_in_an_evaluation_it_says_from_where_it_goes_on(toy, tm
     assert begun == [0, *range(every + 1, 5)]
 
 
-def test_generation_overlaps_training(toy, tmp_path):
-    """A generator of known latency, and a reward that takes as long as it, in place of training."""
-    (tmp_path / "slow.py").write_text(
-        "import time\ndef slow(prompts, completions, **_):\n    time.sleep(0.4)\n    return [float(len(x)) for x in completions]\n"
-    )
-    seconds = {}
-    toy[0].latency = 0.4
-    for k in (0, 1):
-        options = dict(
-            TOY, steps=9, reward=(f"{tmp_path}/slow.py:slow",), eval_data="", eval_fraction=0.0, group_size=2
-        )
-        out = launch(grpo.Config(**options, generate_with=(toy[0].url,), out=str(tmp_path / f"k{k}"), max_staleness=k))
-        at = [x["seconds"] for x in lines(out, "metrics.jsonl")]
-        seconds[k] = (at[-2] - at[0]) / 7  # at the last step nothing is left to generate
-    assert seconds[1] <= 0.65 * seconds[0], seconds
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_generation_overlaps_training(toy, tmp_path, monkeypatch, ahead):
+    """While a batch is trained on, its reward here, servers are asked for the next one, or not: benchmarks/overlap.py for the time."""
+    seen = list[bool]()
+
+    def asked() -> int:
+        return sum(body["sampling_params"]["max_tokens"] > 1 for body in toy[0].asked)  # the others are probes
+
+    def reward(prompts, completions, **_):
+        batch, end = len(seen) + 1, time.monotonic() + (60 if ahead else 0.5)
+        while asked() <= 8 * batch and batch < 5 and time.monotonic() < end:
+            time.sleep(0.01)
+        seen.append(asked() > 8 * batch)
+        return [float(len(x)) for x in completions]
+
+    monkeypatch.setitem(sys.modules, "waiting", SimpleNamespace(reward=reward))
+    options = dict(TOY, steps=5, reward=("waiting:reward",), eval_data="", eval_fraction=0.0)
+    launch(grpo.Config(**options, generate_with=(toy[0].url,), out=str(tmp_path / "run"), max_staleness=ahead))
+    assert seen == [bool(ahead)] * 4 + [False]
+    assert asked() == 5 * 8
 
 
 def test_arithmetic_climbs_with_rollouts_a_step_old(toy, tmp_path, monkeypatch):
