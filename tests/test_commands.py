@@ -1,14 +1,20 @@
 """generate and score: completions of prompts, rewards of rows; and what the command line says of itself."""
 
+import dataclasses
+import importlib
 import json
+import re
 import subprocess
 import sys
+import typing
 
 import pytest
 from transformers import AutoModelForSequenceClassification
 
 from runs import write_quickstart, write_run
 from trivet.cli import main
+from trivet.help import WHERE, options_of
+from trivet.recipes import RECIPES
 from trivet.toy import STORIES
 
 
@@ -110,3 +116,44 @@ def test_a_model_that_scores_is_not_asked_to_write(tmp_path, capsys):
 def test_help_is_quick_to_import():
     heavy = "import sys; import trivet.cli; assert not {'torch', 'transformers', 'rich'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", heavy], check=False).returncode == 0
+    heavy = "import sys; from trivet.cli import main; main(['ppo', '--help']); assert not {'torch', 'transformers'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", heavy], check=False, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("command", [*RECIPES, *WHERE])
+def test_help_tells_every_option_as_its_config_has_it(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    _, file, kind = WHERE.get(command, ("", f"recipes/{command.replace('-', '_')}.py", "Config"))
+    config = getattr(importlib.import_module(f"trivet.{file[:-3].replace('/', '.')}"), kind)
+    options = options_of(file, kind)
+    assert {name: option.default for name, option in options.items()} == vars(config())
+    assert all(option.text for option in options.values())
+    assert main([command, "--help"]) == 0
+    said = capsys.readouterr().out
+    assert config.__doc__.split("\n")[0] in said
+    for field in dataclasses.fields(config):
+        assert re.search(rf"^--{field.name.replace('_', '-')} .*{re.escape(options[field.name].text[:20])}", said, re.M)
+        choices = getattr(typing.get_type_hints(config)[field.name], "__args__", ())
+        assert all(str(choice) in said for choice in choices if isinstance(choice, str))
+    for preset in getattr(importlib.import_module(config.__module__), "PRESETS", ()):
+        assert preset in said.rpartition("--preset")[2]
+
+
+def test_help_stands_in_groups_and_tells_what_is_on(capsys):
+    assert main(["grpo", "--reward", "gold", "-h"]) == 0
+    said = capsys.readouterr().out
+    heads = [
+        "Model, data",
+        "--model",
+        "--trust",
+        "Steps",
+        "--lr",
+        "Rewards",
+        "--reward",
+        "Of this method",
+        "--beta",
+        "--preset",
+    ]
+    assert sorted(heads, key=lambda word: said.index(f"\n{word}")) == heads
+    assert main(["ppo", "-h"]) == 0
+    assert re.search(r"--whiten-advantages [^-]*\[on; --no-...", capsys.readouterr().out)

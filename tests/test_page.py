@@ -14,7 +14,8 @@ import pytest
 from runs import LIVING, METHODS, TOKEN_ARRAYS, write_quickstart, write_run
 from trivet.cli import main
 from trivet.errors import InputError
-from trivet.report.gather import POINTS, defaults, gather, thin, turning_point
+from trivet.help import options_of
+from trivet.report.gather import POINTS, gather, thin, turning_point
 from trivet.report.page import as_json, build_page
 
 CHROMIUM = shutil.which("chromium")
@@ -466,7 +467,7 @@ def test_options_that_differ_from_the_defaults_come_first(six):
     assert options["lr"]["help"] == "Learning rate of AdamW."
     from trivet.recipes import grpo
 
-    assert {name: value for name, (value, _) in defaults("grpo").items()} == vars(grpo.Config())
+    assert {name: option.default for name, option in options_of("recipes/grpo.py").items()} == vars(grpo.Config())
 
 
 def test_the_command(six, tmp_path, capsys, monkeypatch):

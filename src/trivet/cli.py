@@ -9,6 +9,7 @@ from contextlib import closing
 from pathlib import Path
 
 from trivet.errors import InputError, nearest
+from trivet.help import WHERE, print_help
 from trivet.recipes import RECIPES
 
 HELP = """trivet · post-train language models on preferences and rewards
@@ -101,7 +102,9 @@ def run_command(command: str, args: list[str]) -> int:
         "replay": "run.replay",
         "plan": "plan.command",
     }
-    if command in RECIPES or command == "resume":
+    if (command in RECIPES or command in WHERE) and {"-h", "--help"} & set(args):
+        print_help(command)
+    elif command in RECIPES or command == "resume":
         from trivet.run.arguments import parse, read_flags, typed
         from trivet.run.launch import launch
         from trivet.run.resume import config_of, resume
@@ -117,7 +120,7 @@ def run_command(command: str, args: list[str]) -> int:
                 out, quiet = resume(args[0], terminal, **options), False
             else:
                 recipe = importlib.import_module(f"trivet.recipes.{command.replace('-', '_')}")
-                config = parse(recipe.Config, args, f"trivet {command}", recipe.PRESETS)
+                config = parse(recipe.Config, args, recipe.PRESETS)
                 quiet = config.quiet
                 out = launch(config, None if quiet else terminal)
         if leads():

@@ -93,7 +93,7 @@ class ScoreConfig:
 
 def generate(args: list[str]) -> None:
     """trivet generate"""
-    config: GenerateConfig = parse(GenerateConfig, args, "trivet generate")
+    config: GenerateConfig = parse(GenerateConfig, args)
     if bool(config.prompt) == bool(config.data):
         raise InputError("give either --prompt TEXT or --data FILE")
     if min(config.group_size, config.max_completion_tokens) < 1 or config.temperature < 0:
@@ -147,7 +147,7 @@ def new_file(path: str) -> None:
 
 def score(args: list[str]) -> None:
     """trivet score"""
-    config: ScoreConfig = parse(ScoreConfig, args, "trivet score")
+    config: ScoreConfig = parse(ScoreConfig, args)
     new_file(config.out)
     folders = [folder for folder in map(model_folder, config.reward) if is_local_model(folder)]
     if not (config.model or folders):

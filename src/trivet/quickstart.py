@@ -53,7 +53,7 @@ def quickstart(args: list[str]) -> None:
     """Run the stages that are not there yet, evaluate, print."""
     from trivet.run.arguments import parse
 
-    config: Config = parse(Config, args, "trivet quickstart")
+    config: Config = parse(Config, args)
     console, out = wide_console(), Path(config.out)
     began, weights = time.perf_counter(), [*STAGES.values(), EVALUATION_SHARE]
     done = 0.0

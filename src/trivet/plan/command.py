@@ -26,7 +26,7 @@ NONE_NAMED = (
 
 def plan(args: Sequence[str]) -> None:
     """trivet plan"""
-    config: Config = parse(Config, list(args), "trivet plan")
+    config: Config = parse(Config, list(args))
     check(config)
     shape = own_shape(config) if config.layers else named_shape(config.model)
     scorer = None

@@ -4,7 +4,6 @@ A run that goes on, was stopped, has half a line at the end of a file, or was ma
 it goes. Nothing is made up: what is not there is left out, and the page does not draw it.
 """
 
-import ast
 import json
 import math
 import os
@@ -17,6 +16,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from trivet.help import options_of
+from trivet.recipes import RECIPES
 from trivet.report import compare
 from trivet.report.plots import run_colors
 from trivet.run.reading import require_run, run_names, state
@@ -25,7 +26,6 @@ from trivet.run.warnings import Warning, warnings
 POINTS = 600  # of a line in a chart; more are averaged
 TEXT, TOKENS = 5_000, 2_000  # characters of a text, tokens of a completion; more are cut
 PLAIN_BYTES = 600_000  # for samples without tokens, of all runs together
-SOURCE = Path(__file__).parent.parent
 
 Line = dict[str, Any]
 
@@ -103,7 +103,8 @@ def _read(run: Path) -> dict[str, Any]:
     status = state(run, record.get("pid"), [b["seconds"] - a["seconds"] for a, b in pairwise(recent)])
     pace = (recent[-1]["seconds"] - recent[0]["seconds"]) / (len(recent) - 1) if len(recent) > 1 else None
     began = record.get("began") or ((run / "config.toml").stat().st_mtime if toml else None)
-    explained, true = defaults(method), _true(record, options, lines, judged)
+    known = (f"recipes/{method.replace('-', '_')}.py",) if method in RECIPES else ("run/options.py", "SamplingOptions")
+    explained, true = options_of(*known), _true(record, options, lines, judged)
     warned = warnings(options, lines)
     if true and true["turn"] and true["turn"]["turns"]:
         reason = f"the {true['name']} reward was {true['turn']['peak']:.3g} around step {true['turn']['step']:g} and fell by "
@@ -124,8 +125,8 @@ def _read(run: Path) -> dict[str, Any]:
         },
         "example": _example(record.get("example")),
         "options": [
-            {"name": key, "value": _placed(value), "default": key in explained and _same(value, explained[key][0])}
-            | ({"help": explained[key][1]} if key in explained else {})
+            {"name": key, "value": _placed(value), "default": key in explained and _same(value, explained[key].default)}
+            | ({"help": explained[key].text} if key in explained else {})
             for key, value in options.items()
         ],
         "warnings": [asdict(warning) for warning in warned],
@@ -370,20 +371,6 @@ def _frontier(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 # ---- small things
-
-
-def defaults(method: str) -> dict[str, tuple[Any, str]]:
-    """Option: (default, what it is for), as the recipe's source says; reading it spares the page an import of torch."""
-    found: dict[str, tuple[Any, str]] = {}
-    for path in (SOURCE / "run" / "options.py", SOURCE / "recipes" / f"{method.replace('-', '_')}.py"):
-        source = path.read_text(encoding="utf-8") if path.exists() else ""
-        for body in (node.body for node in ast.parse(source).body if isinstance(node, ast.ClassDef)):
-            for field, after in pairwise([*body, None]):
-                if isinstance(field, ast.AnnAssign) and field.value:
-                    help = source.splitlines()[field.lineno - 1].partition("  # ")[2]  # or a docstring below it
-                    help = str(ast.literal_eval(after.value)) if isinstance(after, ast.Expr) else help
-                    found[ast.unparse(field.target)] = (ast.literal_eval(field.value), help)
-    return found
 
 
 def _placed(value: Any) -> Any:

@@ -41,17 +41,9 @@ ELSEWHERE = {  # names of the same options in transformers and TRL
 }
 
 
-def parse(kind: type[Any], args: list[str], program: str, presets: dict[str, dict[str, Any]] | None = None) -> Any:
+def parse(kind: type[Any], args: list[str], presets: dict[str, dict[str, Any]] | None = None) -> Any:
     """A config from --preset NAME ..., then --config FILE.toml, then flags, the later ones on top."""
-    presets, extra = presets or {}, ""
-    if presets:
-        extra = f" --preset (one or more of {', '.join(presets)}) and --config FILE.toml set several options; flags go on top."
-    if hasattr(kind, "model"):
-        extra += " --trust-remote-code runs Python code and reads pickles that come with a model."
-    if {"-h", "--help"} & set(args):
-        import tyro
-
-        tyro.cli(kind, args=["--help"], prog=program, description=(kind.__doc__ or "") + extra)
+    presets = presets or {}
     others: dict[str, Any] = {"trust_remote_code": bool} if hasattr(kind, "model") else {}
     flags = read_flags(kind, args, others | ({"preset": tuple[str, ...], "config": str} if presets else {}))
     if flags.pop("trust-remote-code", False):
@@ -69,7 +61,7 @@ def parse(kind: type[Any], args: list[str], program: str, presets: dict[str, dic
 def runs_and_options(kind: type[Any], args: list[str], program: str) -> tuple[list[Path], Any]:
     """The run directories, which stand first, and the options after them."""
     flags = next((i for i, arg in enumerate(args) if arg.startswith("-")), len(args))
-    options = parse(kind, args[flags:], f"{program} RUN [RUN ...]")
+    options = parse(kind, args[flags:])
     if not flags:
         raise InputError(f"name a run directory first: {program} RUN [RUN ...]")
     return [Path(arg) for arg in args[:flags]], options
