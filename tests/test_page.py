@@ -109,6 +109,12 @@ def test_six_runs_side_by_side(show, six):
     ] == [1] * 6
     rows = tab.locator("#comparison table").first.locator("tbody tr")
     assert [row.split("\t")[0].strip() for row in rows.all_inner_texts()] == list(METHODS)
+    assert "gold reward" in tab.locator("#comparison thead").nth(0).inner_text()
+    assert "best for" in tab.locator("#comparison thead").nth(1).inner_text()
+    tab.set_viewport_size({"width": 1280, "height": 800})
+    for table in (0, 1):  # on a laptop's screen without scrolling
+        box = tab.locator("#comparison .scroll").nth(table)
+        assert box.evaluate("node => node.scrollWidth <= node.clientWidth")
     text = tab.locator("#comparison").inner_text()
     assert re.search(r"ppo turns at step (9|10|11|12)\b", text)
     assert "No such turn was seen in dpo, grpo and pairwise-grpo." in text

@@ -321,27 +321,18 @@ def _cut_text(text: str, most: int) -> str:
 
 
 def _comparison(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The table of methods, and the way each run took between reward and KL."""
+    """What was measured, what the methods are, and the way each run took between reward and KL."""
     numbers = [compare.heldout_numbers(run["summary"]) for run in runs]
     shown = [key for key in compare.COLUMNS if any(_number(held.get(key)) is not None for held in numbers)]
     rows = []
     for run, held in zip(runs, numbers, strict=True):
-        objective, needed, stages, best = compare.METHODS.get(run["method"], ("", "", "", ""))
         whole = {"peak_memory_bytes", "seconds", "tokens_generated", "tokens_trained"} <= run["summary"].keys()
         cost = [compare.memory(run["summary"]), compare.compute(run["summary"])] if whole else ["", ""]
-        rows.append([objective, needed, stages, *cost, *compare.cells(held, shown), best])
-    heads = [
-        "objective",
-        "reward model needed",
-        "stages",
-        "memory",
-        "compute",
-        *(compare.COLUMNS[key] for key in shown),
-    ]
+        rows.append([*compare.cells(held, shown), *cost])
+    about = [compare.METHODS.get(run["method"], ("", "", "", "")) for run in runs]
     return {
-        "heads": [*heads, "best for"],
-        "numeric": list(range(3, 5 + len(shown))),
-        "rows": rows,
+        "measured": {"heads": [*(compare.COLUMNS[key] for key in shown), "memory", "compute"], "rows": rows},
+        "about": {"heads": ["objective", "reward model needed", "stages", "best for"], "rows": about},
         "frontier": _frontier(runs),
     }
 

@@ -352,9 +352,9 @@
   function comparison() {
     const { comparison: found, runs } = payload;
     if (!found) return null;
-    const node = [];
-    node.push(table(["method", ...found.heads], found.rows.map((row, i) => [nameOf(runs[i], i), ...row]), { numeric: found.numeric.map((i) => i + 1), kind: "stacked methods" }));
-    node.push(el("p", { class: "soft small" }, "Memory and compute are those of each run alone, not of the stages before it. ±: standard error."));
+    const node = [], byRun = ({ heads, rows }, numeric) => table(["method", ...heads], rows.map((row, i) => [nameOf(runs[i], i), ...row]), { numeric, kind: "stacked methods" });
+    node.push(byRun(found.measured, d3.range(1, found.measured.heads.length + 1)));
+    node.push(el("p", { class: "soft small" }, "Memory and compute are those of each run alone, not of the stages before it. ±: standard error."), byRun(found.about, []));
     const frontier = frontierChart(found.frontier), against = optimism();
     if (frontier || against.length) node.push(el("div", { class: "charts wide" }, frontier));
     return [...node, ...against];
