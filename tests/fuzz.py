@@ -210,12 +210,12 @@ def try_toml(config: Any, text: bytes) -> str:
 def try_flags(config: Any, words: list[str]) -> str:
     """Read a command line."""
     try:
-        made = parse(config, words, "trivet", {"toy": {"steps": 1}})
+        made = parse(config, words, {"toy": {"steps": 1}})
         check(made, "grpo")
     except InputError:
         return "refused"
     (again := Path(tempfile.mkdtemp()) / "config.toml").write_text(to_toml(made), encoding="utf-8")
-    assert parse(config, ["--config", str(again)], "trivet", {"toy": {}}) == made
+    assert parse(config, ["--config", str(again)], {"toy": {}}) == made
     again.unlink()
     again.parent.rmdir()
     return "taken"

@@ -27,7 +27,7 @@ from trivet.errors import InputError
 from trivet.recipes import sft
 from trivet.rewards.functions import FunctionReward
 from trivet.rewards.judge import Judge
-from trivet.run import launch as launching
+from trivet.run import resume as resuming
 from trivet.run.checkpoints import Checkpoints, damage
 from trivet.run.config import to_toml
 from trivet.run.loop import Optimizer
@@ -396,9 +396,9 @@ def try_directory(name: str, content: bytes | None) -> str:
             if now is not None:
                 (out / each).write_bytes(now)
         made: list[Any] = []
-        with mock.patch.object(launching, "launch", lambda config, *_, **__: made.append(config)):
+        with mock.patch.object(resuming, "launch", lambda config, *_, **__: made.append(config)):
             try:
-                launching.resume(out)
+                resuming.resume(out)
                 config = made[0]
                 record = Record(out, config, "sft", 4, None, str)
                 record.begin({"start": "0", "started_from": "m", "began": 1.0, "data": {}}, 2)
