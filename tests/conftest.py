@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: workers and their children share the cores
@@ -11,6 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
 from trivet.batch import Groups, collate
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where all this was begun in the background, deaf to it
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
 SMALL = {
