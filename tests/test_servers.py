@@ -23,7 +23,8 @@ from trivet.cli import main
 from trivet.errors import InputError
 from trivet.generation.engine import Engine
 from trivet.generation.local import Local
-from trivet.generation.server import NoServerError, Server, Servers
+from trivet.generation.server import NoServerError, Servers
+from trivet.generation.vllm import Server
 from trivet.model.forward import in_microbatches, token_logprobs
 from trivet.model.load import load_policy
 from trivet.model.text import load_tokenizer
@@ -195,7 +196,7 @@ def test_the_protocol_of_weights_over_nccl(stub, client, monkeypatch):
             for tensor in tensors:
                 stub.wire.put(tensor)
 
-    monkeypatch.setattr("trivet.generation.server.Link", Link)
+    monkeypatch.setattr("trivet.generation.vllm.Link", Link)
     policy, servers = tiny(), client(stub, nccl=True)
     for seed in range(2):
         move(policy, seed)

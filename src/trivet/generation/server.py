@@ -6,13 +6,12 @@ work goes to another, and it is brought to the weights and probed again. Everyth
 
 import asyncio
 import math
-import os
 import secrets
 import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
@@ -20,225 +19,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from trivet.batch import Example, Groups, Rollouts, collate
-from trivet.calls import NoAnswerError, RefusedError, answered, pause
+from trivet.calls import NoAnswerError, RefusedError, pause
 from trivet.errors import InputError
 from trivet.generation.engine import Engine
-from trivet.generation.local import Local
-from trivet.generation.nccl import Link
-from trivet.generation.sync import Weights, digest, fingerprint, next_tokens, publish
+from trivet.generation.sync import Weights, fingerprint, next_tokens, publish
+from trivet.generation.vllm import AT_ONCE, SHORT, Completion, ProbeError, Server
 
-LARGEST = 256 << 20  # bytes of an answer
-SHORT, BEAT = 10.0, 5.0  # seconds: for answers that need no model; between looks at a server that is at work
+BEAT = 5.0  # seconds between looks at a server that is at work
 MINUTE = 60.0  # between signs of life to whoever waits with us
-AT_ONCE, TRIES = 64, 10  # groups under way at a server; how often a group is tried
-TOP, FLOOR = 20, -20.0  # most likely tokens after each probe that are compared, down to so many nats
-
-Completion = tuple[list[int], list[float]]  # token ids, the log-probability of each as sampled
+TRIES = 10  # how often a group is tried
 
 
 class NoServerError(InputError):
     """No server is left to generate with; the weights are as they were after the last step."""
-
-
-class ProbeError(Exception):
-    """A server that says it has the weights, and answers with other numbers."""
-
-
-@dataclass(eq=False)
-class Server:
-    """One vLLM server, and what is known of it."""
-
-    url: str
-    stops: Sequence[int]
-    cut: dict[str, Any]  # temperature, top_k, top_p
-    timeout: float  # seconds for a group
-    tolerance: float  # of the probe, nats; the largest difference where exact, else their mean
-    exact: bool
-    local: Local | None = None
-    base: str = ""  # what a local server starts from, where adapters are loaded on top
-    has: set[str] = field(default_factory=set[str])  # names of weights that it is trusted with
-    asked: set[Any] = field(default_factory=set[Any])  # requests under way
-    busy: int = 0
-    strikes: int = 0
-    starts: int = 0  # of a local one, since it was last well
-    trouble: str = "it has not been reached yet"
-    hopeless: bool = False  # the trouble is not of the kind that passes
-    difference: float = 0.0  # largest one of the last probe, nats
-    client: httpx.AsyncClient | None = None
-    link: Link | None = None  # of NCCL
-
-    async def call(self, how: str, what: str, body: Any = None, timeout: float = 0.0, plain: bool = False) -> Any:
-        """One call to it, as calls.answered makes them."""
-        if self.client is None:
-            key = os.environ.get("VLLM_API_KEY", "")
-            headers = {"Authorization": f"Bearer {key}"} if key else {}
-            limits = httpx.Limits(max_connections=None, max_keepalive_connections=AT_ONCE)
-            self.client = httpx.AsyncClient(headers=headers, timeout=None, limits=limits, trust_env=False)
-        limit = timeout or self.timeout
-        told = {"timeout": limit, "largest": LARGEST, "plain": plain}
-        return await answered(self.client, how, self.url, what, body, **told)
-
-    async def sample(self, weights: Weights, prompt: Sequence[int], n: int, seed: int, limit: int) -> list[Completion]:
-        """n completions of one prompt by these weights. Errors: NoAnswerError for any answer that is not whole or not theirs."""
-        choices = await self._choices(weights, prompt, n, seed, limit)
-        return [(tokens, [x["logprob"] for x in content]) for tokens, content in choices]
-
-    async def _choices(
-        self, weights: Weights, prompt: Sequence[int], n: int, seed: int, limit: int, top: int = 0
-    ) -> list[tuple[list[int], list[dict[str, Any]]]]:
-        """Token ids, and of each token the log-probability, as vLLM says it: with those of the `top` most likely ones."""
-        name = secrets.token_hex(8)
-        settings = {"n": n, "seed": seed, "max_tokens": limit, "logprobs": top, "detokenize": False} | self.cut
-        settings |= {"stop_token_ids": list(self.stops), "ignore_eos": True, "min_p": 0.0, "repetition_penalty": 1.0}
-        body = {"request_id": name, "token_ids": list(prompt), "cache_salt": weights.name, "sampling_params": settings}
-        if weights.adapter:
-            body["model"] = weights.name
-        try:
-            answer = await self.call("POST", "inference/v1/generate", body)
-        except RefusedError as error:
-            if error.code == 404 and weights.adapter:
-                raise NoAnswerError(f"{self.url} has lost the adapter {weights.name}") from None
-            raise
-        try:
-            if not str(answer["request_id"]).endswith(name):
-                raise NoAnswerError(f"{self.url} answers to another request than it was asked")
-            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-            if [choice["index"] for choice in choices] != list(range(n)):
-                raise NoAnswerError(f"{self.url} answers with {len(choices)} completions, not each of {n} once")
-            return [self._read(choice, weights, limit) for choice in choices]
-        except (LookupError, TypeError, AttributeError, ValueError):
-            raise NoAnswerError(f"{self.url} answers in another form than vLLM's /inference/v1/generate") from None
-
-    def _read(self, choice: Any, weights: Weights, limit: int) -> tuple[list[int], list[dict[str, Any]]]:
-        tokens, content = [int(token) for token in choice["token_ids"]], choice["logprobs"]["content"]
-        logprobs = [float(x["logprob"]) for x in content]
-        made_by = {span["version"] for span in choice.get("weight_versions") or ()}
-        if not weights.adapter and made_by != {weights.name}:
-            raise NoAnswerError(f"{self.url} answers with weights {'/'.join(map(str, made_by))}, not {weights.name}")
-        ended = bool(tokens) and tokens[-1] in self.stops
-        whole = ended or len(tokens) == limit
-        if choice["finish_reason"] not in ("stop", "length") or not whole or [x["token_id"] for x in content] != tokens:
-            raise NoAnswerError(f"{self.url} answers with a completion that is not whole")
-        if not all(map(math.isfinite, logprobs)):
-            raise NoAnswerError(f"{self.url} answers with log-probabilities that are not numbers")
-        return tokens, content
-
-    async def bring(self, weights: Weights, probes: Sequence[Sequence[int]]) -> None:
-        """Give it these weights, where it lacks them, and trust it with them if it passes the probe."""
-        if not weights.adapter:
-            self.has.clear()  # full weights replace each other
-        if self.local is not None and self.starts > 1 and not self.local.alive():
-            said = self.local.complaint()
-            raise RefusedError(0, f"the server that --vllm starts does not stay: {said}; see {self.local.log}")
-        await self._reach(weights)
-        there = await self._holds(weights)
-        if not there:
-            await self._load(weights)
-        try:
-            await self._probe(weights, probes)
-        except ProbeError:
-            if not there:
-                raise
-            await self._load(weights)
-            await self._probe(weights, probes)
-        self.has.add(weights.name)
-        self.strikes, self.starts, self.hopeless, self.trouble = 0, 0, False, ""
-
-    async def _reach(self, weights: Weights) -> None:
-        """It answers; a local one that does not run is started."""
-        if self.local is None or self.local.alive():
-            await self.call("GET", "health", timeout=SHORT)
-            return
-        self.local.start(self.base or str(weights.folder))
-        self.starts += 1
-        began = time.monotonic()
-        while True:
-            await asyncio.sleep(0.2)
-            if not self.local.alive():
-                said = self.local.complaint()
-                raise RefusedError(0, f"the server that --vllm starts ends at once: {said}; see {self.local.log}")
-            if time.monotonic() - began > self.timeout:
-                raise NoAnswerError(f"{self.url} is not up after {self.timeout:g} seconds; see {self.local.log}")
-            with suppress(NoAnswerError):
-                await self.call("GET", "health", timeout=SHORT)
-                return
-
-    async def _holds(self, weights: Weights) -> bool:
-        """Whether it says that it has them."""
-        if weights.adapter:
-            models = await self.call("GET", "v1/models", timeout=SHORT)
-            return any(model.get("id") == weights.name for model in models["data"])
-        return (await self.call("GET", "weight_info", timeout=SHORT))["weight_version"] == weights.name
-
-    async def _load(self, weights: Weights) -> None:
-        if weights.tensors:
-            await self._send(weights)
-            return
-        if digest(weights.folder) != weights.checksum:
-            raise RefusedError(0, f"the files in {weights.folder} have changed since they were written")
-        path = str(weights.folder)
-        if weights.adapter:
-            with suppress(RefusedError, NoAnswerError):
-                await self.forget(weights.name)
-            await self.call("POST", "v1/load_lora_adapter", {"lora_name": weights.name, "lora_path": path}, plain=True)
-            return
-        await self.call("POST", "pause?mode=abort")  # and clear the cache of prefixes
-        await self.call("POST", "collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}})
-        await self.call("POST", "update_weight_version", {"new_version": weights.name}, timeout=SHORT)
-        await self.call("POST", "resume", timeout=SHORT)
-
-    async def _send(self, weights: Weights) -> None:
-        """Over NCCL: both sides at once, ours in a thread; a side that fails leaves the other to its time limit."""
-        if self.link is None:
-            workers = int((await self.call("GET", "get_world_size", timeout=SHORT))["world_size"])
-            link = Link(workers, next(iter(weights.tensors.values())).device)
-            joined = asyncio.to_thread(link.join)
-            await self._both(joined, "init_weight_transfer_engine", {"init_info": link.invitation()})
-            self.link = link
-        facts = [(name, str(x.dtype).removeprefix("torch."), list(x.shape)) for name, x in weights.tensors.items()]
-        told = dict(zip(("names", "dtype_names", "shapes"), map(list, zip(*facts, strict=True)), strict=True))
-        await self.call("POST", "pause?mode=abort")
-        await self.call("POST", "start_weight_update")
-        sent = asyncio.to_thread(self.link.send, weights.tensors.values())
-        await self._both(sent, "update_weights", {"update_info": told})
-        await self.call("POST", "finish_weight_update", {"weight_version": weights.name})
-        await self.call("POST", "resume", timeout=SHORT)
-
-    async def _both(self, ours: Coroutine[Any, Any, None], what: str, body: Any) -> None:
-        try:
-            async with asyncio.timeout(self.timeout):
-                await asyncio.gather(ours, self.call("POST", what, body))
-        except BaseException as error:  # the communicator is of no use any more
-            self.link = None
-            if isinstance(error, RuntimeError | TimeoutError):
-                raise NoAnswerError(f"{self.url}: weights over NCCL: {error or 'not within the time'}") from None
-            raise
-
-    async def forget(self, name: str) -> None:
-        """Let go of an adapter."""
-        self.has.discard(name)
-        await self.call("POST", "v1/unload_lora_adapter", {"lora_name": name}, timeout=SHORT, plain=True)
-
-    async def _probe(self, weights: Weights, probes: Sequence[Sequence[int]]) -> None:
-        top = min(TOP, weights.expected.shape[1])
-        asked = [self._choices(weights, prompt, 1, seed, 1, top) for seed, prompt in enumerate(probes)]
-        differences = list[float]()
-        for expected, choices in zip(weights.expected, await asyncio.gather(*asked), strict=True):
-            said = choices[0][1][0]
-            likely = [said, *(x for x in said["top_logprobs"] if expected[x["token_id"]] > FLOOR)]
-            differences += [abs(float(expected[x["token_id"]]) - x["logprob"]) for x in likely]
-        self.difference, average = max(differences), sum(differences) / len(differences)
-        if not (self.difference if self.exact else average) <= self.tolerance:
-            raise ProbeError(
-                f"{self.url} took version {weights.version} of the weights, but its log-probabilities are not the learner's: "
-                f"they differ by up to {self.difference:.2g} nats, {average:.2g} on average"
-            )
 
 
 def in_one_piece(policy: Any, expects: Callable[[Any], Tensor]) -> tuple[Any, Tensor]:

@@ -14,7 +14,8 @@ from trivet.batch import Example, Rollouts
 from trivet.errors import InputError
 from trivet.generation.engine import Engine
 from trivet.generation.local import Local, python_with_vllm
-from trivet.generation.server import Server, Servers
+from trivet.generation.server import Servers
+from trivet.generation.vllm import Server
 from trivet.run import ranks
 from trivet.run.loop import Metrics, Run, mean, reduced
 
