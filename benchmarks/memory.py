@@ -116,8 +116,9 @@ def compare(row: dict[str, Any]) -> None:
 
     from transformers import AutoConfig
 
+    from trivet.plan.options import Config
     from trivet.plan.shapes import Machine, shape_of
-    from trivet.plan.step import SAMPLES, Config, Step
+    from trivet.plan.step import SAMPLES, Step
 
     shape = shape_of(AutoConfig.from_pretrained(workloads.model_folder(row["size"])), row["size"], "benchmark")
     samples = row["method"] in SAMPLES

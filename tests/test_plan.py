@@ -27,8 +27,10 @@ from trivet.model.lean import make_lean
 from trivet.model.scalar import scores, values, with_scalar_head
 from trivet.plan import formulas
 from trivet.plan.command import named_shape
+from trivet.plan.options import Config
+from trivet.plan.parts import attention_rows, split
 from trivet.plan.shapes import CARDS, SHAPES, Machine, card_of, shape_of
-from trivet.plan.step import Config, Step, attention_rows, split, total
+from trivet.plan.step import Step, total
 from trivet.recipes import RECIPES
 
 CPU = Machine("a CPU", True, 64e9, 1e12, 5e11, 5e10, 1e9, 1e9, 4e8)

@@ -10,7 +10,7 @@ WHERE = {  # command that is no recipe: what goes before its options, the file o
     "generate": ("", "commands.py", "GenerateConfig"),
     "score": ("", "commands.py", "ScoreConfig"),
     "quickstart": ("", "quickstart.py", "Config"),
-    "plan": ("", "plan/step.py", "Config"),
+    "plan": ("", "plan/options.py", "Config"),
     "plot": (" RUN [RUN ...]", "report/plots.py", "Config"),
     "watch": (" RUN [RUN ...]", "report/watch.py", "Config"),
 }

@@ -13,8 +13,9 @@ from rich.table import Table
 
 from trivet.errors import InputError, first_line
 from trivet.plan import formulas
+from trivet.plan.options import Config
 from trivet.plan.shapes import SHAPES, Shape, card_of, own_shape, shape_of, this_machine
-from trivet.plan.step import ALLOCATOR, BACKWARD, FORWARD, PHASES, SAMPLES, Config, Step, total
+from trivet.plan.step import ALLOCATOR, BACKWARD, FORWARD, PHASES, SAMPLES, Step, total
 from trivet.recipes import RECIPES
 from trivet.run.arguments import parse
 

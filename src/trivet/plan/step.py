@@ -5,13 +5,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from importlib import import_module
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from trivet.generation.engine import STRETCH
-from trivet.model.attention import ROUND, SMALL
+from trivet.model.attention import SMALL
 from trivet.model.logprobs import CHUNK, KEPT
 from trivet.plan import formulas as f
 from trivet.plan.formulas import Term, term
+from trivet.plan.options import Config
+from trivet.plan.parts import Part, attention_rows, split
 from trivet.plan.shapes import Machine, Shape
 
 SAMPLES = ("ppo", "grpo", "pairwise-grpo")
@@ -21,85 +23,6 @@ SCORING_BUDGET = 8192  # of rewards.learned.LearnedReward
 ALLOCATOR = {True: 0.95, False: 0.1}
 LARGE = ("cache", "head's gradient", "gathered weights")  # tensors that malloc maps and gives back one by one
 Terms = dict[str, Term]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Memory by part, operations and bytes of a step, time and the largest microbatch that fits, before anything runs.
-    Without --method all six side by side."""
-
-    model: str = ""
-    """Folder or hub name with a config.json, one of the shapes that are known here (trivet plan lists them), or none: --layers and so on."""
-    method: tuple[str, ...] = ()
-    """sft, reward-model, dpo, ppo, grpo, pairwise-grpo; several stand side by side, none means all."""
-    prompt_tokens: int = 512
-    """Tokens of a prompt."""
-    completion_tokens: int = 256
-    """Tokens of a completion."""
-    prompts_per_step: int = 8
-    """Prompts (rows, for preferences and supervised data) of one step, over all devices."""
-    group_size: int = 0
-    """Completions per prompt where the method samples; 0: the method's own."""
-    epochs_per_batch: int = 0
-    """Passes over each batch of completions (ppo, grpo); 0: the method's own."""
-    microbatch_tokens: int = 0
-    """Most tokens to go through the model at once; 0 takes 2,048 on a CPU, 16,384 elsewhere."""
-    eval_limit: int = 0
-    """Held-out prompts that an evaluation samples at once, where there are so many (the recipes take up to 256); 0: no evaluation."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Type of the matrix products; weights are kept in float32."""
-    reference: bool = True
-    """--no-reference: grpo with --beta 0."""
-    reward_model: str = ""
-    """The reward is a model: 'same' for one of the policy's shape, or a folder, hub name or known shape; none: a program."""
-    shared_critic: bool = False
-    """ppo: the critic is a head on the policy's own trunk."""
-    lora: int = 0
-    """Rank of adapters beside all matrices of the trunk, over a frozen base; 0: all weights are trained."""
-    quantize: Literal["none", "4bit", "8bit"] = "none"
-    """Hold the frozen base below the adapters in 4 or 8 bits a weight."""
-    gradient_checkpointing: bool = False
-    """Keep only the input of each block, compute the rest again in the backward pass."""
-    offload_optimizer: bool = False
-    """The optimizer's states live in the host's memory."""
-    devices: int = 1
-    """Devices that share weights and prompts (FSDP2)."""
-    servers: int = 0
-    """Further devices of this kind that sample with vLLM, sharing one copy of the weights; 0: those that train sample too."""
-    card: str = "this"
-    """What a device is: 'this' machine, measured now, or a known card."""
-    memory_gb: float = 0.0
-    """Memory of a device in GB (10^9 bytes); 0: the card's."""
-    tflops: float = 0.0
-    """Its peak in matrix products of this precision, 10^12 operations a second; 0: the card's."""
-    bandwidth: float = 0.0
-    """Its memory bandwidth in GB/s; 0: the card's."""
-    efficiency: float = 0.4
-    """Share of the peaks of computing, memory and links that is reached."""
-    layers: int = 0
-    """A shape of your own, in place of --model: how many blocks."""
-    hidden: int = 0
-    """Width of the hidden states."""
-    heads: int = 0
-    """Attention heads."""
-    kv_heads: int = 0
-    """Heads of keys and values; 0: as many as heads."""
-    head_dim: int = 0
-    """Width of a head; 0: hidden / heads."""
-    feed_forward: int = 0
-    """Width of the gated feed-forward, in a mixture that of one expert; 0: 4 x hidden."""
-    vocabulary: int = 32000
-    """Token ids."""
-    tied: bool = False
-    """The head is the input embedding."""
-    experts: int = 0
-    """Experts of each block; 0: dense."""
-    active_experts: int = 8
-    """Experts that a token goes through."""
-    formulas: bool = False
-    """Show each number with its formula and what was put in."""
-    json: bool = False
-    """Print all of it as JSON."""
 
 
 class Model(NamedTuple):
@@ -169,12 +92,12 @@ class Step:
         """Passes over a batch."""
         return self.option("epochs_per_batch") or 1
 
-    def split(self, budget: int, whole: bool = False) -> "Part":
+    def split(self, budget: int, whole: bool = False) -> Part:
         """The step in microbatches of this budget."""
         return split(self.groups, self.group, self.config.prompt_tokens, self.config.completion_tokens, budget, whole)
 
     @property
-    def part(self) -> "Part":
+    def part(self) -> Part:
         """The microbatches that are trained on."""
         budget = self.config.microbatch_tokens or (2048 if self.machine.cpu else 16384)
         return self.split(budget, self.method in WHOLE)
@@ -387,7 +310,7 @@ class Step:
             passes["old values"] = self.models["critic"]
         return passes
 
-    def _forward_flops(self, model: Model, part: "Part", count: float) -> Terms:
+    def _forward_flops(self, model: Model, part: Part, count: float) -> Terms:
         """A pass over so many microbatches."""
         shape = model.shape
         learned = (
@@ -624,54 +547,3 @@ def _widths(shape: Shape) -> dict[str, float]:
     return {
         "layers": shape.layers, "kv_heads": shape.kv_heads, "key_width": shape.key_width, "value_width": shape.value_width,
     }  # fmt: skip
-
-
-# How a step is split -------------------------------------------------------------------------------------------------------
-
-
-class Rows(NamedTuple):
-    """Padded rows of attention: how many tokens ask, how many are seen, pairs of them."""
-
-    queries: int
-    keys: int
-    pairs: int
-
-
-def attention_rows(groups: int, size: int, prompt: int, completion: int) -> Rows:
-    """The rows of model.attention.Layout: a prompt with itself, a completion with its prompt and itself; one row of both for a
-    single completion. Lengths of 32 and more are rounded up to multiples of it."""
-    whole = _rounded(prompt + completion)
-    if size == 1:
-        kinds = [(groups, whole, whole)]
-    else:
-        kinds = [(groups, _rounded(prompt), _rounded(prompt))]
-        kinds += [(groups * size * (completion > 0), _rounded(completion), whole)]
-    return Rows(*(sum(x) for x in zip(*((n * q, n * k, n * q * k) for n, q, k in kinds), strict=True)))
-
-
-def _rounded(length: int) -> int:
-    return length if length < ROUND else -(-length // ROUND) * ROUND
-
-
-class Part(NamedTuple):
-    """One kind of microbatch, and how many there are of it."""
-
-    number: float
-    tokens: int
-    sequences: int
-    learned: int
-    rows: Rows
-    longest_row: int  # pairs
-
-
-def split(groups: int, size: int, prompt: int, completion: int, budget: int, whole: bool) -> Part:
-    """What batch.microbatches makes of equal groups: as many as the budget holds, at least one; a group over the budget is split by
-    rows unless it must stay whole, or its prompt would be the larger half of a part."""
-    while not whole and size > 1 and prompt + size * completion > max(budget, 2 * prompt):
-        smaller = next(n for n in range(size - 1, 0, -1) if size % n == 0)
-        groups, size = groups * size // smaller, smaller
-    each = prompt + size * completion
-    held = min(groups, max(1, budget // each))
-    longest = max(prompt * prompt, completion * (prompt + completion)) if size > 1 else each * each
-    rows = attention_rows(held, size, prompt, completion)
-    return Part(groups / held, held * each, held * size, held * size * completion, rows, longest)
