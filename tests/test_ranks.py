@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import gzip
 import json
-import math
 import os
 import re
 import resource
@@ -30,6 +29,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from test_rescue import broken_at
 from test_resume import RECIPES, KilledError
 from trivet.cli import main
 from trivet.generation import engine, sampling
@@ -341,15 +341,34 @@ def test_out_of_memory_on_one_process_is_a_sentence(tmp_path, capfd, error):
     assert "Traceback" not in said
 
 
-def test_skipped_steps_name_nothing_that_is_not_kept(tmp_path, capfd):
-    def broken(model, *args, **options):
-        return token_logprobs(model, *args, **options) * math.nan
+@pytest.mark.parametrize("method", ["grpo", "ppo"])
+def test_a_step_that_several_processes_skip_is_replayed_in_one(tmp_path, capfd, monkeypatch, method):
+    """PPO's critic has moved in the step, so that it is reached from the start."""
+    broken_at(monkeypatch, RECIPES[method], {3})
+    trained(method, tmp_path / "run", 2, eval_every=0, keep_tokens_every=0)
+    assert [line.get("skipped_updates", 0) > 0 for line in numbers(tmp_path / "run")] == [False, False, True, False]
+    kept = tmp_path / "run" / "skipped" / "step-3"
+    start = 2 if method == "grpo" else 0
+    assert json.loads((kept / "replay.json").read_text()) == {"step": 3, "from": start, "processes": 2}
+    assert len((kept / "batch.jsonl").read_text().splitlines()) == 5
+    for size in (1, 2):
+        capfd.readouterr()
+        assert on_ranks(size, lambda: main(["replay", str(kept)])) == [0] * size
+        said = capfd.readouterr().out
+        assert said.count("step 3 again: the gradient is not finite") == 1
+        assert "the numbers recorded then, by 2 processes, to rounding" in said
+        entries = re.findall(r": ([\d,]+) of ([\d,]+) entries", said)
+        assert len(entries) == 5
+        assert all(bad == count for bad, count in entries)
+    assert main(["replay", str(kept)]) == 0
+    assert f"torchrun -m trivet replay {kept}" in capfd.readouterr().out
 
-    token_logprobs = RECIPES["sft"].token_logprobs
-    with patch.object(RECIPES["sft"], "token_logprobs", broken):
-        given = config("sft", tmp_path / "run", max_skipped_steps=2, eval_every=0)
-        assert on_ranks(2, lambda: main(words(given))) == [2, 2]
-    assert "were not taken; mend the reward" in capfd.readouterr().err
+
+def test_too_many_skipped_steps_of_several_processes_name_what_is_kept(tmp_path, capfd, monkeypatch):
+    broken_at(monkeypatch, RECIPES["sft"], {1, 2})
+    given = config("sft", tmp_path / "run", max_skipped_steps=2, eval_every=0)
+    assert on_ranks(2, lambda: main(words(given))) == [2, 2]
+    assert f"look at one with trivet replay {tmp_path}/run/skipped/step-1, mend" in capfd.readouterr().err
 
 
 def test_groups_are_shared_by_their_lengths():

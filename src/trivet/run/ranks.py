@@ -356,6 +356,11 @@ def same(x: Any) -> Any:
     return x if US is None else broadcast(x)
 
 
+def total(x: Tensor) -> Tensor:
+    """The sum over the ranks."""
+    return x if US is None else US.total(x)
+
+
 def first(call: Callable[[], Any]) -> Any:
     """What this call gives on rank 0, or the error in what it was given, on all."""
     return call() if US is None else US.first(call)

@@ -2,21 +2,25 @@
 
 import json
 import math
+import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from trivet.errors import InputError
+from trivet.run import ranks
 from trivet.run.checkpoints import Checkpoints, damage
 from trivet.run.launch import Launch
 from trivet.run.loop import Optimizer
 from trivet.run.reading import read_metrics, read_object
-from trivet.run.remembered import digest
 from trivet.run.resume import config_of
+from trivet.run.sharded import local
 
 
 @dataclass(kw_only=True)
@@ -27,13 +31,19 @@ class Found:
     out: Path  # the step's own run directory, with every token's numbers in samples.jsonl
     then: dict[str, Any]  # metrics as recorded in the run
     now: dict[str, Any]  # metrics of the replay
+    processes: int = 1  # that have made the step
     parameters: list[tuple[str, int, int]] = field(default_factory=list[tuple[str, int, int]])  # name, bad, of how many
 
     @property
     def different(self) -> list[str]:
-        """Metrics that are not those of the run, times aside."""
+        """Metrics that are not those of the run, times aside: to the bit, or where several processes have made them to rounding."""
         names = {name for name in {*self.then, *self.now} if not name.startswith(("time/", "seconds", "skipped"))}
-        return sorted(name for name in names if self.then.get(name) != self.now.get(name))
+        return sorted(name for name in names if not self._same(self.then.get(name), self.now.get(name)))
+
+    def _same(self, then: Any, now: Any) -> bool:
+        if self.processes > 1 and isinstance(then, float) and isinstance(now, float):
+            return math.isclose(then, now, rel_tol=1e-4, abs_tol=1e-5)
+        return then == now
 
     @property
     def tokens(self) -> list[tuple[str, str]]:
@@ -58,23 +68,25 @@ def replayed(kept: str | Path) -> Found:
     if done and (trouble := damage(kept)):
         raise InputError(f"{kept} is damaged ({trouble}), so it can't be replayed")
     out = kept / "replayed"
-    shutil.rmtree(out, ignore_errors=True)
     config = replace(config_of(run_folder), out=str(out), keep_tokens_every=1, save_every=0, track=())
-    launched = Launch(config)
-    run, record = launched.run, launched.record
-    known = read_object(run_folder / "run.json").get("start")
-    if known != digest(run.model, []):
-        raise InputError(f"{launched.start_from} is not what it was when {run_folder} began; restore it")
-    checkpoints = Checkpoints(out, run, launched.tokenizer)
-    checkpoints.start, run.holds = kept if done else None, checkpoints.holds
     then = next((line for line in read_metrics(run_folder) if line["step"] == step), {})
-    with record.locked(), gradients_seen(run.model) as seen:
-        record.begin({"started_from": launched.start_from, "start": known, "replays": str(kept)}, done)
-        for number, metrics in enumerate(launched.recipe.train(config, run), done + 1):
-            record.step({"step": number} | metrics)
-            if number == step:
-                break
-    return Found(step=step, out=out, then=then, now=read_metrics(out)[-1], parameters=seen)
+    with ranks.together(config) if ranks.started() else nullcontext():
+        ranks.first(lambda: shutil.rmtree(out, ignore_errors=True))
+        launched = Launch(config)
+        run, record = launched.run, launched.record
+        known = read_object(run_folder / "run.json").get("start")
+        if known != ranks.start_of(run.model):
+            raise InputError(f"{launched.start_from} is not what it was when {run_folder} began; restore it")
+        checkpoints = ranks.keeper(Checkpoints)(out, run, launched.tokenizer)
+        checkpoints.start, run.holds = kept if done else None, checkpoints.holds
+        with record.locked(), ranks.at_work(launched.recipe, run), gradients_seen(run.model) as seen:
+            record.begin({"started_from": launched.start_from, "start": known, "replays": str(kept)}, done)
+            for number, metrics in enumerate(launched.recipe.train(config, run), done + 1):
+                record.step({"step": number} | metrics)
+                if number == step:
+                    break
+        now = ranks.first(lambda: read_metrics(out)[-1])
+    return Found(step=step, out=out, then=then, now=now, processes=facts.get("processes", 1), parameters=seen)
 
 
 @contextmanager
@@ -84,12 +96,9 @@ def gradients_seen(model: Any) -> Iterator[list[tuple[str, int, int]]]:
 
     def look(self: Optimizer) -> dict[str, float]:
         own = {id(parameter) for parameter in self.parameters}
-        bad = [
-            (name, int((~parameter.grad.isfinite()).sum()), parameter.numel())
-            for name, parameter in model.named_parameters()
-            if id(parameter) in own and parameter.grad is not None and not parameter.grad.isfinite().all()
-        ]
-        seen[:] = bad or seen
+        named = [(name, x) for name, x in model.named_parameters() if id(x) in own and x.grad is not None]
+        bad = ranks.total(torch.tensor([int((~local(x.grad).isfinite()).sum()) for _, x in named])).tolist()
+        seen[:] = [(name, n, x.numel()) for (name, x), n in zip(named, bad, strict=True) if n] or seen
         return original(self)
 
     Optimizer.step = look  # type: ignore[method-assign]
@@ -106,7 +115,10 @@ def replay(args: list[str]) -> None:
             "trivet replay RUN/skipped/step-N\n\nMake a step again whose gradient was not finite, and say where it is not."
         )
         sys.exit(0 if args in (["--help"], ["-h"]) else 2)
+    started = ranks.started()
     found = replayed(args[0])
+    if os.environ.get("RANK", "0") != "0":  # the first one speaks
+        return
     norm = found.now.get("grad_norm")
     print(
         f"step {found.step} again: the gradient is {'finite' if norm is not None and math.isfinite(norm) else 'not finite'}"
@@ -114,12 +126,16 @@ def replay(args: list[str]) -> None:
     same = (
         f"other numbers than recorded: {', '.join(found.different)}"
         if found.different
-        else "the numbers recorded then, to the bit"
+        else f"the numbers recorded then, {'to the bit' if found.processes == 1 else f'by {found.processes} processes, to rounding'}"
     )
     print(f"  metrics: {same}")
     if "servers/usable" in found.then:
         print(
             "  the completions are others: servers wrote those of the run, and they are not kept; these were sampled here"
+        )
+    elif "tokens/generated" in found.then and found.processes > 1 and not started:
+        print(
+            f"  one process alone draws other completions than several; for those of the run: torchrun -m trivet replay {args[0]}"
         )
     print(f"  parameters with it: {len(found.parameters)}")
     for name, bad, count in found.parameters[:5]:

@@ -38,7 +38,7 @@ class Skips:
             self.in_a_row = 0
             return {}
         self.known, self.in_a_row = self.known + skipped, self.in_a_row + 1
-        kept = self._keep(step, counted) if self.in_a_row == 1 and ranks.US is None else None
+        kept = self._keep(step, counted) if self.in_a_row == 1 else None
         look = f"; to look at it: trivet replay {kept}" if kept else ""
         self.run.note(f"the gradient of step {step} is not finite; the step was not taken{look}")
         return {"skipped_updates": skipped}
@@ -56,20 +56,26 @@ class Skips:
             )
 
     def _keep(self, step: int, counted: dict[str, Any]) -> Path | None:
-        """What trivet replay needs, from the beginning of the step if its weights are still those, else from a checkpoint before."""
+        """What trivet replay needs, from the beginning of the step if its weights are still those, else from a checkpoint before.
+
+        Of many processes all save the beginning, and the first keeps it.
+        """
         folder, half = self.out / "skipped" / f"step-{step}", self.out / "skipped" / f".step-{step}"
-        if len(list(folder.parent.glob("step-*"))) >= KEPT:
+        if ranks.same(len(list(folder.parent.glob("step-*"))) >= KEPT):
             return None
+        start = save_beginning(self.checkpoints, step - 1, counted)
+        if not ranks.leads():
+            return folder
         shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(half, ignore_errors=True)
         half.mkdir(parents=True)
-        start = save_beginning(self.checkpoints, step - 1, counted)
         if start:
             shutil.copytree(start, half, copy_function=_link, dirs_exist_ok=True)
         rows = next(examples for number, examples in Run.batches(self.run) if number == step)
         with (half / "batch.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(dict(example.row), ensure_ascii=False, default=str) + "\n" for example in rows)
-        write_json(half / "replay.json", {"step": step, "from": int(start.name.removeprefix("step-")) if start else 0})
+        facts = {"step": step, "from": int(start.name.removeprefix("step-")) if start else 0}
+        write_json(half / "replay.json", facts | ({} if ranks.US is None else {"processes": ranks.US.size}))
         half.rename(folder)
         return folder
 
