@@ -17,9 +17,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from trivet.cli import main
 from trivet.errors import InputError
+from trivet.model.text import load_tokenizer
 from trivet.recipes import dpo, grpo, pairwise_grpo, ppo, reward_model, sft
 from trivet.run import launch as launching
 from trivet.run import record as recording
@@ -340,6 +342,31 @@ def test_data_that_has_changed_is_seen(tmp_path, stopped):
     notes.clear()
     same(stopped[1], resume(run, hear))
     assert notes == []
+
+
+def test_a_reward_that_has_changed_is_seen(tmp_path, monkeypatch):
+    """A function's file, a reward model's folder; both are gone on with."""
+    monkeypatch.setattr("trivet.run.unchanged.END", 10_000)  # the model's weights are a large file
+    run, notes, (mine, model) = tmp_path / "r", list[str](), (tmp_path / "mine.py", tmp_path / "rm")
+    mine.write_text("def short(completions, **_):\n    return [-len(x) for x in completions]\n")
+    AutoModelForSequenceClassification.from_pretrained(STORIES["model"], num_labels=1).save_pretrained(model)
+    load_tokenizer(STORIES["model"]).save_pretrained(model)
+    rewards = (f"{mine}:short", str(model), "trivet.toy.stories:gold", "brevity")
+    with pytest.raises(KilledError):
+        launch(config(grpo, run, reward=rewards), killed_after(3))
+    assert set(json.loads((run / "run.json").read_text())["rewards"]) == set(rewards[:3])
+
+    def hear(launched, step, metrics):
+        launched.run.note = notes.append
+
+    shutil.copytree(run, tmp_path / "other")
+    resume(tmp_path / "other", hear)
+    assert notes == []
+    mine.write_text(mine.read_text().replace("-len", "-2 * len"))
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))  # the last number
+    resume(run, hear)
+    assert [note.split(" is not what")[0] for note in notes] == [f"reward {name}" for name in rewards[:2]]
 
 
 def test_nobody_needs_to_listen(tmp_path, stopped):

@@ -53,7 +53,7 @@ from trivet.run.rescue import OutOfMemoryError, Skips, halved, is_lost_process, 
 from trivet.run.servers import servers_of
 from trivet.run.stopping import asked_of, asked_to_stop
 from trivet.run.trackers import send, trackers, until_end
-from trivet.run.unchanged import facts_of, require_examples
+from trivet.run.unchanged import facts_of, facts_of_rewards, note_rewards, require_examples
 
 
 class Launch:
@@ -207,7 +207,7 @@ def _launch(config: Options, watch: Watch | None, again: bool) -> Path:
     about |= {"id": secrets.token_hex(4)}  # by which trackers know the run
     about |= {"data": launched.counts, "example": launched.example()}
     about |= {"parameters": sum(p.numel() for p in run.model.parameters())}
-    about["examples"] = facts_of(run.train, run.heldout)
+    about |= {"examples": facts_of(run.train, run.heldout), "rewards": facts_of_rewards(vars(config).get("reward", ()))}
     generates = servers_of(run, out, launched.start_from, launched.context)
     together = ranks.at_work(launched.recipe, run)
     with (
@@ -226,6 +226,7 @@ def _launch(config: Options, watch: Watch | None, again: bool) -> Path:
         done, tokens, heldout = counted["step"], Counter[str](counted["tokens"]), dict[str, float](counted["eval"])
         if done:
             require_examples(out, config.data, about["examples"], run.note)
+            note_rewards(out, about["rewards"], run.note)
         skips = Skips(out, run, checkpoints)
         record.begin(about, done)
         options = {"method": launched.method} | vars(launched.config)
