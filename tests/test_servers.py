@@ -252,9 +252,10 @@ def test_a_server_that_misbehaves_loses_its_work_to_another(stub, others, client
     servers.generate(policy, ROWS, 3)
     move(policy)
     stub.fault(fault)
-    rollouts = servers.generate(policy, ROWS, 3)
-    assert agrees(policy, rollouts) < 1e-5
-    assert rollouts.groups.completions.shape[0] == 12
+    while stub.faults:  # on a busy machine the other server may have it all written before this one is asked
+        rollouts = servers.generate(policy, ROWS, 3)
+        assert agrees(policy, rollouts) < 1e-5
+        assert rollouts.groups.completions.shape[0] == 12
     assert servers.metrics()["servers/resent"] >= 1
     assert set(rollouts.versions) == set(rollouts.versions[:1])
 
