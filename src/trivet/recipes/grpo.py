@@ -129,6 +129,6 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
 
 PRESETS = {
     "toy": STORIES | {"reward": ("trivet.toy.stories:gold",), "prompts_per_step": 16, "lr": 1e-3, "steps": 40},
-    "arithmetic": ARITHMETIC | {"reward": ("exact_match",), "group_size": 16, "beta": 0.03, "lr": 1e-3, "steps": 300},
+    "arithmetic": ARITHMETIC | {"reward": ("exact_match",), "group_size": 16, "beta": 0.03, "lr": 1e-3, "steps": 450},
     **VARIANTS,
 }

@@ -178,5 +178,5 @@ def minibatches(mask: torch.Tensor, prompts: int, config: Config) -> Iterator[to
 LEARN = {"reward": ("trivet.toy.stories:gold",), "lr": 1e-3, "critic_lr": 1e-3}
 PRESETS = {
     "toy": STORIES | LEARN | {"prompts_per_step": 16, "group_size": 8, "steps": 40},
-    "arithmetic": ARITHMETIC | LEARN | {"reward": ("exact_match",), "group_size": 16, "beta": 0.03, "steps": 200},
+    "arithmetic": ARITHMETIC | LEARN | {"reward": ("exact_match",), "group_size": 16, "beta": 0.03, "steps": 300},
 }
