@@ -84,5 +84,5 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
 
 PRESETS = {
     "toy": STORIES | {"reward": ("trivet.toy.stories:gold",), "prompts_per_step": 16, "lr": 4e-4, "steps": 40},
-    "arithmetic": ARITHMETIC | {"reward": ("exact_match",), "group_size": 16, "beta": 0.03, "lr": 2e-3, "steps": 300},
+    "arithmetic": ARITHMETIC | {"reward": ("exact_match",), "group_size": 16, "beta": 0.03, "lr": 2e-3, "steps": 450},
 }
