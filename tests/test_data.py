@@ -287,6 +287,25 @@ def test_conversations_through_a_real_chat_template(shared):
     assert whole.startswith(tokenizer.decode(prompt + ids))
 
 
+THINKING = (
+    "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + (eos_token if m['role'] == 'assistant' else '') }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant]<think>' }}{% endif %}"
+)
+
+
+def test_a_template_that_opens_replies_otherwise_than_it_writes_answers(tokenizer):
+    """As of reasoning models, whose replies are opened with <think> and whose answers are kept without it."""
+    tokenizer.chat_template = THINKING
+    prompt = encode_prompt(tokenizer, [USER], answered=True)
+    ids, flags = encode_completion(tokenizer, [USER], prompt, [ANSWER, MORE, AGAIN], [EOS])
+    whole = tokenizer.apply_chat_template([USER, ANSWER, MORE, AGAIN], tokenize=False)
+    assert tokenizer.decode(prompt + ids) == whole
+    assert tokenizer.decode(prompt).endswith("[assistant]")
+    words = tokenizer.decode([token for token, flag in zip(ids, flags, strict=True) if flag])
+    assert words == f"{ANSWER['content']}<eos>{AGAIN['content']}<eos>"
+    assert tokenizer.decode(encode_prompt(tokenizer, [USER])).endswith("[assistant]<think>")
+
+
 @pytest.mark.shared
 def test_a_run_on_real_conversations(shared, tmp_path):
     data = shared / "data" / "preference" / "hh_harmless_base_test.jsonl.gz"

@@ -888,6 +888,21 @@ def test_unit_variance_keeps_signs_and_zeros_and_forgets_the_unit():
 # Diagnostics --------------------------------------------------------------------------------------------------------
 
 
+def test_one_advantage_for_a_completion_is_that_of_each_of_its_tokens():
+    """(B,) in place of (B, T), also where B = T."""
+    logprobs, old, mask, advantages = (
+        -numbers(3, 3).abs(),
+        -numbers(3, 3, seed=1).abs(),
+        torch.ones(3, 3, dtype=torch.bool),
+        numbers(3, seed=2),
+    )
+    each, clip = advantages[:, None].expand(3, 3), {"clip_low": 0.2, "clip_high": 0.2}
+    assert_close(policy_gradient_loss(logprobs, advantages), policy_gradient_loss(logprobs, each))
+    for loss in (clipped_surrogate_loss, is_clipped, cispo_loss):
+        assert_close(loss(logprobs, old, advantages, **clip), loss(logprobs, old, each, **clip))
+    assert_close(gspo_loss(logprobs, old, advantages, mask, **clip), gspo_loss(logprobs, old, each, mask, **clip))
+
+
 def test_explained_variance_is_1_of_a_perfect_critic_0_of_a_constant_and_less_of_a_bad_one():
     returns = numbers(4, 6)
     assert_close(explained_variance(returns + 3, returns, REAL), f64(1.0))  # a shift is not variance

@@ -3,8 +3,10 @@
 import copy
 import json
 import math
+import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -330,3 +332,39 @@ def test_microbatch_size_does_not_change_a_run():
     for small, large in zip(*losses, strict=True):
         assert small["loss"] == pytest.approx(large["loss"], rel=1e-4)
         assert small["grad_norm"] == pytest.approx(large["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("preset", ["dr-grpo", "rloo", "reinforce++"])
+def test_a_constant_reward_leaves_the_weights_exactly_as_they_are_at_first(preset, monkeypatch):
+    """What is charged for the KL is exactly 0 too: AdamW would make a whole step of its rounding."""
+    monkeypatch.setitem(sys.modules, "constant", SimpleNamespace(one=lambda completions, **_: [1.0] * len(completions)))
+    options = {
+        **CHEAP,
+        **grpo.PRESETS[preset],
+        "reward": ("constant:one",),
+        "steps": 1,
+        "eval_fraction": 0.0,
+        "lr": 1e-2,
+    }
+    run = Launch(grpo.Config(**options)).run
+    before = [x.detach().clone() for x in run.model.parameters()]
+    (metrics,) = grpo.train(run.config, run)
+    assert metrics["grad_norm"] == 0
+    assert all(torch.equal(x, y) for x, y in zip(before, run.model.parameters(), strict=True))
+    assert math.isnan(metrics["sampling/logprob_difference/mean"])  # the learner looked at none of them
+    assert math.isnan(metrics["sampling/logprob_difference/max"])
+
+
+def test_the_sampler_is_compared_where_the_learner_has_looked(monkeypatch):
+    """Half of the groups have no pair: they don't halve the difference."""
+    original = pairwise_grpo.token_logprobs
+    monkeypatch.setattr(pairwise_grpo, "token_logprobs", lambda *args, **options: original(*args, **options) + 0.5)
+    half = SimpleNamespace(
+        half=lambda completions, **_: [(i % 3) * (i < len(completions) / 2) for i in range(len(completions))]
+    )
+    monkeypatch.setitem(sys.modules, "constant", half)
+    options = {**CHEAP, **GOLD, "reward": ("constant:half",), "steps": 1, "eval_fraction": 0.0}
+    run = Launch(pairwise_grpo.Config(**options)).run
+    (metrics,) = pairwise_grpo.train(run.config, run)
+    assert metrics["sampling/logprob_difference/mean"] == pytest.approx(0.5, abs=1e-4)
+    assert metrics["sampling/logprob_difference/max"] == pytest.approx(0.5, abs=1e-4)

@@ -263,7 +263,7 @@ def _encode_example(tokenizer: Any, stops: Sequence[int], prompt: Any, completio
     if prompt is None:  # plain text: its first token is given, the rest is learned
         ids = [*encode_prompt(tokenizer, completions[0]), stops[0]]
         return Example(prompt=ids[:1], completions=[ids[1:]], learned=[[True] * (len(ids) - 1)], row=row)
-    prompt_ids = encode_prompt(tokenizer, prompt)
+    prompt_ids = encode_prompt(tokenizer, prompt, answered=bool(completions))
     encoded = [encode_completion(tokenizer, prompt, prompt_ids, completion, stops) for completion in completions]
     return Example(
         prompt=prompt_ids, completions=[ids for ids, _ in encoded], learned=[flags for _, flags in encoded], row=row

@@ -1,6 +1,8 @@
 """Prompts and completions to token ids: strings as they are, conversations through the chat template."""
 
 from collections.abc import Sequence
+from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -81,15 +83,35 @@ def prompt_text(tokenizer: Any, prompt: Any) -> str:
     return render(tokenizer, prompt, reply=True) if is_conversation(prompt) else prompt
 
 
-def encode_prompt(tokenizer: Any, prompt: Any) -> list[int]:
-    """Token ids of a prompt: a string with the tokenizer's own BOS, a conversation with what its template writes."""
+def before_answer(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
+    """The conversation up to where an answer that is given begins: what opens a reply, but for what the template writes before
+    none, the <think> that some reasoning models are opened with."""
+    known, template = tokenizer.__dict__.setdefault("_opens_with", {}), str(tokenizer.chat_template)
+    if template not in known:
+        known[template], asked = "", {"role": "user", "content": "."}
+        with suppress(InputError):  # a template that wants more than a user's message
+            opened, bare = render(tokenizer, [asked], reply=True), render(tokenizer, [asked], reply=False)
+            answered = render(tokenizer, [asked, {"role": "assistant", "content": "."}], reply=False)
+            alike = takewhile(lambda pair: pair[0] == pair[1], zip(opened, answered, strict=False))
+            shared = "".join(letter for letter, _ in alike)
+            known[template] = opened[len(shared) :] if shared.startswith(bare) else ""
+    return render(tokenizer, messages, reply=True).removesuffix(known[template])
+
+
+def encode_prompt(tokenizer: Any, prompt: Any, *, answered: bool = False) -> list[int]:
+    """Token ids of a prompt: a string with the tokenizer's own BOS, a conversation with what its template writes.
+
+    answered: before an answer that is given, not before one that is to be sampled.
+    """
+    if answered and is_conversation(prompt):
+        return _encode(tokenizer, before_answer(tokenizer, prompt), special=False)
     return _encode(tokenizer, prompt_text(tokenizer, prompt), special=not is_conversation(prompt))
 
 
 def encode_completion(
     tokenizer: Any, prompt: Any, prompt_ids: Sequence[int], completion: Any, stops: Sequence[int]
 ) -> tuple[list[int], list[bool]]:
-    """Token ids of a completion, ending in EOS, and which of them the policy learns: its own words and each final EOS.
+    """Token ids of a completion of an `answered` prompt, ending in EOS, and which of them the policy learns: its own words and each final EOS.
 
     The text is tokenized as the continuation of its prompt where the prompt's tokens stay the same, on its own where a
     merge would cross the border. completion: a string, or messages of which the assistant's are learned.
@@ -98,12 +120,12 @@ def encode_completion(
         ids = _continue(tokenizer, prompt_text(tokenizer, prompt), prompt_ids, completion, special=True)
         return [*ids, stops[0]], [True] * (len(ids) + 1)
     messages = list(prompt)
-    before, ids, learned = render(tokenizer, messages, reply=True), list(prompt_ids), [False] * len(prompt_ids)
+    before, ids, learned = before_answer(tokenizer, messages), list(prompt_ids), [False] * len(prompt_ids)
     for turn, message in enumerate(completion):
         own = message["role"] == "assistant"
         messages.append(message)
         following = turn + 1 < len(completion) and completion[turn + 1]["role"] == "assistant" and not own
-        after = render(tokenizer, messages, reply=following)
+        after = before_answer(tokenizer, messages) if following else render(tokenizer, messages, reply=False)
         if not after.startswith(before):
             raise InputError(
                 "the chat template rewrites earlier turns, so they can't be trained turn by turn; "

@@ -9,10 +9,10 @@ def policy_gradient_loss(logprobs: Tensor, advantages: Tensor) -> Tensor:
 
         -A log pi(a_t | s_t)
 
-    logprobs, advantages: (B, T); advantages carry no gradient. Returns (B, T). The value itself means nothing, only the
+    logprobs: (B, T). advantages: (B, T) or (B,); they carry no gradient. Returns (B, T). The value itself means nothing, only the
     gradient does. Source: Williams 1992 (REINFORCE); Sutton et al. 2000.
     """
-    return -advantages.detach() * logprobs
+    return -_per_token(advantages, logprobs).detach() * logprobs
 
 
 def clipped_surrogate_loss(
@@ -29,13 +29,13 @@ def clipped_surrogate_loss(
         -min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A),  rho = pi / pi_old
 
     logprobs: (B, T) under the policy being trained; old_logprobs: (B, T) under the policy that sampled; advantages:
-    (B, T). clip_dual: rho is cut there first, so that a huge one teaches nothing of a bad token either; above 1 + clip_high.
+    (B, T) or (B,). clip_dual: rho is cut there first, so that a huge one teaches nothing of a bad token either; above 1 + clip_high.
     Returns (B, T). At rho = 1 value and gradient are -A and -A grad log pi, those of policy_gradient_loss; the
     gradient is zero where rho > 1 + clip_high with A > 0, or rho < 1 - clip_low with A < 0.
     Source: Schulman et al. 2017, eq. 7 (clip_low = clip_high = 0.2 there); unequal limits: DAPO (Yu et al. 2025), eq. 8;
     clip_dual: dual-clip PPO (Ye et al. 2020), c = 3 there.
     """
-    advantages = advantages.detach()
+    advantages = _per_token(advantages, logprobs).detach()
     ratio = (logprobs - old_logprobs.detach()).exp().clamp(max=clip_dual)  # (B, T)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)  # (B, T)
     return -torch.minimum(ratio * advantages, clipped * advantages)
@@ -46,9 +46,9 @@ def is_clipped(
 ) -> Tensor:
     """Where clipped_surrogate_loss has no gradient: rho > 1 + clip_high with A > 0, or rho < 1 - clip_low with A < 0.
 
-    (B, T) each; returns (B, T) bool. The mean over real tokens is the metric clip_ratio.
+    (B, T) each, advantages also (B,); returns (B, T) bool. The mean over real tokens is the metric clip_ratio.
     """
-    ratio = (logprobs - old_logprobs).exp()  # (B, T)
+    ratio, advantages = (logprobs - old_logprobs).exp(), _per_token(advantages, logprobs)  # (B, T)
     return ((ratio > 1 + clip_high) & (advantages > 0)) | ((ratio < 1 - clip_low) & (advantages < 0))
 
 
@@ -63,3 +63,7 @@ def truncated_importance_weights(logprobs: Tensor, sampler_logprobs: Tensor, *, 
     Espeholt et al. 2018 (IMPALA), the clipped rho of eq. 1.
     """
     return (logprobs - sampler_logprobs).detach().exp().clamp(max=cap)
+
+
+def _per_token(advantages: Tensor, like: Tensor) -> Tensor:
+    return advantages[:, None] if advantages.dim() < like.dim() else advantages  # (B,) stands for all tokens

@@ -13,7 +13,7 @@ def gspo_loss(
 
         -min(s A, clip(s, 1 - clip_low, 1 + clip_high) A),  s = (pi(y|x) / pi_old(y|x))^(1/|y|)
 
-    logprobs, old_logprobs, advantages, mask: (B, T); the ratio is over the tokens in mask. Returns (B, T), the same in every
+    logprobs, old_logprobs, advantages, mask: (B, T), advantages also (B,); the ratio is over the tokens in mask. Returns (B, T), the same in every
     column where the advantages are; take sequence_mean of it. At s = 1 the gradient is that of policy_gradient_loss under
     sequence_mean. Source: GSPO (Zheng et al. 2025), eq. 5 and 7.
     """
@@ -28,11 +28,11 @@ def cispo_loss(
 
         -clip(rho, 1 - clip_low, 1 + clip_high) A log pi,  rho = pi / pi_old not differentiated
 
-    (B, T) each; returns (B, T). clip_low >= 1 sets no lower limit, as in the paper. At rho = 1 it is policy_gradient_loss.
+    (B, T) each, advantages also (B,); returns (B, T). clip_low >= 1 sets no lower limit, as in the paper. At rho = 1 it is policy_gradient_loss.
     Source: CISPO in MiniMax-M1 (2025).
     """
     weight = (logprobs - old_logprobs).detach().exp().clamp(1 - clip_low, 1 + clip_high)  # (B, T)
-    return policy_gradient_loss(logprobs, weight * advantages)
+    return weight * policy_gradient_loss(logprobs, advantages)
 
 
 def weighted_kl(kl: Tensor, logprobs: Tensor, old_logprobs: Tensor) -> Tensor:

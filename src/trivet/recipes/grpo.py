@@ -89,6 +89,8 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
         ref_logprobs = old_logprobs  # (B, T)
         if reference is not None:
             ref_logprobs = in_microbatches(token_logprobs, reference, groups, budget, temperature=temperature)
+            if config.kl_in == "reward":  # by the same forward, so that what is charged is exactly 0 at first
+                old_logprobs = in_microbatches(token_logprobs, policy, groups, budget, temperature=temperature)
         advantages = centered(shaped(rewards, old_logprobs, ref_logprobs, groups.mask, config), config)  # (B,)
 
         in_loss = config.beta if config.kl_in == "loss" else 0.0
@@ -108,14 +110,14 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
                 loss = loss + in_loss * kl_term(logprobs, old, ref_logprobs[rows], config)
                 if config.importance_cap and rollouts.versions:  # another engine, or earlier weights, wrote them
                     cap = config.importance_cap
-                    loss = loss * truncated_importance_weights(old, old_logprobs[rows], cap=cap)
+                    loss = loss * truncated_importance_weights(old, rollouts.logprobs[rows], cap=cap)
                 logprobs.retain_grad()
                 step_mean(loss, part.mask, groups.mask, config).backward()
                 latest[rows], gradient[rows] = logprobs.detach(), logprobs.grad  # type: ignore[assignment]
             learner = latest.clone() if epoch == 0 else learner
             metrics |= optimizer.step()
 
-        metrics |= policy_metrics(rollouts, learner, ref_logprobs)
+        metrics |= policy_metrics(rollouts, learner, ref_logprobs, teaches)
         metrics["tokens/trained"] = groups.lengths[teaches].sum() * config.epochs_per_batch
         clipped = is_clipped(latest, learner, advantages[:, None], clip_low=config.clip_low, clip_high=config.clip_high)
         if config.epochs_per_batch > 1:

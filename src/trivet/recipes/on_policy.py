@@ -29,13 +29,14 @@ def rollout_metrics(rollouts: Rollouts, rewards: Tensor, reward: WeightedSum) ->
 
 
 @torch.no_grad()
-def policy_metrics(rollouts: Rollouts, logprobs: Tensor, ref_logprobs: Tensor) -> Tally:
-    """How far the learner's log-probabilities are from the reference's (`kl`, nats per completion) and from the sampler's."""
+def policy_metrics(rollouts: Rollouts, logprobs: Tensor, ref_logprobs: Tensor, seen: Tensor) -> Tally:
+    """How far the learner is from the reference (`kl`, nats per completion), and in the groups it has seen, (P,), from the sampler."""
     mask, difference = rollouts.groups.mask, (logprobs - rollouts.logprobs).abs()
+    compared = mask & seen.repeat_interleave(rollouts.groups.group_size)[:, None]  # (B, T)
     return {
         "kl": mean(sequence_sum(k1(logprobs, ref_logprobs), mask)),
-        "sampling/logprob_difference/mean": mean(difference, mask),
-        "sampling/logprob_difference/max": torch.where(mask, difference, 0.0).max(),
+        "sampling/logprob_difference/mean": mean(difference, compared),
+        "sampling/logprob_difference/max": torch.where(compared, difference, 0.0).max() / compared.any(),
     }
 
 

@@ -72,7 +72,11 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
             learner[rows], gradient[rows] = logprobs.detach(), logprobs.grad  # type: ignore[assignment]
         update = optimizer.step()
 
-        metrics = rollout_metrics(rollouts, rewards, reward) | policy_metrics(rollouts, learner, ref_logprobs) | update
+        metrics = (
+            rollout_metrics(rollouts, rewards, reward)
+            | policy_metrics(rollouts, learner, ref_logprobs, teaches)
+            | update
+        )
         metrics |= {"pairs": pairs.sum(), "tokens/trained": groups.lengths[teaches].sum()}
         implied = config.beta * (learner - ref_logprobs)  # (B, T)
         by_token = {"logprob": learner, "ref_logprob": ref_logprobs, "implicit_reward": implied}

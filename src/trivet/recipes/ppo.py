@@ -122,7 +122,7 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
         learner, latest = old_logprobs.clone(), old_logprobs.clone()  # (B, T) before the policy moves, as it moves on
         gradient, update, critic_update = torch.zeros_like(latest), Metrics(), Metrics()  # (B, T) of the loss by log pi
         run.shares(learner, latest, gradient)
-        for chosen in minibatches(mask, len(prompts), config):
+        for chosen in (order := list(minibatches(mask, len(prompts), config))):  # (P,)
             total = mask.view(len(prompts), -1)[chosen].sum()
             for rows, part in microbatches(groups, budget, only=chosen):
                 logprobs = token_logprobs(policy, part, temperature=temperature)  # (b, T)
@@ -137,12 +137,11 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
                 latest[rows], gradient[rows] = logprobs.detach(), logprobs.grad  # type: ignore[assignment]
                 if not update:
                     learner[rows] = latest[rows]
-            update = optimizer.step()
-            critic_update = critic_optimizer.step()
+            update, critic_update = optimizer.step(), critic_optimizer.step()
 
-        metrics = rollout_metrics(rollouts, rewards, reward) | policy_metrics(rollouts, learner, ref_logprobs) | update
+        metrics = rollout_metrics(rollouts, rewards, reward) | policy_metrics(rollouts, learner, ref_logprobs, order[0])
         clipped = is_clipped(latest, old_logprobs, advantages, **clip)  # (B, T)
-        metrics |= {
+        metrics |= update | {
             "clip_ratio": mean(clipped, mask),
             "objective/rlhf_reward": mean(token_rewards.sum(1)),
             "value/explained_variance": explained_variance(old_values, returns, mask),

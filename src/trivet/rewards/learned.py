@@ -1,6 +1,7 @@
 """A trained reward model used as a reward."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -32,7 +33,8 @@ class LearnedReward:
     def __call__(self, rollouts: Rollouts) -> Tensor:
         groups = rollouts.groups
         if not self.same_tokens:
-            size, prompts = groups.group_size, [encode_prompt(self.tokenizer, row["prompt"]) for row in rollouts.rows]
+            size, encode = groups.group_size, partial(encode_prompt, self.tokenizer, answered=True)
+            prompts = [encode(row["prompt"]) for row in rollouts.rows]
             completions = []
             for b, text in enumerate(rollouts.texts):
                 prompt = rollouts.rows[b // size]["prompt"]

@@ -21,7 +21,6 @@ class Options:
     max_completion_tokens: int = 256  # Sampling stops here; longer completions in the data are cut, and counted.
     chat_template: str = ""  # Replace the tokenizer's chat template: 'plain' (Role: text) or a Jinja file.
     from_scratch: bool = False  # Start from random weights in the shape of the model's config.json.
-
     # Steps
     steps: int = 0  # Steps to take, each over --prompts-per-step prompts; 0 follows --epochs.
     epochs: float = 1.0  # Passes over the data, where --steps is 0.
@@ -33,21 +32,18 @@ class Options:
     max_skipped_steps: int = 3  # End the run after so many steps in a row whose gradient was not finite; such a step changes nothing. 0: never.
     eval_every: int = 0  # Evaluate every so many steps; 0 evaluates after the last step only.
     seed: int = 0  # Seed of the data order, the split and the sampling.
-
     # Memory and devices
     microbatch_tokens: int = 0  # Most tokens to go through the model at once; 0 takes 2,048 on a CPU, 16,384 elsewhere. The result does not depend on it.
     precision: Literal["float32", "bfloat16"] = "float32"  # Type of the matrix products; weights are kept in float32.
     gradient_checkpointing: bool = False  # Keep only the input of each layer for the backward pass, and compute the rest again: less memory, a third more time.
     offload_optimizer: bool = False  # Keep weights, gradients and AdamW's moments in CPU memory between their uses (under torchrun).
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto takes a GPU where there is one.
-
     # Adapters
     lora: int = 0  # Train a LoRA adapter of this rank in place of all weights, and save it as a peft folder; 0: all weights.
     lora_alpha: int = 0  # The adapter's product is multiplied by alpha / rank; 0 takes twice the rank.
     lora_targets: tuple[str, ...] = ()  # Names of the linear layers that get the adapter, q_proj for one; default: all but the head.
     merge: bool = False  # Save the adapter merged into its base, as an ordinary model folder.
     quantize: Literal["none", "4bit", "8bit"] = "none"  # Hold the frozen base below an adapter in 4 or 8 bits a weight (pip install "trivet[quantize]").
-
     # Record and checkpoints
     save_every: int = 0  # Steps between checkpoints, which trivet resume goes on from; 0: one every ten minutes, of which the last two are kept.
     keep: int = 0  # Keep only so many of the newest checkpoints of --save-every; 0: all.
