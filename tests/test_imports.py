@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import trivet
+
 ROOT = Path(__file__).parent.parent / "src" / "trivet"
 LEGS = ("rewards", "generation", "optimization")
 FILES = {
@@ -70,6 +72,14 @@ def test_a_method_can_be_read_in_an_afternoon(recipe):
     lines = {name: len(FILES[name].read_text().splitlines()) for name in closure(f"trivet.recipes.{recipe}", set())}
     assert lines[f"trivet.recipes.{recipe}"] <= 200
     assert sum(lines.values()) <= 1500, sorted(lines.items(), key=lambda item: -item[1])
+
+
+def test_public_names_are_there_and_cost_nothing_until_they_are_asked_for():
+    code = "import sys, trivet; assert 'torch' not in sys.modules; assert all(getattr(trivet, name) for name in dir(trivet) if name in trivet._WHERE)"
+    code += "; from trivet import Groups, launch; import trivet.run.launch; assert trivet.launch is launch is trivet.run.launch.launch"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        trivet.nonsense  # noqa: B018
 
 
 def test_threads_spin_briefly_wherever_trivet_is_imported_first():
