@@ -49,7 +49,15 @@ from trivet.run.memory import by_part, memory_now, peak_memory
 from trivet.run.options import Options
 from trivet.run.reading import read_object
 from trivet.run.record import Record, short
-from trivet.run.rescue import OutOfMemoryError, Skips, halved, is_lost_process, is_out_of_memory, save_beginning
+from trivet.run.rescue import (
+    OutOfMemoryError,
+    Skips,
+    give_back,
+    halved,
+    is_lost_process,
+    is_out_of_memory,
+    save_beginning,
+)
 from trivet.run.servers import servers_of
 from trivet.run.stopping import asked_of, asked_to_stop
 from trivet.run.trackers import send, trackers, until_end
@@ -190,9 +198,7 @@ def launch(config: Options, watch: Watch | None = None, *, again: bool = False) 
             return _launch(config, watch, again)
         except OutOfMemoryError as error:  # the same step again
             config, again = replace(config, out=str(error.out), microbatch_tokens=error.microbatch_tokens), True
-        gc.collect()  # what the run held, its model above all
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        give_back()  # what the run held, its model above all
 
 
 def _launch(config: Options, watch: Watch | None, again: bool) -> Path:

@@ -3,10 +3,13 @@
 kept = RUN/skipped/step-N/: the checkpoint that the step is reached from, batch.jsonl (its rows of data) and replay.json.
 """
 
+import ctypes
+import gc
 import json
 import os
 import shutil
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +101,19 @@ class OutOfMemoryError(Exception):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether this is how torch or Python say that there is no more memory, on a GPU or a CPU."""
-    said = str(error)
+    known = ("can't allocate memory", "cannot allocate memory", "out of memory")  # torch's, the system's
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and ("can't allocate memory" in said or "out of memory" in said)
+        isinstance(error, RuntimeError) and any(words in str(error).lower() for words in known)
     )
+
+
+def give_back() -> None:
+    """What nobody holds any more goes back to the system, and to the device."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # glibc's: a file is mapped into what its heaps leave
+        ctypes.CDLL(None).malloc_trim(0)
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def is_lost_process(error: BaseException) -> bool:
