@@ -351,6 +351,9 @@ def test_a_reward_that_has_changed_is_seen(tmp_path, monkeypatch):
     mine.write_text("def short(completions, **_):\n    return [-len(x) for x in completions]\n")
     AutoModelForSequenceClassification.from_pretrained(STORIES["model"], num_labels=1).save_pretrained(model)
     load_tokenizer(STORIES["model"]).save_pretrained(model)
+    (tmp_path / "brevity").mkdir()  # a folder that has the name of a built-in, by chance
+    (tmp_path / "brevity" / "notes.txt").write_text("mine")
+    monkeypatch.chdir(tmp_path)
     rewards = (f"{mine}:short", str(model), "trivet.toy.stories:gold", "brevity")
     with pytest.raises(KilledError):
         launch(config(grpo, run, reward=rewards), killed_after(3))

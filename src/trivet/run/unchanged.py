@@ -10,7 +10,7 @@ from typing import Any
 from trivet.batch import Example
 from trivet.data import LazyExamples
 from trivet.errors import InputError
-from trivet.model.load import model_folder
+from trivet.model.load import is_local_model, model_folder
 from trivet.run.options import Options
 from trivet.run.reading import read_object
 
@@ -48,14 +48,15 @@ def require_examples(out: Path, data: str, now: dict[str, Any], note: Callable[[
 
 
 def facts_of_rewards(names: Sequence[str]) -> dict[str, str]:
-    """For each reward that is a file, a function in one, or a folder: the SHA-256 of what is there.
+    """For each reward that is a file, a function in one, or a model's folder: the SHA-256 of what is there.
 
     Of a large file its size, its first and its last megabyte, so that a reward model is not read once more.
     """
     found = dict[str, str]()
     for name in names:
         path = Path(model_folder(_path_of(name)))
-        files = sorted(x for x in path.rglob("*") if x.is_file()) if path.is_dir() else [path] if path.is_file() else []
+        there = path.rglob("*") if is_local_model(str(path)) else [path]
+        files = sorted(x for x in there if x.is_file())
         known = hashlib.sha256()
         for each in files:
             size = each.stat().st_size
