@@ -17,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -113,7 +114,7 @@ class Stub:
             with self.lock:
                 self.adapters[body["lora_name"]] = base = self.fresh()
                 if self.reload != "none":
-                    base.load_adapter(body["lora_path"])
+                    PeftModel.from_pretrained(base, body["lora_path"])  # puts its layers into the base
             return self.say(handler, f"Success: LoRA adapter '{body['lora_name']}' added successfully.", plain=True)
         elif path == "/v1/unload_lora_adapter":
             with self.lock:

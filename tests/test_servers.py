@@ -25,6 +25,7 @@ from trivet.generation.engine import Engine
 from trivet.generation.local import Local
 from trivet.generation.server import NoServerError, Servers
 from trivet.generation.vllm import Server
+from trivet.model.adapters import inject
 from trivet.model.forward import in_microbatches, token_logprobs
 from trivet.model.load import load_policy
 from trivet.model.text import load_tokenizer
@@ -97,7 +98,7 @@ def move(policy, seed: int = 1) -> None:
 def adapted(rank: int = 4):
     """The tiny model with an adapter that does something."""
     policy = tiny()
-    policy.add_adapter(LoraConfig(r=rank, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"]))
+    inject(policy, LoraConfig(r=rank, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"]))
     policy.requires_grad_(False)
     for name, parameter in policy.named_parameters():
         if "lora" in name:

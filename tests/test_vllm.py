@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 from trivet.errors import InputError
 from trivet.generation.local import Local, python_with_vllm
 from trivet.generation.server import Servers
+from trivet.model.adapters import inject
 from trivet.recipes import grpo
 from trivet.run import launch as launching
 from trivet.run.launch import launch
@@ -74,10 +75,9 @@ def with_adapter(monkeypatch):
 
     def loaded(*args, **kwargs):
         policy = load(*args, **kwargs)
-        policy.add_adapter(
-            LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "gate_proj", "down_proj"])
+        return inject(
+            policy, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "gate_proj", "down_proj"])
         )
-        return policy.eval()
 
     monkeypatch.setattr(launching, "load_policy", loaded)
 

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trivet.generation.sampling import warp
+from trivet.model.adapters import write_adapter
 from trivet.model.forward import autocast
 
 
@@ -64,7 +65,10 @@ def publish(
     shutil.rmtree(half, ignore_errors=True)
     dtype = None if adapter else getattr(policy, "compute_dtype", None)
     cast = {} if dtype is None else {"state_dict": {name: x.to(dtype) for name, x in policy.state_dict().items()}}
-    policy.save_pretrained(half, **cast)
+    if adapter:
+        write_adapter(policy, half)
+    else:
+        policy.save_pretrained(half, **cast)
     head = None if adapter or not untie else policy.get_output_embeddings()
     if head is not None and policy.config.tie_word_embeddings:
         name = next(name for name, module in policy.named_modules() if module is head)

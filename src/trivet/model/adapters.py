@@ -83,7 +83,6 @@ def inject(model: Any, config: LoraConfig) -> Any:
         raise InputError(f"adapter on {config.base_model_name_or_path}: {first_line(error)}") from error
     if isinstance(model.get_output_embeddings(), BaseTunerLayer):
         raise InputError("an adapter on the output head is not read here; merge it first (peft's merge_and_unload)")
-    model._hf_peft_config_loaded = True  # what transformers' own methods look at
     return model.eval()
 
 
@@ -168,5 +167,4 @@ def without_layers(model: Any) -> Any:
             setattr(model.get_submodule(parent), leaf, module.modules_to_save[module.active_adapters[0]])
     if hasattr(model, "peft_config"):
         del model.peft_config
-        model._hf_peft_config_loaded = False
     return model

@@ -3,11 +3,13 @@
 import copy
 from typing import Any
 
+from trivet.model.adapters import without_layers
+
 
 def frozen_copy(model: Any) -> Any:
     """A reference: the model as it stands in memory, not on disk, without gradients; the base below an adapter is shared."""
     copied = copy.deepcopy(model, {id(x): x for x in model.parameters() if not x.requires_grad}).requires_grad_(False)
     moved = [bool(x.any()) for name, x in copied.named_parameters() if "lora_B" in name]
     if moved and not any(moved):  # a new adapter: the reference is the base alone
-        copied.delete_adapter("default")
+        return without_layers(copied)
     return copied
