@@ -1,4 +1,8 @@
-"""Shared pieces of the tests: one thread a worker, tiny models of several kinds, groups with ragged lengths."""
+"""Shared pieces of the tests: one thread a worker, tiny models of several kinds, groups with ragged lengths.
+
+Two tiers: `pytest` runs what is not marked slow, `pytest -m slow` the rest (pyproject.toml). A test that computes for longer than
+--limit seconds, what it starts and waits for included, fails unless it is marked slow, so that the first tier stays quick.
+"""
 
 import os
 import random
@@ -28,6 +32,40 @@ SMALL = {
     "bos_token_id": None,
     "eos_token_id": 0,
 }
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption(
+        "--limit", type=float, default=0.0, help="seconds of computing that an unmarked test may take; 0: any"
+    )
+
+
+def computed() -> float:
+    """Seconds that this process and its children have computed; how busy the machine is besides does not count."""
+    return sum(os.times()[:4])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Notes what a test computes."""
+    began = computed()
+    try:
+        return (yield)
+    finally:
+        item.computed = computed() - began
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Fails a test that took too long for its tier."""
+    report, limit = (yield), item.config.getoption("--limit")
+    took = getattr(item, "computed", 0.0)
+    if call.when == "call" and report.passed and limit and took > limit and not item.get_closest_marker("slow"):
+        report.outcome = "failed"
+        report.longrepr = (
+            f"computed for {took:.1f} s, over {limit:g} s: make it quicker, or mark it with pytest.mark.slow"
+        )
+    return report
 
 
 @pytest.fixture(autouse=True)

@@ -33,7 +33,7 @@ from trivet.run.arguments import parse
 from trivet.run.config import check, to_toml
 from trivet.run.record import _append
 
-LONGEST = 20_000  # milliseconds that a case may take, on a busy machine
+LONGEST = 60_000  # milliseconds that a case may take, on a busy machine
 COLUMNS = ("text", "messages", "prompt", "completion", "chosen", "rejected", "label", "answer", "", "None")
 TOOK: Counter[str] = Counter()
 

@@ -990,7 +990,7 @@ def child(mutant: Mutant, folder: Path) -> NoReturn:
         sys.path.insert(0, str(copy.parent))
         os.environ["PYTHONPATH"] = str(copy.parent)  # for processes that a test starts
         outcomes = Outcomes()
-        options = ["-q", *PLAIN, "--basetemp", str(folder / "tmp")]
+        options = ["-q", *PLAIN, "-m", "", "--limit", "0", "--basetemp", str(folder / "tmp")]  # of both tiers
         stop = ["-x", "--tb=line"] if mutant.old else []
         code = int(pytest.main([*shlex.split(mutant.tests), *stop, *options], plugins=[outcomes]))
         found = sys.modules["trivet"].__file__ or ""

@@ -138,7 +138,7 @@ class Stub:
         elif path == "/update_weights":
             told, own = body["update_info"], self.model.state_dict()
             for name, kind, shape in zip(told["names"], told["dtype_names"], told["shapes"], strict=True):
-                x = self.wire.get(timeout=10)
+                x = self.wire.get(timeout=60)
                 assert (list(x.shape), str(x.dtype)) == (shape, f"torch.{kind}")
                 with torch.no_grad():
                     own[name].copy_(x)

@@ -173,6 +173,7 @@ def test_a_run_whose_first_checkpoint_fails_keeps_the_step_it_recorded(tmp_path,
     same(whole, resume(tmp_path / "r"))
 
 
+@pytest.mark.slow
 def test_a_little_chaos():
     """The long form is `python tests/chaos.py --kills 200 --faults 200`."""
     command = [sys.executable, str(Path(__file__).with_name("chaos.py")), "--kills", "4", "--faults", "7"]

@@ -180,6 +180,7 @@ def two_processes(rank: int, folder: str) -> None:
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_each_with_a_share_of_the_step(tmp_path):
     """The totals of the step are all that a process has to know of the others."""
     code = "import sys, test_invariance; test_invariance.two_processes(int(sys.argv[1]), sys.argv[2])"

@@ -1,5 +1,6 @@
 """A judge behind a server that misbehaves in every way: what it says, what it costs, and what a run does when it is away."""
 
+import asyncio
 import email.utils
 import json
 import math
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from test_rewards import rollouts
+from trivet.calls import answered
 from trivet.cli import main
 from trivet.errors import InputError
 from trivet.rewards.functions import load_rewards
@@ -37,6 +40,7 @@ class Server:
         self.headers: list[dict[str, str]] = []
         self.at_once = self.most_at_once = 0
         self.lock = threading.Lock()
+        self.over = threading.Event()  # what is slow ends with the test
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -65,6 +69,7 @@ class Server:
                 pass
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.over = self.over  # type: ignore[attr-defined]
         self.http.daemon_threads = True
         self.http.handle_error = lambda *args: None  # clients go away
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
@@ -79,6 +84,7 @@ class Server:
         handler.wfile.write(data)
 
     def stop(self) -> None:
+        self.over.set()
         self.http.shutdown()
         self.http.server_close()
 
@@ -95,9 +101,16 @@ def server(monkeypatch) -> Iterator[Server]:
 def judge(server: Server, **others: Any) -> Judge:
     """A judge whose notes are kept in `notes`."""
     notes: list[str] = []
-    made = Judge(**{"url": server.url, "timeout": 5.0, "note": notes.append} | others)
+    made = Judge(**{"url": server.url, "timeout": 60.0, "note": notes.append} | others)
     made.notes = notes  # type: ignore[attr-defined]
     return made
+
+
+def until(condition: Callable[[], Any]) -> None:
+    """Return once this is so, or after a minute."""
+    end = time.monotonic() + 60
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
 
 
 def in_turn(*says: Any) -> Callable[[str], Any]:
@@ -213,14 +226,26 @@ def body(what: Any) -> Callable[[Any], None]:
     return lambda handler: Server.answer(None, handler, 200, what)  # type: ignore[arg-type]
 
 
+LONG = 20.0  # seconds after which what is slow says something that nobody should have waited for
+TOO_LATE = {"choices": [{"message": {"content": "Score: 1"}}]}
+
+
+def slow(handler: Any) -> None:
+    """Nothing for a long time."""
+    handler.server.over.wait(LONG)
+    Server.answer(None, handler, 200, TOO_LATE)  # type: ignore[arg-type]
+
+
 def drips(handler: Any) -> None:
     """A byte now and then, so that no read is ever late."""
     handler.send_response(200)
     handler.end_headers()
-    for _ in range(100):
+    for _ in range(int(LONG / 0.05)):
         handler.wfile.write(b" ")
         handler.wfile.flush()
-        time.sleep(0.05)
+        if handler.server.over.wait(0.05):
+            return
+    handler.wfile.write(json.dumps(TOO_LATE).encode())
 
 
 def floods(handler: Any) -> None:
@@ -253,27 +278,40 @@ MISBEHAVIOR = {
     "no message": body({"choices": [{}]}),
     "content that is no text": body({"choices": [{"message": {"content": 7}}]}),
     "odd usage": body({"choices": [None], "usage": "much"}),
-    "slow": lambda handler: time.sleep(2),
+    "slow": slow,
     "slower than slow": drips,
     "a flood": floods,
 }
 
 
+def hurry(monkeypatch, which: Callable[[str], bool]) -> None:
+    """The time of answers to such questions runs 400 times as fast: they are ended soon, and all others have their minute."""
+
+    def hurried(client: Any, how: str, url: str, what: str, body: Any = None, *, timeout: float, largest: int) -> Any:
+        fast = body is not None and which(body["messages"][0]["content"])
+        return answered(client, how, url, what, body, timeout=timeout / 400 if fast else timeout, largest=largest)
+
+    monkeypatch.setattr("trivet.rewards.judge.answered", hurried)
+
+
 @pytest.mark.parametrize("how", MISBEHAVIOR)
-def test_what_goes_wrong_once_is_asked_again(server, how):
+def test_what_goes_wrong_once_is_asked_again(server, how, monkeypatch):
+    if "slow" in how:
+        hurry(monkeypatch, in_turn(True, False))
     server.say = in_turn(MISBEHAVIOR[how], "Score: 7")
-    made, began = judge(server, timeout=0.5 if "slow" in how else 5.0), time.perf_counter()
+    TAKEN[0] = 0
+    made = judge(server)
     assert made(rollouts([{"prompt": "a"}], 1)).tolist() == pytest.approx([0.7])
-    assert time.perf_counter() - began < 3
     assert TAKEN[0] < 100
     assert made.logged["rewards/judge/retries"] == 1.0
     assert made.logged["rewards/judge/calls"] == 2.0
 
 
 @pytest.mark.parametrize("how", ["500", "half an answer", "not JSON", "no choices", "slow"])
-def test_what_goes_wrong_for_ever_ends_the_run_in_a_sentence_or_is_skipped(server, how):
+def test_what_goes_wrong_for_ever_ends_the_run_in_a_sentence_or_is_skipped(server, how, monkeypatch):
+    hurry(monkeypatch, lambda question: how == "slow" and "text 2" in question)
     server.say = lambda question: MISBEHAVIOR[how] if "text 2" in question else "Score: 7"
-    limits = {"timeout": 0.4 if how == "slow" else 5.0, "retries": 2}
+    limits = {"retries": 2}
     with pytest.raises(InputError, match=r"^reward judge: http://127[^\n]* \(3 times in a row\)$"):
         judge(server, **limits)(rollouts())
     made = judge(server, on_failure="skip", **limits)
@@ -301,10 +339,10 @@ def test_a_server_that_dies_half_way_ends_the_run_soon(server):
         return "Score: 7"
 
     server.say = say
-    began = time.perf_counter()
+    made = judge(server, retries=3, at_once=4)
     with pytest.raises(InputError, match=r"can't be reached or breaks off: .* \(4 times in a row\)"):
-        judge(server, retries=3, at_once=4)(rollouts([{"prompt": str(p)} for p in range(32)]))
-    assert time.perf_counter() - began < 3
+        made(rollouts([{"prompt": str(p)} for p in range(32)]))
+    assert made.totals["calls"] <= 10 + 4 * 4, "those under way are tried four times, and no other"
 
 
 def test_a_server_that_is_gone_is_not_waited_for_by_every_completion(server):
@@ -317,47 +355,74 @@ def test_a_server_that_is_gone_is_not_waited_for_by_every_completion(server):
     assert made(rollouts()).tolist() == pytest.approx([0.7] * 4), "it is asked again at the next step"
 
 
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    """The judge's time, which goes on by its sleeps alone: each comes with the moment at which it ends."""
+    moments, sleep = [1000.0], asyncio.sleep
+
+    async def slept(seconds: float) -> None:
+        moments.append(moments[-1] + seconds)
+        await sleep(0)
+
+    monkeypatch.setattr("trivet.rewards.judge.time", SimpleNamespace(monotonic=lambda: moments[-1]))
+    monkeypatch.setattr("trivet.rewards.judge.asyncio", SimpleNamespace(**vars(asyncio) | {"sleep": slept}))
+    monkeypatch.setattr("trivet.calls.time", SimpleNamespace(time=lambda: 1_700_000_000.0))
+    return moments
+
+
 @pytest.mark.parametrize("form", ["seconds", "date"])
-def test_retry_after_is_kept_to_by_all(server, form):
-    moments = []
+def test_retry_after_is_kept_to_by_all(server, form, clock):
+    asked = []
 
     def refuse(handler: Any) -> None:
-        later = "1" if form == "seconds" else email.utils.formatdate(time.time() + 2, usegmt=True)
+        later = "100" if form == "seconds" else email.utils.formatdate(1_700_000_100, usegmt=True)
         server.answer(handler, 429, {}, retry_after=later)
 
     def say(question: str) -> Any:
-        moments.append(time.monotonic())
-        return refuse if len(moments) == 1 else "Score: 7"
+        asked.append(clock[-1])
+        return refuse if len(asked) == 1 else "Score: 7"
 
     server.say = say
-    made = judge(server, at_once=1)
-    made(rollouts())
-    assert 0.9 <= moments[1] - moments[0] < 2.5
-    assert len(moments) == 5
+    judge(server, at_once=1)(rollouts())
+    assert asked == [1000.0] + [1100.0] * 4
 
 
 @pytest.mark.parametrize("header", ["soon", "-5", "nan", "inf", ""])
-def test_a_retry_after_that_says_nothing_is_not_waited_for(server, header):
+def test_a_retry_after_that_says_nothing_is_not_waited_for(server, header, clock):
     server.say = in_turn(lambda handler: server.answer(handler, 429, {}, retry_after=header), "Score: 7")
-    began = time.perf_counter()
     judge(server)(rollouts([{"prompt": "a"}], 1))
-    assert time.perf_counter() - began < 10
+    assert clock == [1000.0, 1000.01]  # the pause that there is anyway
 
 
 def test_no_more_requests_than_allowed_are_under_way(server):
-    server.say = lambda question: time.sleep(0.02) or "Score: 7"
+    def say(question: str) -> str:
+        until(lambda: server.most_at_once >= 3)
+        time.sleep(0.02)  # for those that are too many
+        return "Score: 7"
+
+    server.say = say
     judge(server, at_once=3)(rollouts([{"prompt": str(p)} for p in range(16)]))
     assert server.most_at_once == 3
 
 
 def test_ctrl_c_does_not_wait_for_the_judge(server):
-    server.say = lambda question: lambda handler: time.sleep(5)
-    made = judge(server, timeout=60.0)
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-    began = time.perf_counter()
+    answers = []
+
+    def late(handler: Any) -> None:
+        server.over.wait(LONG)
+        answers.append(1)
+
+    def interrupt() -> None:
+        until(lambda: len(server.asked) == 4)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    server.say = lambda question: late
+    made, thread = judge(server), threading.Thread(target=interrupt)
+    thread.start()
     with pytest.raises(KeyboardInterrupt):
         made(rollouts())
-    assert time.perf_counter() - began < 2
+    assert answers == []
+    thread.join()
 
 
 # Comparisons --------------------------------------------------------------------------------------------------------

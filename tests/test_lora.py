@@ -288,6 +288,7 @@ def test_generate_and_score_read_adapters(runs, tmp_path, capsys):
 # Runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(tmp_path, name):
     whole = launch(config(RECIPES[name], tmp_path / "whole", lora=4))
@@ -301,6 +302,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(tmp_path, name):
     same(whole, resume(tmp_path / "r"))
 
 
+@pytest.mark.slow
 def test_a_run_over_adapters_goes_on_to_the_same_bits(tmp_path, runs):
     options = {"model": str(runs["sft"]), "reward": (str(runs["rm"]),), "lr": 1e-3, "critic_lr": 1e-3}
     whole = launch(config(ppo, tmp_path / "whole", **options))
@@ -316,6 +318,7 @@ def same(one, other):
     assert numbers(one, "samples.jsonl") == numbers(other, "samples.jsonl")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [dpo, grpo, ppo])
 def test_an_adapter_is_gone_on_with(tmp_path, runs, recipe):
     run = Launch(config(recipe, tmp_path / "r", model=str(runs["sft"]))).run
@@ -342,6 +345,7 @@ def test_the_memory_by_part_has_one_base(tmp_path, runs):
     assert memory["optimizer"] == pytest.approx(4 * adapter, rel=0.02)
 
 
+@pytest.mark.slow
 def test_products_in_bfloat16(tmp_path):
     run = Launch(config(grpo, tmp_path / "r", lora=4, precision="bfloat16")).run
     metrics = list(grpo.train(run.config, run))
@@ -349,6 +353,7 @@ def test_products_in_bfloat16(tmp_path):
     assert all(x.dtype == torch.float32 for x in run.model.parameters() if x.requires_grad)
 
 
+@pytest.mark.slow
 def test_grpo_learns_with_an_adapter():
     small = {"prompts_per_step": 6, "group_size": 6, "max_completion_tokens": 32, "eval_limit": 1}
     run = Launch(grpo.Config(**{**grpo.PRESETS["toy"], **small, "lora": 8, "lr": 1e-2, "steps": 10})).run

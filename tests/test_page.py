@@ -52,7 +52,7 @@ def show(browser, tmp_path):
         file = tmp_path / "page.html"
         file.write_text(build_page(gather(runs, **options)), encoding="utf-8")
         tab = browser.new_page(viewport={"width": width, "height": 900})
-        tab.set_default_timeout(8000)
+        tab.set_default_timeout(60_000)
         tabs.append(tab)
         tab.on("console", lambda message: troubles.append(message.text))
         tab.on("pageerror", lambda error: troubles.append(str(error)))
@@ -80,7 +80,7 @@ def recorded(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
 
 
-def until(tab, condition: str, seconds: float = 8) -> None:
+def until(tab, condition: str, seconds: float = 60) -> None:
     """Wait for it; the page's policy forbids what playwright's own wait_for_function does."""
     for _ in range(int(20 * seconds)):
         if tab.evaluate(condition):
@@ -300,6 +300,7 @@ def test_old_runs_and_broken_ones(show, tmp_path):
         gather([empty])
 
 
+@pytest.mark.slow
 def test_ten_thousand_steps_are_shortened_and_say_so(show, tmp_path):
     run = write_run(tmp_path / "long", "grpo", 10_000, keep_every=10, eval_every=100)
     payload = gather([run], token_bytes=1_000_000)
@@ -432,6 +433,7 @@ def test_no_path_of_this_machine_but_those_that_were_given(tmp_path, monkeypatch
     )
 
 
+@pytest.mark.slow
 def test_a_page_that_is_live_asks_for_data_and_nothing_else(browser, six):
     """Served: it takes a new payload, says when the run has ended and when nobody answers."""
     running = gather([six[4]])

@@ -526,6 +526,7 @@ def test_formulas_are_printed(capsys):
     assert "adam = 8 * trained / ranks = 8 * 596,049,920 / 1" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_this_machine_is_measured(capsys, tmp_path):
     KINDS["qwen3"].save_pretrained(tmp_path)
     assert main(["plan", "--model", str(tmp_path), "--method", "sft", "--json"]) == 0

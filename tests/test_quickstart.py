@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from test_page import CHROMIUM, EMPTY_CHARTS, TITLES, browser, show  # noqa: F401  fixtures
 from trivet.cli import main
 from trivet.report.compare import runs_in
@@ -21,6 +23,7 @@ def page_of(out, show):  # noqa: F811
     ]
 
 
+@pytest.mark.slow
 def test_quickstart_end_to_end_and_rerun(tmp_path, capfd, request):
     out = tmp_path / "quick"
     arguments = ["quickstart", "--out", str(out), "--scale", "0.03"]
@@ -32,8 +35,6 @@ def test_quickstart_end_to_end_and_rerun(tmp_path, capfd, request):
         assert method in printed
         evaluation = json.loads((out / method / "summary.json").read_text())["eval"]
         assert ("eval/accuracy" if method == "reward-model" else "eval/gold") in evaluation
-    for picture in ("frontier.png", "training.png", "cost.png"):
-        assert (out / picture).read_bytes().startswith(b"\x89PNG")
     assert "pairwise-grpo (gold" in (out / "samples.md").read_text()
 
     if CHROMIUM:

@@ -41,6 +41,8 @@ from trivet.run.ranks import balanced
 from trivet.run.resume import resume
 from trivet.toy import STORIES
 
+pytestmark = pytest.mark.slow  # processes in numbers
+
 OF_REWARDS = {"reward": ("trivet.toy.stories:gold",), "group_size": 2, "max_completion_tokens": 10}
 SMALL = {
     "ppo": OF_REWARDS | {"minibatches": 2, "critic_lr": 1e-3, "whiten_rewards": True},
@@ -264,10 +266,10 @@ def test_a_failure_is_said_once_and_ends_all(tmp_path, capfd):
 
 
 def test_a_signal_to_one_stops_all_after_the_same_step_with_a_checkpoint(tmp_path, capfd):
-    given = config("sft", tmp_path / "run", steps=500, eval_every=0)
+    given = config("sft", tmp_path / "run", steps=10_000, eval_every=0)
 
     def ask(pids: list[int]) -> None:
-        for _ in range(600):
+        for _ in range(1200):
             time.sleep(0.05)
             if (tmp_path / "run" / "metrics.jsonl").exists():
                 break
@@ -275,8 +277,8 @@ def test_a_signal_to_one_stops_all_after_the_same_step_with_a_checkpoint(tmp_pat
 
     assert on_ranks(2, lambda: main(words(given)), ask) == [128 + signal.SIGTERM] * 2
     (step,) = [int(path.name.removeprefix("step-")) for path in (tmp_path / "run" / "checkpoints").glob("step-*")]
-    assert len(numbers(tmp_path / "run")) == step < 500
-    assert capfd.readouterr().err.count(f"stopped after step {step} of 500") == 1
+    assert len(numbers(tmp_path / "run")) == step < 10_000
+    assert capfd.readouterr().err.count(f"stopped after step {step} of 10000") == 1
 
 
 def test_a_process_that_is_killed_ends_all_in_a_sentence(tmp_path, capfd):

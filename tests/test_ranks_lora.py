@@ -35,6 +35,8 @@ from trivet.run import shards
 from trivet.run.launch import launch
 from trivet.run.resume import resume
 
+pytestmark = pytest.mark.slow  # processes in numbers
+
 LORA = {"lora": 4, "lr": 3e-3}
 CONTINUED = {"model": "sft", "lr": 3e-3}
 

@@ -6,7 +6,7 @@ import shutil
 import signal
 import sys
 import time
-from datetime import timedelta
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -17,12 +17,16 @@ import pytest
 
 from stub_vllm import Stub
 from test_ranks import config, folder, killed_after, numbers, on_ranks, ragged, same, trained
+from test_servers import impatient
 from trivet.cli import main
 from trivet.generation import server
 from trivet.generation.local import Local
 from trivet.run import ranks, servers
+from trivet.run.config import to_toml
 from trivet.run.launch import launch
 from trivet.run.resume import resume
+
+pytestmark = pytest.mark.slow  # processes in numbers
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +46,21 @@ def stub():
 def alone(stub: Stub) -> None:
     """In a forked process: without its copy of the stub's socket, which would be listened to after the stub is gone."""
     stub.http.socket.close()
+
+
+def words(method: str, given, place: Path) -> list[str]:
+    """The command line of a run with this config."""
+    file = place / f"{method}.toml"
+    file.write_text(to_toml(given))
+    return [method, "--config", str(file)]
+
+
+def comes(condition: Callable[[], object], seconds: float = 60.0) -> bool:
+    """Whether this is so, now or in a while."""
+    end = time.monotonic() + seconds
+    while not (so := condition()) and time.monotonic() < end:
+        time.sleep(0.05)
+    return bool(so)
 
 
 def lines(out: Path, name: str) -> list[dict]:
@@ -77,18 +96,29 @@ def test_more_processes_than_prompts_held_out(stub, tmp_path):
 
 
 def test_a_server_that_dies_and_comes_back_changes_nothing_however_long_it_takes(stub, tmp_path):
-    """Longer than any one message between processes may take."""
+    """The others, who wait meanwhile, are given a sign of life now and then: no message between processes takes long."""
     options = {"generate_with": (stub.url,)}
-    one, back = trained("grpo", tmp_path / "1", 0, **options), list[Stub]()
+    one, back, heard = trained("grpo", tmp_path / "1", 0, **options), list[Stub](), tmp_path / "heard"
     stub.fault("", "", "", "", "", "", "", "die")  # the third group of the second step
+    broadcast = ranks.broadcast
+
+    def listened(*given):
+        told = broadcast(*given)
+        if told is None and os.environ["RANK"] == "1":
+            with heard.open("a") as file:
+                file.write(".")
+        return told
+
+    def signs() -> int:
+        return heard.stat().st_size if heard.exists() else 0
 
     def revive(pids: list[int]) -> None:
-        while not stub.dead:
-            time.sleep(0.02)
-        time.sleep(5)
+        assert comes(lambda: stub.dead)
+        before = signs()
+        assert comes(lambda: signs() >= before + 5, seconds=30)
         back.append(Stub(folder() / "policy", port=stub.port, seeded=True))  # it has the weights of its folder
 
-    with patch.object(ranks, "PATIENCE", timedelta(seconds=4)), patch.object(server, "MINUTE", 0.5):
+    with patch.object(ranks, "broadcast", listened), patch.object(server, "MINUTE", 0.1):
         given = config("grpo", tmp_path / "2", **options)
         codes = on_ranks(2, lambda: alone(stub) or (launch(given) and 0), revive)
     back[0].close()
@@ -101,13 +131,13 @@ def test_a_server_that_dies_and_comes_back_changes_nothing_however_long_it_takes
 
 
 def test_without_a_server_all_stop_with_a_checkpoint_that_any_number_goes_on_from(stub, tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv("TRIVET_SERVER_TIMEOUT", "3")
+    impatient(monkeypatch, 0.5)
     options = {"generate_with": (stub.url,), "group_size": 4, "kl_target": 1.0, "eval_every": 0}
     whole, out = trained("ppo", tmp_path / "whole", 2, **options), tmp_path / "run"
     stub.fault(*[""] * 10, "", "die")
     given = config("ppo", out, **options)
-    with patch("trivet.run.arguments.parse", lambda *args: given):
-        codes = on_ranks(3, lambda: alone(stub) or main(["ppo"]))
+    command = words("ppo", given, tmp_path)
+    codes = on_ranks(3, lambda: alone(stub) or main(command))
     said = capfd.readouterr().err
     assert codes == [2, 2, 2]
     assert said.count("trivet ppo: no server to generate with:") == 1
@@ -143,15 +173,15 @@ def test_rollouts_not_yet_used_are_in_a_checkpoint_of_two(stub, tmp_path):
 
 
 def test_before_the_first_step_nothing_is_left(tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv("TRIVET_SERVER_TIMEOUT", "1")
+    impatient(monkeypatch, 0.5)
     monkeypatch.setenv("TRIVET_VLLM_PYTHON", "/nowhere/python")
     for options, said in (
         ({"generate_with": ("http://127.0.0.1:9",)}, "no server to generate with: http://127.0.0.1:9 can't be reached"),
         ({"vllm": True}, "TRIVET_VLLM_PYTHON is /nowhere/python, which is not there"),
     ):
         given = config("grpo", tmp_path / "run", **options)
-        with patch("trivet.run.arguments.parse", lambda *args, given=given: given):
-            assert on_ranks(2, lambda: main(["grpo"])) == [2, 2]
+        command = words("grpo", given, tmp_path)
+        assert on_ranks(2, lambda command=command: main(command)) == [2, 2]
         found = capfd.readouterr().err
         assert found.count("trivet grpo:") == found.count(said) == 1
         assert "Traceback" not in found
@@ -161,8 +191,8 @@ def test_before_the_first_step_nothing_is_left(tmp_path, monkeypatch, capfd):
 def test_weights_over_nccl_are_refused(stub, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("TRIVET_WEIGHT_SYNC", "nccl")
     given = config("grpo", tmp_path / "run", generate_with=(stub.url,))
-    with patch("trivet.run.arguments.parse", lambda *args: given):
-        assert on_ranks(2, lambda: main(["grpo"])) == [2, 2]
+    command = words("grpo", given, tmp_path)
+    assert on_ranks(2, lambda: main(command)) == [2, 2]
     assert "TRIVET_WEIGHT_SYNC=nccl does not work under torchrun yet" in capfd.readouterr().err
 
 
@@ -186,10 +216,7 @@ def test_the_first_process_starts_a_server_which_ends_with_it_however_it_ends(tm
             return b""
 
     def kill(pids: list[int]) -> None:
-        for _ in range(1200):
-            time.sleep(0.05)
-            if (tmp_path / "run" / "metrics.jsonl").exists():
-                break
+        assert comes((tmp_path / "run" / "metrics.jsonl").exists)
         found.extend(of_server())
         environment = said(Path(f"/proc/{found[0]}/environ"))
         assert not any(line.startswith((b"RANK=", b"LOCAL_RANK=", b"MASTER_")) for line in environment.split(b"\0"))
@@ -199,8 +226,4 @@ def test_the_first_process_starts_a_server_which_ends_with_it_however_it_ends(tm
     assert codes[0] == -signal.SIGKILL
     assert codes[1] > 0
     assert len(found) == 1
-    for _ in range(100):
-        if not of_server():
-            return
-        time.sleep(0.05)
-    raise AssertionError(of_server())
+    assert comes(lambda: not of_server())

@@ -55,6 +55,7 @@ def test_dpo_starts_at_log_2_and_learns_to_rank():
     assert metrics[-1]["eval/rewards/accuracies"] >= 0.95
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [grpo, ppo, pairwise_grpo], ids=lambda recipe: recipe.__name__.rpartition(".")[2])
 def test_learns_arithmetic_from_scratch_by_reward_alone(recipe):
     metrics = curve(recipe, seed=0)
@@ -75,6 +76,7 @@ PAIR_VARIANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAIR_VARIANTS)
 def test_each_variant_of_dpo_learns_to_rank(name):
     metrics = curve(dpo, **PAIR_VARIANTS[name])
@@ -82,6 +84,7 @@ def test_each_variant_of_dpo_learns_to_rank(name):
     assert metrics[-1]["eval/rewards/accuracies"] >= 0.9
 
 
+@pytest.mark.slow
 def test_kto_learns_from_single_labels(tmp_path):
     rows = [json.loads(line) for line in Path(ARITHMETIC["data"]).read_text().splitlines()]
     sides = [(row, side) for row in rows for side in ("chosen", "rejected")]
@@ -101,6 +104,7 @@ GRPO_VARIANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GRPO_VARIANTS)
 def test_each_variant_of_grpo_climbs(name):
     metrics = curve(grpo, **GRPO_VARIANTS[name], steps=50, eval_limit=1)
@@ -121,6 +125,7 @@ PPO_VARIANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PPO_VARIANTS)
 def test_each_variant_of_ppo_climbs(name):
     metrics = curve(ppo, **PPO_VARIANTS[name], steps=40, eval_limit=1)
@@ -247,6 +252,7 @@ def test_groups_of_equal_rewards_are_still_tied_to_the_reference():
     assert free == {}
 
 
+@pytest.mark.slow
 def test_several_epochs_per_batch_learn_through_the_clipped_ratio():
     metrics = curve(grpo, epochs_per_batch=2, steps=80)
     assert metrics[-1]["reward"] > 20 * metrics[0]["reward"]
@@ -324,6 +330,7 @@ def test_the_critic_starts_as_the_reward_model(tmp_path):
     assert not any(p.requires_grad for p in judge.parameters())
 
 
+@pytest.mark.slow
 def test_microbatch_size_does_not_change_a_run():
     losses = [
         curve(dpo, "toy", steps=3, prompts_per_step=4, eval_fraction=0.01, eval_limit=4, microbatch_tokens=n)

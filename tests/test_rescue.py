@@ -77,6 +77,7 @@ def test_skipping_is_going_on_without_the_step(tmp_path, monkeypatch):
     assert not (run / "skipped/step-4").exists()
 
 
+@pytest.mark.slow
 def test_too_many_in_a_row_end_the_run_at_the_last_good_checkpoint(tmp_path, monkeypatch, capsys):
     whole = launch(config(grpo, tmp_path / "whole", save_every=0))
     with monkeypatch.context() as patched:
@@ -135,6 +136,7 @@ def test_only_three_are_kept(tmp_path, monkeypatch):
     assert replayed(run / "skipped/step-1").different == []
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, monkeypatch, capsys):
     broken_at(monkeypatch, grpo, {2})
     run = launch(config(grpo, tmp_path / "run", save_every=0))
@@ -186,6 +188,7 @@ def short_of_memory(monkeypatch, recipe, most, of=torch.OutOfMemoryError, said="
     monkeypatch.setattr(recipe, name, limited)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_out_of_memory_makes_the_step_again_with_half_the_tokens(tmp_path, monkeypatch, name):
     recipe = RECIPES[name]
@@ -212,6 +215,7 @@ def test_out_of_memory_makes_the_step_again_with_half_the_tokens(tmp_path, monke
             assert line[key] == pytest.approx(value, rel=2e-3, abs=1e-4), (line["step"], key)
 
 
+@pytest.mark.slow
 def test_out_of_memory_in_the_first_step_and_in_a_second_epoch(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         short_of_memory(
@@ -264,6 +268,7 @@ def test_other_errors_are_not_taken_for_a_full_memory(tmp_path, monkeypatch):
         launch(config(sft, tmp_path / "run"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of a process are Linux's")
 def test_a_real_limit_on_memory(tmp_path):
     """The process may not have more than a little beyond what it holds when step 2 begins: microbatches shrink, the run ends well."""

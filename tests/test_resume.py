@@ -108,15 +108,28 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(tmp_path, name):
     recipe, options = VARIANTS[name]
-    options = options | SMALL
-    whole = launch(config(recipe, tmp_path / "whole", **options))
-    for step in (1, 3, 5) if name in RECIPES else (3,):  # before the first checkpoint, after it, after the last step
+    short = {"max_completion_tokens": 16} if hasattr(recipe.Config, "group_size") else {}
+    killed_at(tmp_path, recipe, options | short, (3,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_it_does_so_wherever_it_was_killed(tmp_path, name):
+    """Before the first checkpoint, after it, after the last step; completions of any length."""
+    killed_at(tmp_path, *VARIANTS[name], (1, 3, 5))
+
+
+def killed_at(folder, recipe, options, at):
+    """A run that is killed after each of these steps and goes on is the one that was left alone."""
+    whole = launch(config(recipe, folder / "whole", **options | SMALL))
+    for step in at:
         with pytest.raises(KilledError):
-            launch(config(recipe, tmp_path / f"{step}", **options), killed_after(step))
-        same(whole, resume(tmp_path / f"{step}"))
+            launch(config(recipe, folder / f"{step}", **options | SMALL), killed_after(step))
+        same(whole, resume(folder / f"{step}"))
     assert [step for step, _ in steps(whole / "checkpoints")] == [2, 4]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again(tmp_path):
     whole = launch(config(ppo, tmp_path / "whole"))
     with pytest.raises(KilledError):
@@ -321,6 +334,7 @@ def test_paths_are_meant_from_where_the_run_was_begun(tmp_path, monkeypatch):
     resume("../here/run")  # what it names is here too
 
 
+@pytest.mark.slow
 def test_data_that_has_changed_is_seen(tmp_path, stopped):
     run, data, notes = tmp_path / "r", tmp_path / "data.jsonl", list[str]()
     rows = Path(few_rows()).read_text().splitlines(keepends=True)
@@ -372,6 +386,7 @@ def test_a_reward_that_has_changed_is_seen(tmp_path, monkeypatch):
     assert [note.split(" is not what")[0] for note in notes] == [f"reward {name}" for name in rewards[:2]]
 
 
+@pytest.mark.slow
 def test_nobody_needs_to_listen(tmp_path, stopped):
     """A pipe whose reader has gone, a disk that is full below the log."""
     flags = ["--preset", "toy", "--data", few_rows(), "--steps", "5", "--prompts-per-step", "4", "--eval-limit", "3"]
@@ -472,6 +487,7 @@ def test_what_a_reward_function_has_forked_ends_by_a_signal_as_ever(tmp_path):
     launch(config(grpo, tmp_path / "r", steps=1), fork)
 
 
+@pytest.mark.slow
 def test_the_command_is_killed_with_kill_9_and_resumed(tmp_path, stopped):
     run = tmp_path / "r"
     options = dataclasses.asdict(config(grpo, run))

@@ -92,6 +92,7 @@ def test_a_tokenizer_with_code_of_its_own(tmp_path, capsys):
     assert not (tmp_path / "mark").exists()
 
 
+@pytest.mark.slow
 def test_weights_that_are_pickles_wait_for_trust(tmp_path, capsys):
     path = shutil.copytree(STORIES["model"], tmp_path / "model")
     torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
@@ -144,6 +145,7 @@ def watched(*args: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", WATCHED, *args], capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["sft --preset toy", "grpo --preset arithmetic"])
 def test_a_run_opens_no_connection(tmp_path, command):
     done = watched(*command.split(), "--steps", "1", "--out", str(tmp_path / "run"))
@@ -152,6 +154,7 @@ def test_a_run_opens_no_connection(tmp_path, command):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_connection_would_be_seen(tmp_path):
     body = (
         "import socket\ndef r(completions, **k):\n    socket.socket(type=socket.SOCK_DGRAM).connect(('127.0.0.1', 9))"

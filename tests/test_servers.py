@@ -31,6 +31,7 @@ from trivet.model.load import load_policy
 from trivet.model.text import load_tokenizer
 from trivet.optimization import truncated_importance_weights
 from trivet.recipes import grpo, pairwise_grpo, ppo
+from trivet.rewards.guard import within
 from trivet.run.launch import Launch, launch
 from trivet.run.resume import resume
 from trivet.toy import ARITHMETIC
@@ -73,7 +74,7 @@ def client(tmp_path):
     """Makes what generates with stubs; closes it."""
     made: list[Servers] = []
 
-    def make(*stubs: Stub, temperature: float = 0.7, tokens: int = 6, timeout: float = 20.0, **options) -> Servers:
+    def make(*stubs: Stub, temperature: float = 0.7, tokens: int = 6, timeout: float = 60.0, **options) -> Servers:
         engine = Engine(lambda prompt, ids: " ".join(map(str, ids)), [0], tokens, temperature, torch.Generator())
         cut = {"temperature": temperature, "top_k": 0, "top_p": 1.0}
         servers = [Server(x.url, [0], cut, timeout, 1e-4, True) for x in stubs]
@@ -249,8 +250,9 @@ def test_a_server_that_misbehaves_loses_its_work_to_another(stub, others, client
     if fault == "wrong version" and policy is adapted:
         pytest.skip("an adapter's version is its name, which is asked for")
     second = others()
-    policy, servers = policy(), client(stub, second, timeout=2.0 if fault == "hang" else 20.0, patience=60.0)
+    policy, servers = policy(), client(stub, second)
     servers.generate(policy, ROWS, 3)
+    servers.servers[0].timeout = 1.0 if fault == "hang" else 60.0
     move(policy)
     stub.fault(fault)
     while stub.faults:  # on a busy machine the other server may have it all written before this one is asked
@@ -275,12 +277,10 @@ def test_a_server_that_comes_back_with_old_weights_is_brought_to_the_new_ones(st
 
 def test_without_a_server_the_wait_ends(folder, client):
     gone = Stub(folder)
-    servers = client(gone, patience=1.0)
+    servers = client(gone, patience=0.5)
     gone.close()
-    began = time.monotonic()
     with pytest.raises(NoServerError, match=f"no server to generate with: {gone.url} can't be reached"):
-        servers.generate(tiny(), ROWS, 2)
-    assert time.monotonic() - began < 8
+        within(60.0, lambda: servers.generate(tiny(), ROWS, 2))
 
 
 def test_no_server_is_given_up_before_it_was_tried(stub, client, monkeypatch):
@@ -299,30 +299,25 @@ def test_no_server_is_given_up_before_it_was_tried(stub, client, monkeypatch):
 def test_a_server_that_says_nothing_any_more_is_left_before_its_time_is_up(stub, others, client, monkeypatch):
     monkeypatch.setattr("trivet.generation.server.BEAT", 0.2)
     monkeypatch.setattr("trivet.generation.server.SHORT", 0.3)
-    second = others()
-    servers = client(stub, second, timeout=60.0)
-    servers.generate(tiny(), ROWS, 2)
-    stub.fault("hang", "hang")
+    servers, policy = client(stub, others(), timeout=3600.0), tiny()
+    while not all(server.has for server in servers.servers):
+        servers.generate(policy, ROWS, 2)
+    stub.fault("hang")
     stub.route = lambda handler, body: stub.held.wait() if "health" in handler.path else Stub.route(stub, handler, body)
-    began = time.monotonic()
-    servers.generate(tiny(), ROWS, 2)
-    assert time.monotonic() - began < 15
+    while stub.faults:  # on a busy machine the other server may have it all written before this one is asked
+        within(60.0, lambda: servers.generate(policy, ROWS, 2))
+    assert servers.metrics()["servers/resent"] >= 1
+    assert not stub.held.is_set()
 
 
 # A process of our own -----------------------------------------------------------------------------------------------
 
 
-def wait_for(condition, seconds: float = 30.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
+@pytest.mark.slow
 def test_a_local_server_is_started_and_ends_with_us(folder, client, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
     local = Local(Path(sys.executable), tmp_path / "log", ["--anything", "else"], module="stub_vllm")
-    servers = client(timeout=60.0)
+    servers = client()
     url, cut = f"http://127.0.0.1:{local.port}", {"temperature": 0.7, "top_k": 0, "top_p": 1.0}
     servers.servers.append(Server(url, [0], cut, 60.0, 1e-4, True, local=local))
     policy = tiny()
@@ -359,6 +354,17 @@ def toy(tmp_path):
         server.close()
 
 
+def impatient(monkeypatch, seconds: float) -> None:
+    """Runs wait so long for a server that works, and all the 500 s that they are told to for what one is asked."""
+
+    def made(**options) -> Servers:
+        assert [options["patience"], *(server.timeout for server in options["servers"])] == [500.0, 500.0]
+        return Servers(**options | {"patience": seconds})
+
+    monkeypatch.setenv("TRIVET_SERVER_TIMEOUT", "500")
+    monkeypatch.setattr("trivet.run.servers.Servers", made)
+
+
 def lines(out: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in (out / name).read_text().splitlines()]
 
@@ -381,6 +387,7 @@ def test_a_run_says_which_weights_wrote_what(toy, tmp_path, recipe, staleness):
     assert not (out / "served").exists()
 
 
+@pytest.mark.slow
 def test_each_batch_is_trained_on_once_and_in_the_order_of_the_data(toy, tmp_path):
     """What an undisturbed run trains on is what one with faults trains on: no group is lost, doubled or cut."""
     prompts = {}
@@ -401,8 +408,9 @@ def test_each_batch_is_trained_on_once_and_in_the_order_of_the_data(toy, tmp_pat
     assert metrics[-1]["servers/resent"] >= 5
 
 
+@pytest.mark.slow
 def test_without_a_server_the_run_stops_with_a_checkpoint_and_goes_on_later(toy, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("TRIVET_SERVER_TIMEOUT", "2")
+    impatient(monkeypatch, 0.5)
     out, options = tmp_path / "run", dict(TOY, steps=6)
     toy[0].fault(*[""] * 3 * 8, "die")
     config = grpo.Config(**options, generate_with=(toy[0].url,), out=str(out))
@@ -419,6 +427,7 @@ def test_without_a_server_the_run_stops_with_a_checkpoint_and_goes_on_later(toy,
     assert json.loads((out / "summary.json").read_text())["steps"] == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "options"),
     [(grpo, {}), (ppo, {}), (grpo, {"lora": 4, "merge": True})],
@@ -451,10 +460,11 @@ def test_rollouts_not_yet_used_are_in_a_checkpoint(toy, tmp_path, recipe, option
     same(whole, out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("every", "where"), [(0, "the start"), (2, "step 2")])
 def test_without_a_server_in_an_evaluation_it_says_from_where_it_goes_on(toy, tmp_path, monkeypatch, every, where):
     """The weights have moved by then, so that the beginning of the step can't be saved any more."""
-    monkeypatch.setenv("TRIVET_SERVER_TIMEOUT", "3")
+    impatient(monkeypatch, 0.5)
     out, options = tmp_path / "run", dict(TOY, steps=4, eval_every=4, eval_limit=2, save_every=every)
     toy[0].fault(*[""] * 4 * 8, "die")
     with pytest.raises(InputError, match=f"; stopped in step 4, to go on from {where}: trivet resume"):
@@ -473,7 +483,7 @@ def test_generation_overlaps_training(toy, tmp_path, monkeypatch, ahead):
         return sum(body["sampling_params"]["max_tokens"] > 1 for body in toy[0].asked)  # the others are probes
 
     def reward(prompts, completions, **_):
-        batch, end = len(seen) + 1, time.monotonic() + (60 if ahead else 0.5)
+        batch, end = len(seen) + 1, time.monotonic() + (60 if ahead else 0.3)
         while asked() <= 8 * batch and batch < 5 and time.monotonic() < end:
             time.sleep(0.01)
         seen.append(asked() > 8 * batch)
@@ -486,6 +496,7 @@ def test_generation_overlaps_training(toy, tmp_path, monkeypatch, ahead):
     assert asked() == 5 * 8
 
 
+@pytest.mark.slow
 def test_arithmetic_climbs_with_rollouts_a_step_old(toy, tmp_path, monkeypatch):
     """Two processes: this one trains, the stub's samples."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
@@ -517,6 +528,7 @@ class Late:
         return replace(rollouts, versions=[0] * len(rollouts.texts))
 
 
+@pytest.mark.slow
 def test_arithmetic_is_learned_a_step_late():
     run = Launch(
         grpo.Config(**{**grpo.PRESETS["arithmetic"], "lr": 5e-4, "steps": 500})
@@ -561,6 +573,7 @@ def test_importance_weights_make_the_gradient_that_of_the_learner():
     assert torch.equal(capped[weights < 1.1], weights[weights < 1.1])
 
 
+@pytest.mark.slow
 def test_the_cap_acts_in_grpo_and_ppo(toy, tmp_path):
     """With rollouts that are two steps old a cap near 0 leaves the weights where they were; without servers it does nothing."""
     for recipe in (grpo, ppo):

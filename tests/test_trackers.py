@@ -27,8 +27,13 @@ from trivet.recipes import reward_model
 from trivet.run.launch import launch
 def watch(launched, step, metrics):
     if step == 3:
-        time.sleep(1)  # for those who are told by a thread
+        end = time.monotonic() + 60
+        while "trackio" in sys.argv and stored() < 3 and time.monotonic() < end:
+            time.sleep(0.05)  # it is told by a thread
         os.kill(os.getpid(), 9)
+def stored():
+    from trackio.sqlite_storage import SQLiteStorage
+    return sum(len(SQLiteStorage.get_logs("trivet", run)) for run in SQLiteStorage.get_runs("trivet"))
 toy = reward_model.PRESETS["arithmetic"] | {"prompts_per_step": 4, "steps": 4, "save_every": 2}
 launch(reward_model.Config(**toy, out=sys.argv[1], track=tuple(sys.argv[2:])), watch)
 """
@@ -64,6 +69,7 @@ def needs(name: str):
     return pytest.mark.skipif(name not in INSTALLED, reason=f'needs pip install "trivet[{name}]"')
 
 
+@pytest.mark.slow
 @needs("tensorboard")
 def test_tensorboard(tracked):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -118,6 +124,7 @@ def without_times(history) -> list[dict]:
     return [{key: value for key, value in line.items() if key == "_step" or key[0] != "_"} for line in history]
 
 
+@pytest.mark.slow
 @needs("wandb")
 def test_wandb_offline(tracked):
     out, metrics = tracked
@@ -148,6 +155,7 @@ for first, last, how in json.loads(sys.argv[2]):  # a life of the run: its recor
 """
 
 
+@pytest.mark.slow
 @needs("wandb")
 def test_wandb_with_a_server_that_is_told_each_step_once(tmp_path):
     stub, known = Stub(), {"WANDB_API_KEY": "0" * 40}
@@ -161,6 +169,7 @@ def test_wandb_with_a_server_that_is_told_each_step_once(tmp_path):
     }
 
 
+@pytest.mark.slow
 @needs("wandb")
 def test_wandb_offline_after_a_life_that_was_synced_is_a_run_of_its_own(tmp_path):
     lives = [[1, 4, "synced"], [3, 4, "stopped"], [5, 6, "done"]]
@@ -173,6 +182,7 @@ def test_wandb_offline_after_a_life_that_was_synced_is_a_run_of_its_own(tmp_path
     assert without_times(wandb_history(path)[0]) == [{"_step": step, "x": step / 2} for step in range(1, 7)]
 
 
+@pytest.mark.slow
 @needs("mlflow")
 @pytest.mark.filterwarnings("ignore")
 def test_mlflow_in_a_file(tracked):
@@ -192,6 +202,7 @@ def test_mlflow_in_a_file(tracked):
             assert found == {step: line[key] for step, line in metrics.items() if key in line}
 
 
+@pytest.mark.slow
 @needs("trackio")
 def test_trackio(tracked):
     out, metrics = tracked

@@ -12,12 +12,14 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import uvicorn
 
 from runs import LIVING, write_run
 from trivet.cli import main
+from trivet.errors import InputError
 from trivet.report import watch
 from trivet.run.reading import lives, read_metrics, state
 
@@ -39,7 +41,7 @@ def serve(monkeypatch):
         servers.append((server, thread, listening))
 
         def ask(path="/data.json", headers=None, method="GET"):
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
             try:
                 connection.putrequest(method, path, skip_host="Host" in (headers or {}))
                 for key, value in (headers or {}).items():
@@ -123,7 +125,7 @@ def test_a_run_ends_or_is_killed_or_goes_and_comes_back(serve, tmp_path):
     os.utime(run / "metrics.jsonl", (time.time() - 60,) * 2)
     assert status() == "running"
     child.kill()
-    until = time.time() + 10
+    until = time.time() + 60
     while status() == "running" and time.time() < until:
         time.sleep(0.05)
     assert status() == "stopped"  # though nobody has waited for it
@@ -138,27 +140,35 @@ def test_a_run_ends_or_is_killed_or_goes_and_comes_back(serve, tmp_path):
 
 
 def test_several_who_watch_cost_what_one_does_and_the_loop_stays_free(serve, tmp_path, monkeypatch):
-    gather, calls = watch.gather, []
+    gather, calls, free, now = watch.gather, [], [], [1000.0]
+    looking, other = threading.Event(), threading.Event()
 
     def slow(runs):
         calls.append(runs)
-        time.sleep(1)
+        looking.set()
+        free.append(other.wait(15))
+        now[0] += 1
         return gather(runs)
 
     run = going_on(tmp_path / "grpo")
     ask = serve(run)
     monkeypatch.setattr(watch, "gather", slow)
     monkeypatch.setattr(watch, "EVERY", 2.0)
+    monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: now[0], time=lambda: 0.0))
     with ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(ask) for _ in range(6)]
-        time.sleep(0.2)
-        began = time.monotonic()
+        assert looking.wait(60)
         assert ask("/nothing")[0] == 404
-        assert time.monotonic() - began < 0.5
+        other.set()
         assert {answer.result()[0] for answer in asked} == {200}
+    assert free == [True]  # it was answered in the middle of a look
     append(run, line(run))
+    now[0] = 1001 + 10 - 2
     assert json.loads(ask()[2])["runs"][0]["done"] == 6  # looking takes a tenth of the time at most
     assert len(calls) == 1
+    now[0] += 0.1
+    assert json.loads(ask()[2])["runs"][0]["done"] == 7
+    assert len(calls) == 2
 
 
 def test_a_folder_of_runs_shows_those_that_are_begun_later_too(serve, tmp_path):
@@ -217,7 +227,7 @@ def test_the_command_says_where_it_is_and_ends_quietly(tmp_path, capsys):
     )
     said = process.stdout.readline()
     port = int(re.search(r"http://127\.0\.0\.1:(\d+)/", said)[1])
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.request("GET", "/data.json")
     assert connection.getresponse().status == 200
     assert main(["watch", str(run), "--port", str(port)]) == 2
@@ -225,7 +235,7 @@ def test_the_command_says_where_it_is_and_ends_quietly(tmp_path, capsys):
     assert f"--port {port}" in taken
     assert taken.count("\n") == 1
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (0, "", "")
     connection.close()
 
@@ -251,29 +261,34 @@ def test_what_cannot_be_watched_is_one_sentence(arguments, named, tmp_path, caps
     assert said.count("\n") == 1
 
 
-def test_a_run_that_is_about_to_begin_is_waited_for(tmp_path, capsys):
-    run = tmp_path / "runs" / "grpo"
+def test_a_run_that_is_about_to_begin_is_waited_for(tmp_path, capsys, monkeypatch):
+    run, now = tmp_path / "runs" / "grpo", [1000.0]
 
-    def begin():
-        run.mkdir(parents=True)  # a run's directory is there a moment before what is in it
-        time.sleep(0.3)
-        going_on(run)
+    def sleep(seconds):
+        before = now[0]
+        now[0] += seconds
+        if before < 1020 <= now[0]:
+            run.mkdir(parents=True)  # a run's directory is there a moment before what is in it
+        if before < 1040 <= now[0]:
+            going_on(run)
 
-    began, begins = time.monotonic(), threading.Timer(0.3, begin)
-    begins.start()
+    monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
     watch.wait_for([run])
-    assert 0.6 < time.monotonic() - began < 10
-    begins.join()
+    assert 1040 <= now[0] < 1041
     assert capsys.readouterr().err == f"trivet watch: waiting up to 60 s for {run} to begin\n"
     watch.wait_for([run])
     assert capsys.readouterr().err == ""
+    with pytest.raises(InputError, match="there is no such directory"):
+        watch.wait_for([tmp_path / "never"])
+    assert 1100 <= now[0] < 1102
 
 
-def test_what_state_a_run_is_in(tmp_path):
-    run = going_on(tmp_path / "grpo")
+def test_what_state_a_run_is_in(tmp_path, monkeypatch):
+    run, now = going_on(tmp_path / "grpo"), 1_700_000_000.0
+    monkeypatch.setattr("trivet.run.reading.time", SimpleNamespace(time=lambda: now))
 
     def quiet(seconds):
-        os.utime(run / "metrics.jsonl", (time.time() - seconds,) * 2)
+        os.utime(run / "metrics.jsonl", (now - seconds,) * 2)
 
     quiet(0)
     assert state(run, LIVING, [0.6]) == "running"

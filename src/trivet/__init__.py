@@ -18,11 +18,17 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch is imported, so after this
 
 _WHERE = {  # the public names, in reading order; imported when they are asked for, so that the command line is there at once
+    "Example": "trivet.batch",
     "Groups": "trivet.batch",
     "Rollouts": "trivet.batch",
-    "token_logprobs": "trivet.model",
-    "scores": "trivet.model",
-    "values": "trivet.model",
+    "collate": "trivet.batch",
+    "load_policy": "trivet.model.load",
+    "load_scorer": "trivet.model.load",
+    "load_tokenizer": "trivet.model.text",
+    "token_logprobs": "trivet.model.forward",
+    "scores": "trivet.model.scalar",
+    "values": "trivet.model.scalar",
+    "shares_prefix": "trivet.model.forward",
     "Engine": "trivet.generation.engine",
     "launch": "trivet.run.launch",
     "resume": "trivet.run.resume",

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
+from trivet.dependencies import require_extra
+from trivet.early import refuse_early
 from trivet.errors import InputError, nearest
 from trivet.help import WHERE, print_help
 from trivet.recipes import RECIPES
@@ -91,47 +93,60 @@ def first_to_fail() -> bool:
     return ranks.first_to_fail() if ranks else leads()
 
 
+COMMANDS = {  # command: the module that has its function; the methods and resume are launched
+    "quickstart": "quickstart",
+    "compare": "report.compare",
+    "report": "report.page",
+    "watch": "report.watch",
+    "plot": "report.plots",
+    "generate": "commands",
+    "score": "commands",
+    "replay": "run.replay",
+    "plan": "plan.command",
+}
+
+
 def run_command(command: str, args: list[str]) -> int:
     """One command with its own arguments."""
-    others = {"quickstart": "quickstart", "compare": "report.compare", "report": "report.page"}
-    others |= {
-        "watch": "report.watch",
-        "plot": "report.plots",
-        "generate": "commands",
-        "score": "commands",
-        "replay": "run.replay",
-        "plan": "plan.command",
-    }
-    if (command in RECIPES or command in WHERE) and {"-h", "--help"} & set(args):
-        print_help(command)
-    elif command in RECIPES or command == "resume":
-        from trivet.run.arguments import parse, read_flags, typed
-        from trivet.run.launch import launch
-        from trivet.run.resume import config_of, resume
-        from trivet.run.terminal import Terminal
-
-        with closing(Terminal()) as terminal:  # else a progress line swallows what is said after it
-            if command == "resume":
-                if not args or args[0].startswith("-") or {"-h", "--help"} & set(args):
-                    print(RESUME)
-                    return 0 if {"-h", "--help"} & set(args) else 2
-                kind = type(config_of(Path(args[0])))
-                options = typed(kind, read_flags(kind, args[1:]), "--")
-                out, quiet = resume(args[0], terminal, **options), False
-            else:
-                recipe = importlib.import_module(f"trivet.recipes.{command.replace('-', '_')}")
-                config = parse(recipe.Config, args, recipe.PRESETS)
-                quiet = config.quiet
-                out = launch(config, None if quiet else terminal)
-        if leads():
-            print(out if quiet else f"  model in {out / 'model'}, all of it on one page: trivet report {out}")
-    elif command in others:
-        module = importlib.import_module(f"trivet.{others[command]}")
-        getattr(module, command)(args)
-    else:
-        near = nearest(command, [*RECIPES, "resume", *others])
+    wants_help = bool({"-h", "--help"} & set(args))
+    if command not in (*RECIPES, *COMMANDS, "resume"):
+        near = nearest(command, [*RECIPES, "resume", *COMMANDS])
         raise InputError(f"unknown command; the nearest known one is '{near}' (trivet --help lists all)")
+    if wants_help and (command in RECIPES or command in WHERE):
+        print_help(command)
+        return 0
+    if command == "resume" and (wants_help or not args or args[0].startswith("-")):
+        print(RESUME)
+        return 0 if wants_help else 2
+    refuse_early(command, args)
+    if command in COMMANDS:
+        if command == "watch":
+            require_extra("watch", "trivet watch")
+        getattr(importlib.import_module(f"trivet.{COMMANDS[command]}"), command)(args)
+    else:
+        train(command, args)
     return 0
+
+
+def train(command: str, args: list[str]) -> None:
+    """A method from its beginning, or `resume` of a run."""
+    from trivet.run.arguments import parse, read_flags, typed
+    from trivet.run.launch import launch
+    from trivet.run.resume import config_of, resume
+    from trivet.run.terminal import Terminal
+
+    with closing(Terminal()) as terminal:  # else a progress line swallows what is said after it
+        if command == "resume":
+            kind = type(config_of(Path(args[0])))
+            options = typed(kind, read_flags(kind, args[1:]), "--")
+            out, quiet = resume(args[0], terminal, **options), False
+        else:
+            recipe = importlib.import_module(f"trivet.recipes.{command.replace('-', '_')}")
+            config = parse(recipe.Config, args, recipe.PRESETS)
+            quiet = config.quiet
+            out = launch(config, None if quiet else terminal)
+    if leads():
+        print(out if quiet else f"  model in {out / 'model'}, all of it on one page: trivet report {out}")
 
 
 if __name__ == "__main__":

@@ -17,16 +17,15 @@ from trivet.data import load_examples
 from trivet.errors import InputError
 from trivet.generation.engine import Engine
 from trivet.model.load import (
-    is_local_model,
     is_scorer,
     load_policy,
     load_scorer,
     model_facts,
-    model_folder,
     require_causal,
     usable_device,
 )
 from trivet.model.text import decode_completion, encode_prompt, load_tokenizer, stop_ids
+from trivet.places import is_local_model, model_folder
 from trivet.recipes.offline import to_groups
 from trivet.rewards.functions import load_rewards
 from trivet.rows import read_rows

@@ -26,6 +26,11 @@ class Option(NamedTuple):
     group: str
 
 
+def recipe_file(method: str) -> str:
+    """The file of the package that holds this method."""
+    return f"recipes/{method.replace('-', '_')}.py"
+
+
 def options_of(file: str, kind: str = "Config") -> dict[str, Option]:
     """The options of the config of this name in this file of the package, those that it inherits first.
 
@@ -53,7 +58,7 @@ def print_help(command: str) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    takes, file, kind = WHERE.get(command, ("", f"recipes/{command.replace('-', '_')}.py", "Config"))
+    takes, file, kind = WHERE.get(command, ("", recipe_file(command), "Config"))
     options = options_of(file, kind)
     rows = [(option.group, Text(_flag(name, option)), _said(option)) for name, option in options.items()]
     if command not in WHERE:

@@ -37,7 +37,7 @@ COMPARED = ("sft", "dpo", "ppo", "grpo", "pairwise-grpo")
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """All six methods on the embedded story model, then one table, plots and samples. Finished stages are kept on a rerun."""
+    """All six methods on the embedded story model, then one table, one page and samples. Finished stages are kept on a rerun."""
 
     out: str = "runs/quickstart"
     """Directory to make; one run directory per method inside."""
@@ -68,10 +68,8 @@ def quickstart(args: list[str]) -> None:
             console.rule(f"{number} of {len(weights)} · {method}  done before, kept", align="left")
     console.rule(f"{len(weights)} of {len(weights)} · evaluation on held-out openings", align="left")
     from trivet.report.page import write_page
-    from trivet.report.plots import draw_quickstart
 
     samples = evaluate_all(out, config, prompts=max(8, round(256 * config.scale)))
-    pictures = draw_quickstart(out, COMPARED)
     for table in tables([out / method for method in STAGES]):
         console.print(table)
     ceiling = read_summary(out / "reward-model")["eval"]
@@ -83,9 +81,7 @@ def quickstart(args: list[str]) -> None:
     console.print(samples, markup=False, soft_wrap=True)
     console.print(f"{time.perf_counter() - began:.0f} s in all")
     page = write_page([out / method for method in STAGES], out / "report.html")
-    console.print(
-        f"pictures: {', '.join(map(str, pictures))}\nsamples side by side: {out / 'samples.md'}", soft_wrap=True
-    )
+    console.print(f"samples side by side: {out / 'samples.md'}", soft_wrap=True)
     console.print(f"all of it on one page, down to the token: open {page}", style="bold", soft_wrap=True)
 
 

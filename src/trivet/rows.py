@@ -20,11 +20,11 @@ from typing import IO, Any
 
 import numpy
 
+from trivet.dependencies import require_extra
 from trivet.errors import InputError, first_line
+from trivet.places import data_file
 
 Row = dict[str, Any]
-KINDS = (".jsonl", ".json", ".csv", ".parquet")
-PACKED = (".gz", ".zst")
 SMALL, MANY, LARGE = 4 << 20, 100_000, 200 << 20  # bytes that are never too many, rows and bytes that are not held
 BLOCK = 1 << 24
 
@@ -36,7 +36,7 @@ def read_rows(path: str) -> Iterator[Row]:
 
 def numbered_rows(path: str) -> Iterator[tuple[str, Row]]:
     """The same, each with its place: the file, and the line or row."""
-    file, kind = _file(path)
+    file, kind = data_file(path)
     if file is None:
         table = _hub(path)
         _hub.cache_clear()  # it serves many_rows and us, not the next run: a folder may have changed by then
@@ -60,7 +60,7 @@ def numbered_rows(path: str) -> Iterator[tuple[str, Row]]:
 
 def many_rows(path: str) -> "Lines | Table | None":
     """The rows by number where there are too many to hold, else None. A .json file is read whole, so always None."""
-    file, kind = _file(path)
+    file, kind = data_file(path)
     if file is None:
         table = _hub(path)
         if len(table) <= MANY:
@@ -161,26 +161,10 @@ def _line_starts(path: str, file: IO[bytes]) -> tuple[Any, int]:
     return numpy.concatenate(starts or [numpy.zeros(0, numpy.int64)]), size
 
 
-def _file(path: str) -> tuple[Path | None, str]:
-    """The file of this name and its kind; no file where the name is that of a folder or a hub data set."""
-    if not path:
-        raise InputError(
-            "no data was named: give --data a file (.jsonl, .json, .csv, .parquet) or a hub name (or use --preset toy)"
-        )
-    file, packed = Path(path), Path(path.lower()).suffix
-    kind = Path(path.lower().removesuffix(packed if packed in PACKED else "")).suffix
-    if file.is_dir() or (not file.exists() and kind not in KINDS):
-        return None, kind
-    if not file.exists():
-        raise InputError(f"{path}: no such file")
-    if kind not in KINDS:
-        raise InputError(f"{path}: unknown kind of file; use {', '.join(KINDS)}, each also as .gz or .zst")
-    return file, kind
-
-
 def _opened(path: str) -> Any:
     packed = Path(path.lower()).suffix
     if packed == ".zst":
+        require_extra("hub", path)
         import pyarrow
 
         return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(path), "zstd"))
@@ -206,6 +190,7 @@ def _spooled(path: str, kind: str) -> IO[bytes]:
 
 def _file_rows(data: Any, kind: str) -> Iterator[Any]:
     if kind == ".parquet":
+        require_extra("hub", "a .parquet file")
         import pyarrow.parquet as parquet
 
         yield from parquet.read_table(io.BytesIO(data.read())).to_pylist()
@@ -265,6 +250,7 @@ def _unreadable(where: str, kind: str, error: Exception) -> InputError:
 @functools.lru_cache(maxsize=1)
 def _hub(name: str) -> Any:
     """The train split of a hub data set, or of a folder of files: kept on disk by `datasets`, read row by row."""
+    require_extra("hub", f"{name}, which is no file here and so read as a data set,")
     import datasets
 
     datasets.disable_progress_bars()
@@ -275,6 +261,7 @@ def _hub(name: str) -> Any:
 
 
 def _parquet_table(path: str) -> Table | None:
+    require_extra("hub", path)
     import datasets
     import pyarrow.parquet as parquet
 

@@ -1,5 +1,9 @@
 """Hugging Face models as trunk and head: loading, the shared-prefix forward, log-probabilities that never build logits."""
 
+from trivet.dependencies import require_tried_versions
+
+require_tried_versions()  # before transformers and peft are imported: what they lack would be a traceback
+
 from trivet.model.copies import frozen_copy
 from trivet.model.forward import token_logprobs
 from trivet.model.load import load_policy, load_scorer

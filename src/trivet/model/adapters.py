@@ -8,7 +8,6 @@ The model stays the transformers model that it was. Two models over one base are
 
 import copy
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,14 +22,15 @@ from transformers.utils import find_adapter_config_file
 
 from trivet.errors import InputError, first_line
 from trivet.model.scalar import with_scalar_head
+from trivet.places import ADAPTER_CONFIG, is_path
 
-CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+WEIGHTS, PREFIX = "adapter_model.safetensors", "base_model.model."
 CAUSAL, SCORER = "CAUSAL_LM", "SEQ_CLS"
 
 
 def adapter_of(name: str) -> LoraConfig | None:
     """What the adapter in a folder or hub name says of itself; None where there is no adapter."""
-    if not name or (is_path(name) and not (Path(name) / CONFIG).exists()):
+    if not name or (is_path(name) and not (Path(name) / ADAPTER_CONFIG).exists()):
         return None
     try:
         if not find_adapter_config_file(name):
@@ -40,16 +40,11 @@ def adapter_of(name: str) -> LoraConfig | None:
     try:
         config = PeftConfig.from_pretrained(name)
     except Exception as error:  # a damaged file, a stranger's kind
-        raise InputError(f"adapter {name}: its {CONFIG} can't be read: {first_line(error)}") from error
+        raise InputError(f"adapter {name}: its {ADAPTER_CONFIG} can't be read: {first_line(error)}") from error
     if not isinstance(config, LoraConfig) or not config.base_model_name_or_path:
         what = "names no base model" if isinstance(config, LoraConfig) else f"is of kind {config.peft_type}"
-        raise InputError(f"adapter {name}: its {CONFIG} {what}; expected LoRA with a base_model_name_or_path")
+        raise InputError(f"adapter {name}: its {ADAPTER_CONFIG} {what}; expected LoRA with a base_model_name_or_path")
     return config
-
-
-def is_path(name: str) -> bool:
-    """Whether a folder here is meant, there or not, and no hub name."""
-    return Path(name).exists() or name[0] in "/." or ("/" in name and Path(name).parts[0] in os.listdir())
 
 
 def new_adapter(model: Any, base: str, rank: int, alpha: int, targets: Sequence[str]) -> Any:
@@ -109,7 +104,7 @@ def write_adapter(model: Any, folder: Path) -> None:
     said = {
         key: sorted(value) if isinstance(value, set) else value for key, value in said.items()
     }  # peft's order varies
-    (folder / CONFIG).write_text(json.dumps(said, indent=2, sort_keys=True), encoding="utf-8")
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(said, indent=2, sort_keys=True), encoding="utf-8")
     if model.can_generate():
         model.generation_config.save_pretrained(folder)  # where completions end, for Trivet
 

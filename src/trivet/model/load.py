@@ -9,12 +9,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from trivet.errors import InputError, first_line
-from trivet.model.adapters import CONFIG as ADAPTER_CONFIG
-from trivet.model.adapters import SCORER, adapter_of, inject, is_path, merged, read_adapter, write_adapter
+from trivet.model.adapters import SCORER, adapter_of, inject, merged, read_adapter, write_adapter
 from trivet.model.adapters import WEIGHTS as ADAPTER_WEIGHTS
 from trivet.model.lean import make_lean
 from trivet.model.quantize import keep_trainable, quantization
 from trivet.model.trust import refusal, trusted
+from trivet.places import ADAPTER_CONFIG, CONFIG, require_model
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 disable_progress_bar()
@@ -149,17 +149,6 @@ def usable_device(name: str) -> str:
     return device
 
 
-def model_folder(name: str) -> str:
-    """The model inside a run directory, or the name as it is."""
-    inside = str(Path(name) / "model")
-    return inside if is_local_model(inside) else name
-
-
-def is_local_model(name: str) -> bool:
-    """Whether this is a folder with a model, or an adapter, in it."""
-    return any((Path(name) / file).exists() for file in ("config.json", ADAPTER_CONFIG))
-
-
 def from_config(name: str, kind: Any, **options: Any) -> Any:
     """The model in float32 with random weights."""
     config = AutoConfig.from_pretrained(name, trust_remote_code=trusted(), **options)
@@ -184,10 +173,7 @@ def _with_weights(name: str, kind: Any, may_lack: tuple[str, ...] = (), **option
 
 
 def _reading(name: str, load: Callable[[], Any]) -> Any:
-    if not name:
-        raise InputError("no model was named: give --model a Hugging Face name or folder (or use --preset toy)")
-    if is_path(name) and not (Path(name) / "config.json").exists():
-        raise InputError(f"{name}: no config.json there; a model is a folder as transformers' save_pretrained makes it")
+    require_model(name, files=(CONFIG,))  # of an adapter this is the base
     try:
         return load()
     except Exception as error:  # transformers, safetensors and the hub client raise many kinds

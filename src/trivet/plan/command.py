@@ -12,6 +12,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from trivet.errors import InputError, first_line
+from trivet.places import is_path, model_folder
 from trivet.plan import formulas
 from trivet.plan.options import Config
 from trivet.plan.shapes import SHAPES, Shape, card_of, own_shape, shape_of, this_machine
@@ -103,8 +104,6 @@ def named_shape(name: str) -> Shape:
     if known and not Path(name).exists():
         numbers = {key: value for key, value in SHAPES[known].items() if key != "source"}
         return shape_of(AutoConfig.for_model(**numbers), known, SHAPES[known]["source"])
-    from trivet.model.adapters import is_path
-    from trivet.model.load import model_folder
     from trivet.model.trust import refusal, trusted
 
     folder = model_folder(name)

@@ -1,4 +1,4 @@
-"""Pictures of runs: those of the quickstart, and any metric of any runs by command."""
+"""Pictures of runs: any metric of any runs, as PNG and SVG."""
 
 import difflib
 import math
@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trivet.dependencies import require_extra
 from trivet.errors import InputError
-from trivet.report.compare import place_of, read_summary, runs_in
+from trivet.report.compare import place_of, runs_in
 from trivet.run.arguments import runs_and_options
 from trivet.run.reading import method_of, read_metrics, require_run, run_names
 
@@ -94,6 +95,7 @@ def draw_metrics(runs: Sequence[Path], ys: Sequence[str], x: str, width: int, ou
 
     Errors: InputError for a metric that none of the runs has, naming near ones.
     """
+    require_extra("plot", "a picture")
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -194,74 +196,6 @@ def _missing(runs: Sequence[Path], rows: Sequence[list[dict[str, Any]]], x: str,
     near = sorted((key for name, key in plain.items() if absent.lower() in name.split("/")), key=len)
     near += [plain[name] for name in difflib.get_close_matches(absent.lower(), plain, n=4)]
     return f"{where}: no metric '{absent}'; there is {', '.join(dict.fromkeys(near or known))}"
-
-
-def draw_quickstart(out: Path, methods: Sequence[str]) -> list[Path]:
-    """frontier.png: gold against KL; training.png: learned and gold reward by step; cost.png: time, memory, tokens."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 130})
-    summaries = {method: read_summary(out / method) for method in (*methods, "reward-model")}
-    steps = {method: read_metrics(out / method) for method in methods}
-
-    figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
-    for method in methods:
-        held, trail = summaries[method]["eval"], [row for row in steps[method] if "rewards/gold/mean" in row]
-        color = COLORS[method]
-        if trail:
-            kl, gold = ([row[key] for row in trail] for key in ("kl", "rewards/gold/mean"))
-            axes.plot(smooth(kl), smooth(gold), color=color, alpha=0.45, linewidth=1.5)
-        axes.errorbar(
-            held["eval/kl"], held["eval/gold"], 2 * held["eval/gold_se"], fmt="o", color=color, capsize=3, label=method
-        )
-    axes.set(xlabel="KL to the SFT model (nats per story)", ylabel="gold reward", title="What the reward costs in KL")
-    axes.legend(frameon=False)
-    axes.text(
-        0.99,
-        0.01,
-        "dots: held-out, ± 2 s.e.; lines: while training, mean of 5 steps (DPO samples nothing)",
-        transform=axes.transAxes,
-        ha="right",
-        fontsize=8,
-    )
-
-    figure2, panels = plt.subplots(1, 2, figsize=(9, 3.8), sharex=True, layout="constrained")
-    for method in methods:
-        rows = [row for row in steps[method] if "rewards/gold/mean" in row]
-        if rows:
-            step = [row["step"] for row in rows]
-            panels[0].plot(step, smooth([row["reward"] for row in rows]), color=COLORS[method], label=method)
-            panels[1].plot(step, smooth([row["rewards/gold/mean"] for row in rows]), color=COLORS[method])
-    panels[0].set(title="learned reward (trained on)", xlabel="step", ylabel="mean of the last 5 steps")
-    panels[1].set(title="gold reward (the judge)", xlabel="step", ylabel="mean of the last 5 steps")
-    panels[0].legend(frameon=False)
-
-    figure3, bars = plt.subplots(1, 3, figsize=(10, 3.2), sharey=True, layout="constrained")
-    names = [name for name in COLORS if name in summaries][::-1]
-    measured = {
-        "wall time of this stage (s)": [summaries[name]["seconds"] for name in names],
-        "peak memory (MiB)": [summaries[name]["peak_memory_bytes"] / 2**20 for name in names],
-    }
-    for axis, (title, numbers) in zip(bars[:2], measured.items(), strict=True):
-        axis.barh(names, numbers, color=[COLORS[name] for name in names])
-        axis.set(title=title)
-    generated, trained = (
-        [summaries[name][f"tokens_{kind}"] / 1e3 for name in names] for kind in ("generated", "trained")
-    )
-    colors = [COLORS[name] for name in names]
-    bars[2].barh(names, trained, color=colors, label="trained")
-    bars[2].barh(names, generated, left=trained, color="white", edgecolor=colors, hatch="////", label="generated")
-    bars[2].set(title="tokens (thousands)")
-    bars[2].legend(frameon=False, fontsize=8)
-
-    paths = [out / "frontier.png", out / "training.png", out / "cost.png"]
-    for drawn, path in zip((figure, figure2, figure3), paths, strict=True):
-        drawn.savefig(path)
-        plt.close(drawn)
-    return paths
 
 
 def smooth(values: Sequence[float], width: int = 5) -> list[float]:

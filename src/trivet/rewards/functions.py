@@ -22,6 +22,7 @@ from torch import Tensor
 from trivet.batch import Rollouts
 from trivet.calls import pause, settled
 from trivet.errors import InputError
+from trivet.places import require_reward
 from trivet.rewards.guard import Heard, OutOfTime, within
 from trivet.rewards.learned import load_learned_reward
 from trivet.rewards.reward import Reward, WeightedSum
@@ -254,8 +255,7 @@ def _load_reward(spec: str, settings: Mapping[str, Any], own: dict[str, Any], to
             raise InputError(f"reward {spec}: a reward model takes no settings, but {', '.join(settings)} is given")
         return load_learned_reward(spec, tokenizer, like=like)
     if source.endswith(".py"):
-        if not Path(source).is_file():
-            raise InputError(f"reward {spec}: no file {source}")
+        require_reward(spec)
         loader = importlib.util.spec_from_file_location(Path(source).stem, source)
         assert loader is not None
         assert loader.loader is not None

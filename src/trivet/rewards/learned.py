@@ -10,9 +10,10 @@ from trivet.batch import Rollouts, collate
 from trivet.errors import InputError
 from trivet.model.adapters import scorer_over, trainable_copy
 from trivet.model.forward import in_microbatches
-from trivet.model.load import is_scorer, load_scorer, model_folder
+from trivet.model.load import is_scorer, load_scorer
 from trivet.model.scalar import scores
 from trivet.model.text import encode_completion, encode_prompt, load_tokenizer, stop_ids
+from trivet.places import model_folder
 
 
 @dataclass

@@ -30,11 +30,11 @@ from trivet.model.load import (
     load_policy,
     load_scorer,
     model_facts,
-    model_folder,
     require_causal,
     usable_device,
 )
 from trivet.model.text import decode_completion, load_tokenizer, stop_ids
+from trivet.places import model_folder, require_places
 from trivet.rewards.functions import load_rewards
 from trivet.run import ranks
 from trivet.run.adapted import adapted, check_adapter
@@ -73,6 +73,7 @@ class Launch:
         self.config, self.recipe = config, importlib.import_module(type(config).__module__)
         self.method = self.recipe.__name__.rpartition(".")[2].replace("_", "-")
         check(config, self.method, again=again)
+        require_places(config)
         self.start_from = model_folder(config.model)
         check_adapter(config, self.start_from)
         self.out = Path(ranks.same(config.out or f"runs/{self.method}-{time.strftime('%Y%m%d-%H%M%S')}"))

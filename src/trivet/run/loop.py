@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from trivet.batch import Example
+from trivet.run import Metrics
 from trivet.run.options import Options
 
-Metrics = dict[str, float]
 Pair = tuple[Tensor, Tensor]  # (sum, count) of a mean: parts of a step, and ranks, are added up before the division
 Tally = dict[str, Any]  # metrics before that: numbers, scalar tensors, pairs
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from trivet.errors import InputError, first_line
-from trivet.run.loop import Metrics
+from trivet.run import Metrics
 from trivet.run.reading import read_metrics
 
 Line = tuple[int, Metrics] | None

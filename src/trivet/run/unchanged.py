@@ -10,7 +10,7 @@ from typing import Any
 from trivet.batch import Example
 from trivet.data import LazyExamples
 from trivet.errors import InputError
-from trivet.model.load import is_local_model, model_folder
+from trivet.places import is_local_model, model_folder
 from trivet.run.options import Options
 from trivet.run.reading import read_object
 
