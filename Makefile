@@ -3,7 +3,8 @@ PYTHON ?= python3
 TORCH_VERSION := 2.13.0
 TORCH ?= torch==$(TORCH_VERSION)
 BIN := .venv/bin
-PIP := PIP_CONSTRAINT=requirements.lock PIP_BUILD_CONSTRAINT=requirements.lock $(BIN)/pip --disable-pip-version-check --quiet
+PIP := $(BIN)/pip --disable-pip-version-check --quiet
+LOCKED := PIP_CONSTRAINT=requirements.lock PIP_BUILD_CONSTRAINT=requirements.lock $(PIP)
 
 .PHONY: quickstart test test-all test-bounds lock bench install vllm clean
 
@@ -46,13 +47,13 @@ vllm: .vllm/bin/vllm  ## vLLM's CPU build in an environment of its own, 3.4 GB, 
 .venv/installed: pyproject.toml requirements.lock
 	@echo "setting up .venv: $(TORCH), then trivet and what it needs (a minute or two) ..."
 	@$(PYTHON) -m venv .venv
-	@$(PIP) install $(TORCH)
-	@$(PIP) install --editable .
+	@$(LOCKED) install $(TORCH)
+	@$(LOCKED) install --editable .
 	@touch $@
 
 .venv/developed: .venv/installed
 	@command -v chromium >/dev/null || (apt-get update -qq && apt-get install -qq -y chromium) >/dev/null 2>&1 || echo "no chromium: the tests of the page are skipped"
-	@$(PIP) install --editable ".[dev]"
+	@$(LOCKED) install --editable ".[dev]"
 	@$(PIP) install --no-deps --target .venv/trl-1.12.0 trl==1.12.0
 	@touch $@
 
