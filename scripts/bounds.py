@@ -131,7 +131,18 @@ def failing(python: str, which: Sequence[str], quiet: bool = False) -> list[str]
     """Run these tests, warnings allowed; returns those that failed."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [python, "-m", "pytest", "-n", "2", "-o", "filterwarnings=", "--disable-warnings", "--tb=line"]
+        command = [
+            python,
+            "-m",
+            "pytest",
+            "-n",
+            "2",
+            "-o",
+            "filterwarnings=",
+            "--disable-warnings",
+            "--tb=line",
+            "--limit=0",
+        ]
         subprocess.run(
             [*command, f"--junit-xml={report}", *which],
             check=False,

@@ -137,7 +137,9 @@ def test_steps_presets_commands_and_stray_words(refused):
     assert "toy, arithmetic" in refused("sft", "--preset", "nonsense")
     assert "'foo' belongs to no option" in refused("sft", "foo")
     assert "no model was named" in refused("sft")
-    assert "--prompts-per-step of at least 2" in refused("dpo", "--loss", "kto", "--prompts-per-step", "1")
+    assert "--prompts-per-step of at least 2" in refused(
+        "dpo", "--preset", "arithmetic", "--loss", "kto", "--prompts-per-step", "1"
+    )
     assert "'grpo'" in refused("gpro")
 
 

@@ -307,6 +307,7 @@ def test_a_template_that_opens_replies_otherwise_than_it_writes_answers(tokenize
 
 
 @pytest.mark.shared
+@pytest.mark.slow
 def test_a_run_on_real_conversations(shared, tmp_path):
     data = shared / "data" / "preference" / "hh_harmless_base_test.jsonl.gz"
     options = ["--model", str(shared / "models" / "stories260K"), "--data", str(data), "--chat-template", "plain"]

@@ -549,7 +549,7 @@ def test_every_shape_on_a_card(name, card, capsys):
         ("", "no model was named"),
         ("--model Qwen3-0.6B --method gpro", "--method gpro: there is sft"),
         ("--model Qwen3-0.6B --card h1000", "--card h1000: there is this, a100-40gb"),
-        ("--model /no/such/folder", "--model /no/such/folder: no config.json"),
+        ("--model /no/such/folder", "/no/such/folder: no config.json"),
         ("--model Qwen3-0.6B --layers 2", "give one of the two"),
         ("--layers 2", "needs --layers, --hidden and --heads"),
         ("--layers 2 --hidden 30 --heads 4", "--hidden 30 is no multiple of --heads 4"),

@@ -38,7 +38,9 @@ def broken_at(monkeypatch, recipe, steps, what=math.nan):
     return seen
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "ppo" else name for name in RECIPES]
+)
 def test_a_step_that_is_not_finite_changes_nothing_and_is_replayed(tmp_path, monkeypatch, name):
     recipe = RECIPES[name]
     broken_at(monkeypatch, recipe, {3})

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from trivet.errors import InputError
 from trivet.help import WHERE, options_of, presets_of, recipe_file
-from trivet.places import data_file, require_model, require_places
+from trivet.places import data_file, model_folder, require_model, require_places
 from trivet.recipes import RECIPES
 from trivet.run.arguments import parse, read_flags, read_toml, runs_and_options, typed
 from trivet.run.config import check
@@ -23,7 +23,7 @@ def refuse_early(command: str, args: list[str]) -> None:
         config = parse(_config(file), args, {name: {} for name in presets_of(file)})
         check(config, command)
         if not any(arg.split("=")[0] == "--preset" for arg in args):  # which may bring a model and data
-            require_model(config.model)
+            require_model(config.model and model_folder(config.model))
             data_file(config.data)
     elif command == "resume":
         kind = config_kind(Path(args[0]))

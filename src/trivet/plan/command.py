@@ -12,7 +12,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from trivet.errors import InputError, first_line
-from trivet.places import is_path, model_folder
+from trivet.places import is_path, model_folder, require_model
 from trivet.plan import formulas
 from trivet.plan.options import Config
 from trivet.plan.shapes import SHAPES, Shape, card_of, own_shape, shape_of, this_machine
@@ -107,8 +107,7 @@ def named_shape(name: str) -> Shape:
     from trivet.model.trust import refusal, trusted
 
     folder = model_folder(name)
-    if is_path(folder) and not (Path(folder) / "config.json").exists():
-        raise InputError(f"--model {name}: no config.json there; a model is a folder as save_pretrained makes it")
+    require_model(folder)
     if "/" not in name and (near := difflib.get_close_matches(name, SHAPES, n=1, cutoff=0.8)) and not is_path(name):
         raise InputError(f"--model {name}: neither a folder nor a shape known here; the nearest known one is {near[0]}")
     try:
