@@ -285,7 +285,7 @@ MISBEHAVIOR = {
 
 
 def hurry(monkeypatch, which: Callable[[str], bool]) -> None:
-    """The time of answers to such questions runs 400 times as fast: they are ended soon, and all others have their minute."""
+    """Time runs 400 times as fast for answers to such questions: they are ended soon; all others have a minute."""
 
     def hurried(client: Any, how: str, url: str, what: str, body: Any = None, *, timeout: float, largest: int) -> Any:
         fast = body is not None and which(body["messages"][0]["content"])

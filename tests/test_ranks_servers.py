@@ -96,7 +96,7 @@ def test_more_processes_than_prompts_held_out(stub, tmp_path):
 
 
 def test_a_server_that_dies_and_comes_back_changes_nothing_however_long_it_takes(stub, tmp_path):
-    """The others, who wait meanwhile, are given a sign of life now and then: no message between processes takes long."""
+    """The others wait meanwhile, and get a sign of life now and then: no message between processes takes long."""
     options = {"generate_with": (stub.url,)}
     one, back, heard = trained("grpo", tmp_path / "1", 0, **options), list[Stub](), tmp_path / "heard"
     stub.fault("", "", "", "", "", "", "", "die")  # the third group of the second step
