@@ -4,9 +4,14 @@ Two tiers: `pytest` runs what is not marked slow, `pytest -m slow` the rest (pyp
 --limit seconds, what it starts and waits for included, fails unless it is marked slow, so that the first tier stays quick.
 """
 
+import gzip
 import os
 import random
 import signal
+import tempfile
+import time
+from functools import cache
+from itertools import islice
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: workers and their children share the cores
@@ -16,6 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
 from trivet.batch import Groups, collate
+from trivet.toy import STORIES
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # also where all this was begun in the background, deaf to it
 
@@ -45,6 +51,13 @@ def computed() -> float:
     return sum(os.times()[:4])
 
 
+def pace() -> float:
+    """How much longer a piece of work takes now than on a quiet machine of the kind that CI has, at least 1: neighbors slow it."""
+    began = time.process_time()
+    sum(i * i for i in range(1_000_000))
+    return max(1.0, (time.process_time() - began) / 0.08)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
     """Notes what a test computes."""
@@ -60,7 +73,8 @@ def pytest_runtest_makereport(item, call):
     """Fails a test that took too long for its tier."""
     report, limit = (yield), item.config.getoption("--limit")
     took = getattr(item, "computed", 0.0)
-    if call.when == "call" and report.passed and limit and took > limit and not item.get_closest_marker("slow"):
+    checked = call.when == "call" and report.passed and limit and not item.get_closest_marker("slow")
+    if checked and took > limit and took > limit * pace():
         report.outcome = "failed"
         report.longrepr = (
             f"computed for {took:.1f} s, over {limit:g} s: make it quicker, or mark it with pytest.mark.slow"
@@ -80,6 +94,15 @@ def shared() -> Path:
     if not SHARED.exists():
         pytest.skip("needs the folder ../shared beside the checkout")
     return SHARED
+
+
+@cache
+def few_rows() -> str:
+    """A file of the first rows of the stories: loading all of them would take longer than the runs."""
+    path = Path(tempfile.mkdtemp()) / "few.jsonl"
+    with gzip.open(STORIES["data"], "rt", encoding="utf-8") as file:
+        path.write_text("".join(islice(file, 80)))
+    return str(path)
 
 
 def tiny(kind: type = Qwen3Config, **options) -> torch.nn.Module:

@@ -179,7 +179,7 @@ def test_one_read_of_the_device_for_each_token_that_is_decoded():
     assert reads[1] - reads[0] == 5
 
 
-@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+@pytest.mark.parametrize("precision", [None, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_the_only_large_allocations_are_the_gradients_of_a_tied_embedding(precision):
     model = tiny(vocab_size=8192, hidden_size=256, tie_word_embeddings=True)
     model.compute_dtype = precision

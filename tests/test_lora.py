@@ -11,8 +11,8 @@ from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassificatio
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, LlamaConfig, Qwen3Config
 
-from conftest import ragged, tiny
-from test_resume import RECIPES, KilledError, config, few_rows, killed_after, numbers
+from conftest import few_rows, ragged, tiny
+from test_resume import RECIPES, KilledError, config, killed_after, numbers
 from trivet.cli import main
 from trivet.errors import InputError
 from trivet.model.adapters import is_adapters, merged, new_adapter, read_adapter, write_adapter

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from conftest import ragged
-from test_resume import RECIPES, KilledError, config, few_rows, killed_after, numbers
+from conftest import few_rows, ragged
+from test_resume import RECIPES, KilledError, config, killed_after, numbers
 from trivet.errors import InputError
 from trivet.model.copies import frozen_copy
 from trivet.model.forward import token_logprobs

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from conftest import ragged, tiny
+from conftest import few_rows, ragged, tiny
 from steps import examples, recipe_step, rollouts_of
 from trivet.batch import Example, collate
 from trivet.model.copies import frozen_copy
@@ -28,7 +28,7 @@ from trivet.run.launch import Launch, launch
 from trivet.run.loop import Optimizer, Run
 from trivet.toy import ARITHMETIC, STORIES
 
-CHEAP = {**STORIES, "prompts_per_step": 4, "steps": 2, "eval_fraction": 0.01, "eval_limit": 8}
+CHEAP = {**STORIES, "data": few_rows(), "prompts_per_step": 4, "steps": 2, "eval_fraction": 0.1, "eval_limit": 8}
 GOLD = {"reward": ("trivet.toy.stories:gold",), "group_size": 3}
 
 
@@ -306,6 +306,7 @@ def test_a_run_directory_explains_itself_and_loads_in_transformers(recipe, optio
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_reward_model_scores_the_same_in_transformers_padded_or_not(tmp_path):
     out = launch(reward_model.Config(**CHEAP, out=str(tmp_path / "run"), lr=1e-2))
     folder = str(out / "model")

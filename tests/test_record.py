@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from test_resume import RECIPES, few_rows
+from conftest import few_rows
+from test_resume import RECIPES
 from trivet.model.load import load_policy
 from trivet.model.text import load_tokenizer
 from trivet.optimization.advantages import group_advantages

@@ -2,23 +2,21 @@
 
 import dataclasses
 import errno
-import gzip
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from conftest import few_rows
 from trivet.cli import main
 from trivet.errors import InputError
 from trivet.model.text import load_tokenizer
@@ -44,19 +42,6 @@ SMALL = {"steps": 5, "prompts_per_step": 4, "eval_limit": 3, "save_every": 2, "e
 
 class KilledError(BaseException):
     """As good as a kill: nothing catches it."""
-
-
-@cache
-def few_rows():
-    """The first rows of the stories: loading all of them would take longer than the runs."""
-    path = Path(tempfile.mkdtemp()) / "few.jsonl"
-    path.write_text("".join(read_lines(STORIES["data"])[:80]))
-    return str(path)
-
-
-def read_lines(path):
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        return file.readlines()
 
 
 def config(recipe, out, **options):
@@ -108,7 +93,7 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(tmp_path, name):
     recipe, options = VARIANTS[name]
-    short = {"max_completion_tokens": 12} if hasattr(recipe.Config, "group_size") and name != "from scratch" else {}
+    short = {"max_completion_tokens": 8} if hasattr(recipe.Config, "group_size") and name != "from scratch" else {}
     killed_at(tmp_path, recipe, options | short, (3,))
 
 
@@ -358,6 +343,7 @@ def test_data_that_has_changed_is_seen(tmp_path, stopped):
     assert notes == []
 
 
+@pytest.mark.slow
 def test_a_reward_that_has_changed_is_seen(tmp_path, monkeypatch):
     """A function's file, a reward model's folder; both are gone on with."""
     monkeypatch.setattr("trivet.run.unchanged.END", 10_000)  # the model's weights are a large file
