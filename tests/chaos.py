@@ -38,10 +38,11 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a process that forks has on
 import torch
 import transformers.modeling_utils
 
+from trivet import timing
 from trivet.cli import main as trivet
 from trivet.recipes import dpo, grpo, pairwise_grpo, ppo, reward_model, sft  # noqa: F401
 from trivet.rows import read_rows
-from trivet.run import checkpoints, clock, launch, record, terminal  # noqa: F401
+from trivet.run import checkpoints, launch, record, terminal  # noqa: F401
 from trivet.run.checkpoints import damage, steps
 from trivet.toy import STORIES
 
@@ -121,7 +122,7 @@ def watched(board: Board) -> None:
     def turn(_: Any, part: str) -> None:
         board[PHASE] = PHASES.index(part if part in ("generation", "reward", "evaluation") else "update")
 
-    around(clock.Clock, "turn", turn)
+    around(timing.Clock, "turn", turn)
 
 
 def failing(board: Board, number: int, action: Callable[..., Any]) -> None:

@@ -35,10 +35,10 @@ from trivet.cli import main
 from trivet.generation import engine, sampling
 from trivet.run import launch as launching
 from trivet.run import ranks
-from trivet.run.clock import Clock
 from trivet.run.launch import launch
 from trivet.run.ranks import balanced
 from trivet.run.resume import resume
+from trivet.timing import Clock
 from trivet.toy import STORIES
 
 pytestmark = pytest.mark.slow  # processes in numbers

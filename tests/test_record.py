@@ -5,7 +5,6 @@ import math
 import time
 from dataclasses import replace
 from itertools import pairwise
-from types import ModuleType
 
 import pytest
 import torch
@@ -17,11 +16,11 @@ from trivet.model.load import load_policy
 from trivet.model.text import load_tokenizer
 from trivet.optimization.advantages import group_advantages
 from trivet.recipes import grpo, sft
-from trivet.run.clock import clock_on
 from trivet.run.launch import launch
 from trivet.run.loop import mean, reduced
 from trivet.run.memory import by_part
 from trivet.run.record import spelled
+from trivet.timing import Clock, timed
 
 
 @pytest.fixture(scope="module")
@@ -151,44 +150,45 @@ def test_the_parts_of_a_step_add_up_to_it(runs, method):
 
 def test_a_clock_gives_each_moment_to_one_part_and_leaves_no_trace(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("trivet.run.clock.time.perf_counter", lambda: now[0])
-    recipe = ModuleType("recipe")
+    monkeypatch.setattr("trivet.timing.time.perf_counter", lambda: now[0])
 
+    @timed("forward")
     def token_logprobs(x: Tensor) -> Tensor:
         now[0] += 1
-        x = recipe.values(x)  # inside a forward pass: counts with it, and so does what comes after
+        x = values(x)  # inside a forward pass: counts with it, and so does what comes after
         now[0] += 32
         return x
 
+    @timed("forward")
     def values(x: Tensor) -> Tensor:
         now[0] += 2
         return x * 2
 
-    recipe.token_logprobs, recipe.values = token_logprobs, values
-    with clock_on(recipe) as clock:
-        recipe.token_logprobs(torch.ones(1, requires_grad=True)).sum().backward()
+    with Clock() as clock:
+        token_logprobs(torch.ones(1, requires_grad=True)).sum().backward()
         now[0] += 4
-        recipe.values(torch.ones(1))
+        values(torch.ones(1))
         now[0] += 8
         assert clock.take() == {"time/other": 8.0, "time/forward": 37.0, "time/backward": 4.0}
         now[0] += 16
         assert clock.take() == {"time/other": 16.0}
-    assert (recipe.token_logprobs, recipe.values) == (token_logprobs, values)
+    values(torch.ones(1))  # nobody listens
+    assert clock.spent == {}
 
 
 def test_a_part_that_fails_does_not_keep_the_clock():
-    recipe = ModuleType("recipe")
-
+    @timed("evaluation")
     def evaluate() -> None:
         raise OSError("disk")
 
-    recipe.evaluate = evaluate
-    with clock_on(recipe) as clock, pytest.raises(OSError, match="disk"):
-        recipe.evaluate()
+    with Clock() as clock, pytest.raises(OSError, match="disk"):
+        evaluate()
     assert clock.part == "other"
-    with pytest.raises(OSError, match="disk"), clock_on(recipe):
-        recipe.evaluate()
-    assert recipe.evaluate is evaluate
+    with pytest.raises(OSError, match="disk"), Clock():
+        evaluate()
+    with Clock() as other, pytest.raises(OSError, match="disk"):
+        evaluate()
+    assert set(other.spent) == {"other", "evaluation"}
 
 
 def test_means_come_in_sums_and_counts_that_add_up_over_parts():

@@ -14,6 +14,7 @@ from trivet.errors import InputError
 from trivet.generation.sampling import sample
 from trivet.model.attention import Layout, attend_dense, hide
 from trivet.model.forward import autocast, shares_prefix, token_logprobs, trunk
+from trivet.timing import timed
 
 STRETCH = 64  # columns by which the cache grows
 
@@ -31,6 +32,7 @@ class Engine:
     top_p: float = 1.0
     cache_bytes: int = 0  # the most that a cache has held
 
+    @timed("generation")
     def generate(self, policy: Any, prompts: Sequence[Example], group_size: int) -> Rollouts:
         """group_size completions of every prompt, sampled from the policy as it is now."""
         bare = collate([prompt.prompt for prompt in prompts], [[]] * len(prompts)).to(policy.device)

@@ -29,6 +29,7 @@ from trivet.errors import InputError
 from trivet.generation.engine import Engine
 from trivet.generation.sync import Weights, fingerprint, next_tokens, publish
 from trivet.generation.vllm import AT_ONCE, SHORT, Completion, ProbeError, Server
+from trivet.timing import timed
 
 BEAT = 5.0  # seconds between looks at a server that is at work
 MINUTE = 60.0  # between signs of life to whoever waits with us
@@ -129,6 +130,7 @@ class Servers:
             self.step, self.at_start = self.now.step, None
             yield self.step, self.now.prompts
 
+    @timed("generation")
     def generate(self, policy: Any, prompts: Sequence[Example], group_size: int) -> Rollouts:
         """group_size completions of every prompt; of a batch that was looked at ahead, those that were written ahead."""
         batch, trained = self.now, self.now is not None and prompts is self.now.prompts

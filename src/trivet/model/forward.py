@@ -13,8 +13,10 @@ from torch import Tensor
 from trivet.batch import Groups, collate, microbatches
 from trivet.model.attention import NAME, Layout, UnshareableError
 from trivet.model.logprobs import selected_logprobs
+from trivet.timing import timed
 
 
+@timed("forward")
 def token_logprobs(model: Any, groups: Groups, *, temperature: float = 1.0) -> Tensor:
     """log pi(token | prompt, earlier tokens) of every trained completion token, at the temperature that sampled.
 
@@ -26,6 +28,7 @@ def token_logprobs(model: Any, groups: Groups, *, temperature: float = 1.0) -> T
         return way(model, groups, temperature)
 
 
+@timed("forward")
 @torch.no_grad()
 def in_microbatches(function: Callable[..., Tensor], model: Any, groups: Groups, budget: int, **options: Any) -> Tensor:
     """token_logprobs, or values or scores, of all of groups without gradients, at most `budget` trunk tokens at a time."""

@@ -38,6 +38,7 @@ from trivet.recipes.offline import to_groups
 from trivet.run.loop import Metrics, Optimizer, Run, Tally, mean, reduced
 from trivet.run.options import Options
 from trivet.run.remembered import remembered
+from trivet.timing import timed
 from trivet.toy import ARITHMETIC, STORIES
 
 ROWS, TRAINS = "feedback", "policy"  # what the data must hold, and what kind of model is trained
@@ -175,6 +176,7 @@ def feedback_metrics(
     return {"loss": mean(loss)} | metrics
 
 
+@timed("evaluation")
 def evaluate(policy: Any, examples: Sequence[Example], reference: Table, config: Config, device: str) -> Tally:
     """The same on the held-out rows."""
     logprob = completion_logprob(policy, examples, config, device)  # (B,)

@@ -12,6 +12,7 @@ from trivet.optimization.kl import k1
 from trivet.optimization.reduce import sequence_sum
 from trivet.rewards.reward import WeightedSum
 from trivet.run.loop import Run, Tally, mean
+from trivet.timing import timed
 
 
 def rollout_metrics(rollouts: Rollouts, rewards: Tensor, reward: WeightedSum) -> Tally:
@@ -40,6 +41,7 @@ def policy_metrics(rollouts: Rollouts, logprobs: Tensor, ref_logprobs: Tensor, s
     }
 
 
+@timed("evaluation")
 def evaluate(run: Run, policy: Any, reference: Any, reward: WeightedSum, engine: Engine, step: int) -> Tally:
     """One completion for each held-out prompt: reward, KL to the reference (nats per completion), length."""
     rollouts = engine.generate(policy, run.heldout, 1)

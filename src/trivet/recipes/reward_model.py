@@ -27,6 +27,7 @@ from trivet.optimization.preference import bradley_terry_loss, centering_loss
 from trivet.recipes.offline import to_groups
 from trivet.run.loop import Metrics, Optimizer, Run, Tally, mean, reduced
 from trivet.run.options import Options
+from trivet.timing import timed
 from trivet.toy import ARITHMETIC, STORIES
 
 ROWS, TRAINS = "preference", "scorer"  # what the data must hold, and what kind of model is trained
@@ -88,6 +89,7 @@ def pair_metrics(score: Tensor, margin: Tensor, config: Config) -> Tally:
     }
 
 
+@timed("evaluation")
 def evaluate(model: Any, examples: Sequence[Example], config: Config, device: str) -> Tally:
     """The same on the held-out pairs."""
     score = in_microbatches(scores, model, to_groups(examples, device), config.microbatch_tokens)  # (B,)

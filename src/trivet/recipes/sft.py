@@ -25,6 +25,7 @@ from trivet.optimization.supervised import nll_loss
 from trivet.recipes.offline import to_groups
 from trivet.run.loop import Metrics, Optimizer, Run, Tally, mean, reduced
 from trivet.run.options import Options
+from trivet.timing import timed
 from trivet.toy import ARITHMETIC, STORIES
 
 ROWS, TRAINS = "supervised", "policy"  # what the data must hold, and what kind of model is trained
@@ -60,6 +61,7 @@ def train(config: Config, run: Run) -> Iterator[Metrics]:
         yield reduced(metrics)
 
 
+@timed("evaluation")
 def evaluate(policy: Any, examples: Sequence[Example], config: Config, device: str) -> Tally:
     """Mean negative log-likelihood per token of the held-out answers."""
     groups = to_groups(examples, device)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from trivet.batch import Rollouts
+from trivet.timing import timed
 
 
 class Reward(Protocol):
@@ -22,6 +23,7 @@ class WeightedSum:
         self.rewards, self.weights = rewards, weights
         self.parts: dict[str, Tensor] = {}  # name -> (B,) of the last call
 
+    @timed("reward")
     def __call__(self, rollouts: Rollouts) -> Tensor:
         self.parts = {name: reward(rollouts) for name, reward in self.rewards.items()}
         stacked = torch.stack(list(self.parts.values()))  # (K, B)

@@ -40,7 +40,6 @@ from trivet.run import ranks
 from trivet.run.adapted import adapted, check_adapter
 from trivet.run.arguments import typed
 from trivet.run.checkpoints import Checkpoints, save_whole
-from trivet.run.clock import clock_on
 from trivet.run.config import check
 from trivet.run.dynamic_sampling import refill
 from trivet.run.files import RunDirectory
@@ -62,6 +61,7 @@ from trivet.run.servers import servers_of
 from trivet.run.stopping import asked_of, asked_to_stop
 from trivet.run.trackers import send, trackers, until_end
 from trivet.run.unchanged import facts_of, facts_of_rewards, note_rewards, require_examples
+from trivet.timing import Clock
 
 
 class Launch:
@@ -220,7 +220,7 @@ def _launch(config: Options, watch: Watch | None, again: bool) -> Path:
     with (
         record.locked(),
         together,
-        clock_on(launched.recipe) as clock,
+        Clock() as clock,
         asked_to_stop(run) as asked,
         generates as elsewhere,
     ):

@@ -12,6 +12,7 @@ from torch import Tensor
 from trivet.batch import Example
 from trivet.run import Metrics
 from trivet.run.options import Options
+from trivet.timing import timed
 
 Pair = tuple[Tensor, Tensor]  # (sum, count) of a mean: parts of a step, and ranks, are added up before the division
 Tally = dict[str, Any]  # metrics before that: numbers, scalar tensors, pairs
@@ -91,6 +92,7 @@ class Optimizer:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adamw, scale)
         self.skipped = 0  # steps that were not taken
 
+    @timed("optimizer")
     def step(self) -> Metrics:
         """Take the step if the gradient is finite, clear it; returns its norm before clipping, and the learning rate."""
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm).item()

@@ -36,6 +36,7 @@ from trivet.run.loop import Run
 from trivet.run.options import Options
 from trivet.run.remembered import digest
 from trivet.run.sharded import NO_QUANTIZED, ShardedModels, broadcast, gathered, local
+from trivet.timing import timed
 
 TOLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells each process
 PASSES = {"token_logprobs", "values", "scores"}
@@ -269,7 +270,7 @@ class Ranks:
         models = self.models
         shared = {
             "microbatches": self.microbatches,
-            "in_microbatches": self.in_microbatches,
+            "in_microbatches": timed("forward")(self.in_microbatches),
             "with_scalar_head": models.with_scalar_head,
             "frozen_copy": models.making(frozen_copy),
             "trainable_copy": models.making(trainable_copy),
@@ -278,14 +279,18 @@ class Ranks:
         with ExitStack() as stack:
             for module in (*modules, learned):
                 own = vars(module)
-                passes = {name: models.through(own[name]) for name in PASSES & own.keys()}
+                passes = {name: timed("forward")(models.through(own[name])) for name in PASSES & own.keys()}
                 for name, put in (shared | passes).items():
                     if name in own:
                         stack.enter_context(patch.object(module, name, put))
             away = vars(run.config).get("generate_with") or vars(run.config).get("vllm")
             share = self.served if away else self.generate
-            stack.enter_context(patch.object(Engine, "generate", lambda *args: share(generate, *args)))
-            stack.enter_context(patch.object(Servers, "generate", lambda *args: self.served(serve, *args)))
+            stack.enter_context(
+                patch.object(Engine, "generate", timed("generation")(lambda *args: share(generate, *args)))
+            )
+            stack.enter_context(
+                patch.object(Servers, "generate", timed("generation")(lambda *args: self.served(serve, *args)))
+            )
             stack.enter_context(patch.object(Engine, "noise", lambda engine, rows: self.noise(engine, rows)))
             stack.enter_context(patch.object(torch.nn.utils, "clip_grad_norm_", self.clip))
             yield
