@@ -579,7 +579,7 @@ MUTANTS: list[Mutant] = [
         ("ranks: prompts of another rank", "own, start, size = [prompts[p] for p in mine]", "own, start, size = prompts[: len(mine)]"),
     ),
     *planted("run/sharded.py", "test_ranks.py -k 'variants and options5'",
-        ("ranks: a pass for company teaches", "if self.idle and result.requires_grad", "if False"),
+        ("ranks: a pass for company teaches", "if self.idle() and result.requires_grad", "if False"),
     ),
     *planted("run/ranks.py", "test_ranks.py -k 'as_one_without_it and grpo'",
         ("ranks: the same noise in every step", "range(0 if plain else longest)", "range(0)"),

@@ -13,10 +13,12 @@ from torch import Tensor
 from trivet.batch import Groups, collate, microbatches
 from trivet.model.attention import NAME, Layout, UnshareableError
 from trivet.model.logprobs import selected_logprobs
+from trivet.model.weights import with_weights
 from trivet.timing import timed
 
 
 @timed("forward")
+@with_weights
 def token_logprobs(model: Any, groups: Groups, *, temperature: float = 1.0) -> Tensor:
     """log pi(token | prompt, earlier tokens) of every trained completion token, at the temperature that sampled.
 

@@ -10,10 +10,12 @@ from transformers import AutoModelForSequenceClassification
 from trivet.batch import Groups
 from trivet.errors import InputError
 from trivet.model.forward import autocast, place, shares_prefix, states
+from trivet.model.weights import with_weights
 from trivet.timing import timed
 
 
 @timed("forward")
+@with_weights
 def values(model: Any, groups: Groups) -> Tensor:
     """V of the state before each trained completion token, from a model with a scalar head. Returns (B, T), 0 outside mask."""
     with autocast(model):
@@ -22,6 +24,7 @@ def values(model: Any, groups: Groups) -> Tensor:
 
 
 @timed("forward")
+@with_weights
 def scores(model: Any, groups: Groups) -> Tensor:
     """The scalar head at the last real token of each sequence, EOS included. Returns (B,)."""
     with autocast(model):

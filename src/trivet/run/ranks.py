@@ -31,6 +31,7 @@ from trivet.generation.server import Servers
 from trivet.model.adapters import trainable_copy
 from trivet.model.copies import frozen_copy
 from trivet.model.forward import shares_prefix
+from trivet.model.weights import holder_of, with_weights
 from trivet.rewards import learned
 from trivet.run.loop import Run
 from trivet.run.options import Options
@@ -39,7 +40,6 @@ from trivet.run.sharded import NO_QUANTIZED, ShardedModels, broadcast, gathered,
 from trivet.timing import timed
 
 TOLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells each process
-PASSES = {"token_logprobs", "values", "scores"}
 PATIENCE = timedelta(hours=1)  # for the slowest rank: rewards are asked for by one
 
 
@@ -163,7 +163,7 @@ class Ranks:
         own, start, size = [prompts[p] for p in mine], engine.generator.get_state(), len(prompts) * group_size
         self.rows = group_rows(torch.tensor(mine, dtype=torch.int64, device=self.device), group_size)  # (R,)
         self.total_rows, known = size, torch.get_rng_state()
-        root, plain = self.models.roots[id(policy)], not shares_prefix(policy)
+        root, plain = holder_of(policy), not shares_prefix(policy)
         if plain:  # transformers draws; so each rank has noise of its own
             seed = int(torch.randint(2**31, (), generator=engine.generator, device=engine.generator.device))
             start = engine.generator.get_state()
@@ -204,7 +204,7 @@ class Ranks:
         if self.rank == 0:
             broadcast(expects)
         with torch.no_grad():
-            expected = self.models.through(expects)(policy)
+            expected = with_weights(expects)(policy)
         if (twin := self.models.whole(policy)) is not None:
             twin.compute_dtype = policy.compute_dtype
         return twin, expected
@@ -279,8 +279,7 @@ class Ranks:
         with ExitStack() as stack:
             for module in (*modules, learned):
                 own = vars(module)
-                passes = {name: timed("forward")(models.through(own[name])) for name in PASSES & own.keys()}
-                for name, put in (shared | passes).items():
+                for name, put in shared.items():
                     if name in own:
                         stack.enter_context(patch.object(module, name, put))
             away = vars(run.config).get("generate_with") or vars(run.config).get("vllm")

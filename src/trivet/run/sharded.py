@@ -26,6 +26,7 @@ from trivet.model.blocks import blocks, checkpoint_blocks
 from trivet.model.forward import shares_prefix
 from trivet.model.load import PRECISIONS, base_of, from_config
 from trivet.model.scalar import with_scalar_head
+from trivet.model.weights import hold_weights, holder_of
 from trivet.run.options import Options
 from trivet.run.remembered import digest
 
@@ -37,7 +38,6 @@ class ShardedModels:
 
     def __init__(self, config: Options, device: torch.device, mesh: DeviceMesh):
         self.config, self.device, self.mesh = config, device, mesh
-        self.roots: dict[int, Root] = {}  # by the identity of the model that it is the root of
         self.trees: dict[int, Any] = {}  # of each model its modules once more, on meta, from which others are made
         self.starts: dict[int, str] = {}  # digest of the weights that a model was loaded with
         self.idle = False  # a pass for the company of the other ranks, which teaches nothing
@@ -94,7 +94,7 @@ class ShardedModels:
             return self.making(with_scalar_head)(policy)
         model = with_scalar_head(policy, share=True)
         model._shares_prefix = shares_prefix(policy)
-        self.roots[id(model)] = self.roots[id(policy)]
+        hold_weights(model, holder_of(policy))
         return model
 
     def _shard(self, model: Any, shares: bool, given: Callable[[str, Tensor], Tensor] = lambda name, x: x) -> Any:
@@ -107,7 +107,7 @@ class ShardedModels:
         if self.config.gradient_checkpointing:
             checkpoint_blocks(model)
         names = {id(x): name for name, x in named}
-        root, pinned = Root(model), self.device.type == "cuda"
+        root, pinned = Root(model, lambda: self.idle), self.device.type == "cuda"
         offload = CPUOffloadPolicy(pin_memory=pinned) if self.config.offload_optimizer else OffloadPolicy()
         for unit in (*blocks(model), root):
             made, shared = dict[int, tuple[Tensor, Tensor]](), list[tuple[Any, str, Tensor]]()  # tied weights are one
@@ -130,30 +130,11 @@ class ShardedModels:
             unit.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
             for owned, key, x in shared:  # as loading a state does it: FSDP takes them up before the first forward
                 owned[key] = torch.nn.Parameter(x.detach(), requires_grad=False)
-        self.roots[id(model)] = root
+        hold_weights(model, root)
         with torch.no_grad():
             root(lambda: None)  # FSDP now knows which module is the root
         root.reshard()  # type: ignore[operator]
         return model
-
-    def through(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """token_logprobs, values or scores as the forward of the model's root, whose weights are gathered for it."""
-
-        @wraps(function)
-        def call(model: Any, *args: Any, **options: Any) -> Tensor:
-            root = self.roots[id(model)]
-
-            def forward() -> Tensor:
-                if (head := model.get_output_embeddings()) is not None:
-                    head.weight._cast_key = None  # gathered weights do not tell by their version that they have changed
-                return function(model, *args, **options).clone()  # FSDP hooks what is returned, and that is no view
-
-            result = root(forward)
-            if not torch.is_grad_enabled():
-                root.reshard()  # type: ignore[operator]  no backward pass will
-            return _Idle.apply(result) if self.idle and result.requires_grad else result  # type: ignore[no-any-return]
-
-        return call
 
     def whole(self, model: Any) -> Any:
         """The model in the CPU memory of rank 0; None on the others."""
@@ -179,13 +160,32 @@ class ShardedModels:
 class Root(torch.nn.Module):
     """What FSDP takes for the model: its forward is whatever needs the weights."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, idle: Callable[[], bool]):
         super().__init__()
-        self.model = model
+        self.model, self.idle, self.inside = model, idle, False
 
     def forward(self, call: Callable[[], Any]) -> Any:
         """What it returns, with the root's weights gathered."""
-        return call()
+        self.inside = True
+        try:
+            return call()
+        finally:
+            self.inside = False
+
+    def gathered_pass(self, call: Callable[[], Tensor]) -> Tensor:
+        """What a pass through the model returns, made as the root's forward, so that its weights are gathered for it."""
+        if self.inside:
+            return call()
+
+        def forward() -> Tensor:
+            if (head := self.model.get_output_embeddings()) is not None:
+                head.weight._cast_key = None  # gathered weights do not tell by their version that they have changed
+            return call().clone()  # FSDP hooks what is returned, and that is no view
+
+        result = self(forward)
+        if not torch.is_grad_enabled():
+            self.reshard()  # type: ignore[operator]  no backward pass will
+        return _Idle.apply(result) if self.idle() and result.requires_grad else result  # type: ignore[no-any-return]
 
 
 class _Idle(torch.autograd.Function):
