@@ -56,7 +56,7 @@ def test_an_untried_version_costs_one_sentence_with_both_versions(installed, mon
 
 
 def test_builds_and_nightlies_of_a_tried_version_are_tried(installed):
-    for build in ("2.13.0+cpu", "2.13.0+cu130", "2.14.1.post2"):
+    for build in ("2.13.0+cpu", "2.13.0+cu130", "2.14.1.post2", "2.15.0.dev20260801+cpu"):
         installed["torch"] = build
         require_tried_versions.cache_clear()
         require_tried_versions()

@@ -4,7 +4,7 @@ Every rank knows the whole step: its tokens, and the few numbers that go with ea
 models, by groups; generation, by prompts; and the weights (FSDP2: a block is gathered when its turn comes). So a recipe stays as
 it is, and whatever spans a step, a total, a mean, a whitening, an order drawn at random, is the same on all ranks because it is
 computed from the same numbers. The functions by whose names recipes call the stages are replaced from outside while a run goes
-on, as the clock does it. A process that torchrun has not started never comes here.
+on. A process that torchrun has not started never comes here.
 """
 
 import os
