@@ -79,7 +79,7 @@ def lines(out: Path, name: str) -> list[dict]:
 def test_servers_and_two_processes_give_what_they_give_one(stub, tmp_path, method, options):
     options = options | {"generate_with": (stub.url,), "lr": 1e-2}
     one = trained(method, tmp_path / "1", 0, **options)
-    same(one, trained(method, tmp_path / "2", 2, **options))
+    same(one, trained(method, tmp_path / "2", 2, **options), rounding=4e-5)  # of a sum over tokens, at this rate
     stale, out = options.get("max_staleness", 0), tmp_path / "2"
     assert [x["sampling/staleness"] for x in numbers(out)] == [min(stale, i) for i in range(4)]
     assert all(((x["sampling/logprob_difference/max"] or 0) > 1e-4) == (stale > 0) for x in numbers(out)[1:])
