@@ -172,6 +172,7 @@ def test_operations_of_scalar_heads():
     assert counted(lambda: scores(model, groups(size=2))) == total(planned.flops["forward"])
 
 
+@pytest.mark.slow
 def test_operations_and_cache_of_generation():
     model = tiny_of("qwen3")
     engine = Engine(lambda prompt, ids: "", [61], 70, 1.0, torch.Generator())  # no token ends a completion
