@@ -24,21 +24,13 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parent.parent
 UV = [str(Path(sys.executable).with_name("uv")), "pip"]
 EXTRAS = ("hub", "plot", "watch", "test")
+OWN_BUILD = re.compile("torch|triton|cuda-.*|nvidia-.*")  # what belongs to a build of torch is pinned by torch itself
+# fmt: off
 TESTS = (
-    "forward",
-    "engine",
-    "sampling",
-    "lean",
-    "lora",
-    "recipes",
-    "record",
-    "data",
-    "rows",
-    "rewards",
-    "plots",
-    "watch",
+    "forward", "engine", "sampling", "lean", "lora", "recipes", "record", "data", "rows", "rewards", "plots", "watch",
+    "bad_input", "commands", "dependencies", "layouts", "safe",
 )
-TESTS = (*TESTS, "bad_input", "commands", "dependencies", "layouts", "safe")
+# fmt: on
 
 
 def main() -> None:
@@ -122,8 +114,7 @@ def environment(folder: Path, torch: str, versions: dict[str, str]) -> str:
 
 def install(python: str, versions: dict[str, str]) -> None:
     """Put these versions there; torch and what belongs to its build stay."""
-    own = re.compile("torch|triton|cuda-.*|nvidia-.*")
-    lines = [f"{name}=={version}" for name, version in versions.items() if not own.fullmatch(name)]
+    lines = [f"{name}=={version}" for name, version in versions.items() if not OWN_BUILD.fullmatch(name)]
     subprocess.run([*UV, "install", "--python", python, "--quiet", "--no-deps", *lines], check=True)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, distribution, version
@@ -132,16 +133,9 @@ def test_a_mistake_is_told_before_anything_heavy_is_imported(tmp_path):
 
 @pytest.mark.skipif(ANOTHER, reason="other versions are being tried")
 def test_what_is_installed_is_what_the_lock_says():
-    lock = dict[str, str]()
-    for line in (ROOT / "requirements.lock").read_text().splitlines():
-        pinned = Requirement(line) if not line.startswith("#") else None
-        if pinned and (pinned.marker is None or pinned.marker.evaluate()):
-            lock[_normal(pinned.name)] = str(pinned.specifier)
-    lock["torch"] = "==" + re.findall(r"TORCH_VERSION := (\S+)", (ROOT / "Makefile").read_text())[0]
+    bounds = runpy.run_path(str(ROOT / "scripts" / "bounds.py"))
+    lock, own_build = bounds["read_lock"](), bounds["OWN_BUILD"]
     seen, left = set[str](), [("trivet", "dev"), ("hatchling", ""), ("editables", "")]
-    own_build = re.compile(
-        "torch|triton|cuda-.*|nvidia-.*"
-    )  # what belongs to the build of torch is pinned by torch itself
     while left:
         name, extra = left.pop()
         if f"{name}[{extra}]" in seen:
@@ -149,12 +143,12 @@ def test_what_is_installed_is_what_the_lock_says():
         seen.add(f"{name}[{extra}]")
         found = distribution(name)
         if name != "trivet" and not own_build.fullmatch(name):
-            assert f"=={found.version}" == lock[name], "another version than requirements.lock says; run `make install`"
+            assert found.version == lock[name], "another version than requirements.lock says; run `make install`"
         for needed in map(Requirement, found.requires or []):
             if needed.marker is None or needed.marker.evaluate({"extra": extra}):
                 left += [(_normal(needed.name), other) for other in ("", *needed.extras)]
     assert {"transformers[]", "peft[]", "datasets[]", "pytest[]", "trl[]", "hatchling[]"} <= seen
-    assert distribution("torch").version.split("+")[0] == lock["torch"].removeprefix("==")
+    assert distribution("torch").version.split("+")[0] == lock["torch"]
 
 
 def _normal(name: str) -> str:

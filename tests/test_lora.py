@@ -221,7 +221,6 @@ def test_a_policy_of_all_weights_takes_an_adapter_of_a_reward_model_merged(tmp_p
 # Saved and loaded
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of peft
 def test_the_folder_is_loaded_by_peft_transformers_and_us(runs):
     folder, groups = str(runs["sft"] / "model"), ragged(longest=5)
     said = json.loads(Path(folder, "adapter_config.json").read_text())
@@ -243,7 +242,6 @@ def test_the_folder_is_loaded_by_peft_transformers_and_us(runs):
         torch.testing.assert_close(model.eval()(ids).logits, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # of peft
 def test_a_reward_model_brings_its_head(runs):
     folder, ids = str(runs["rm"] / "model"), torch.tensor([[7, 8, 9, 10, 11]])
     assert "base_model.model.score.weight" in load_file(f"{folder}/adapter_model.safetensors")
