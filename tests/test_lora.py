@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -179,7 +180,10 @@ def test_over_the_policys_base_a_reward_model_is_what_it_is_by_itself(tmp_path, 
     judge = launch(config(reward_model, tmp_path / "rm", lora=2, lora_targets=("q_proj",), lr=1e-2))
     run = Launch(config(ppo, tmp_path / "r", model=str(runs["sft"]), reward=(str(judge),))).run
     expected = scores(load_scorer(str(judge / "model")), ragged(longest=5))
-    torch.testing.assert_close(scores(run.reward.rewards["rm"].model, ragged(longest=5)), expected, rtol=0, atol=1e-6)
+    rounding = 1e-6 if os.environ.get("TRIVET_ANY_VERSION") == "1" else 0  # transformers 5.18 takes the plain way here
+    torch.testing.assert_close(
+        scores(run.reward.rewards["rm"].model, ragged(longest=5)), expected, rtol=0, atol=rounding
+    )
 
 
 def test_the_critic_without_a_reward_model_is_an_adapter_of_its_own(tmp_path):
