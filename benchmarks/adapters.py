@@ -73,7 +73,7 @@ def train(method: str, out: Path, base: Path, options: list[str]) -> None:
     command = [
         sys.executable,
         "-m",
-        "trivet.cli",
+        "trivet.cli.main",
         method,
         "--model",
         str(base),

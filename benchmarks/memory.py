@@ -73,7 +73,7 @@ def measure(size: str, case: str, out: Path) -> dict[str, Any]:
     import tempfile
     from importlib import import_module
 
-    from trivet.run.launch import launch
+    from trivet.runner.launch import launch
 
     options = dict(CASES[case])
     method, folder = options.pop("method"), str(workloads.model_folder(size))

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from stub_vllm import Stub
 from trivet.model.load import load_policy
 from trivet.recipes import grpo
-from trivet.run.launch import launch
+from trivet.runner.launch import launch
 from trivet.toy import ARITHMETIC
 
 LATENCY, STEPS, ROUNDS = 0.4, 9, 3

@@ -17,8 +17,8 @@ from typing import Any
 from adapters import make_base
 
 from trivet.recipes import grpo
-from trivet.run import launch as launching
-from trivet.run.memory import by_part
+from trivet.runner import launch as launching
+from trivet.runner.memory import by_part
 from trivet.toy import STORIES
 
 

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from tempfile import TemporaryDirectory
@@ -15,11 +16,16 @@ import workloads
 from torch import Tensor
 
 from trivet.batch import Example, Rollouts
+from trivet.generation.engine import Engine
 from trivet.model.load import load_policy, load_scorer
 from trivet.model.text import decode_completion, load_tokenizer
+from trivet.recipes.offline import ReferenceTable
 from trivet.rewards.reward import WeightedSum
-from trivet.run.launch import microbatch_that_fits
-from trivet.run.loop import Optimizer, Run
+from trivet.runner.prepare import microbatch_that_fits
+from trivet.step import run as step_run
+from trivet.step import trace
+from trivet.step.optimizer import Optimizer
+from trivet.step.run import Run
 
 Step = dict[str, Any]  # seconds, lengths of the sampled completions where there are any, and seconds of each part
 
@@ -48,7 +54,7 @@ def steps(
         workloads.set_lengths(model, lengths)
     tokenizer = load_tokenizer(folder)
     data = workloads.load_rows(method, tokenizer, count * workloads.EXAMPLES, size)
-    examples = [as_example(row) for row in data]
+    examples = [replace(as_example(row), index=number) for number, row in enumerate(data)]
     reward = LetterReward(workloads.letter_table(tokenizer, model.config.vocab_size))
     run = Run(
         config=config,
@@ -63,7 +69,7 @@ def steps(
         generator=torch.Generator(workloads.DEVICE).manual_seed(0),
     )
     batches = [(k + 1, examples[8 * k : 8 * k + 8]) for k in range(count)]
-    run.batches = lambda: iter(batches)  # type: ignore[method-assign]  in this order
+    run.order = lambda done=0: iter(batches)  # type: ignore[method-assign]  in this order
     spent: dict[str, float] = {}
     with timed_parts(recipe, spent), TemporaryDirectory() as fresh, patch.dict(os.environ, XDG_CACHE_HOME=fresh):
         began = time.perf_counter()
@@ -113,11 +119,10 @@ def timed_parts(recipe: Any, spent: dict[str, float]) -> ExitStack:
         return call
 
     parts = [("backward", Tensor, "backward"), ("optimizer", Optimizer, "step"), ("reward", WeightedSum, "__call__")]
-    parts += [("generation", recipe.Engine, "generate")] if hasattr(recipe, "Engine") else []
-    parts += [("no-grad passes", recipe, "in_microbatches")] if hasattr(recipe, "Engine") else []
-    forwards = [name for name in ("token_logprobs", "values", "scores") if hasattr(recipe, name)]
-    parts += [("forward", recipe, name) for name in forwards]
-    parts += [("reference table", recipe, "reference_logprobs")] if hasattr(recipe, "reference_logprobs") else []
+    parts += [("generation", Engine, "generate"), ("no-grad passes", step_run, "in_microbatches")]
+    parts += [("forward", trace, name) for name in ("token_logprobs", "scores")]
+    parts += [("forward", recipe, "values")] if hasattr(recipe, "values") else []  # of PPO's critic
+    parts += [("reference table", ReferenceTable, "__init__")]
     stack = ExitStack()
     for name, owner, attribute in parts:
         stack.enter_context(patch.object(owner, attribute, timed(name, getattr(owner, attribute))))

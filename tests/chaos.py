@@ -39,11 +39,13 @@ import torch
 import transformers.modeling_utils
 
 from trivet import timing
-from trivet.cli import main as trivet
+from trivet.cli.main import main as trivet
+from trivet.data.rows import read_rows
 from trivet.recipes import dpo, grpo, pairwise_grpo, ppo, reward_model, sft  # noqa: F401
-from trivet.rows import read_rows
-from trivet.run import checkpoints, launch, record, terminal  # noqa: F401
-from trivet.run.checkpoints import damage, steps
+from trivet.report import terminal  # noqa: F401
+from trivet.runner import launch
+from trivet.store import checkpoints, record
+from trivet.store.checkpoints import damage, steps
 from trivet.toy import STORIES
 
 METHODS = ("sft", "reward-model", "dpo", "ppo", "grpo", "pairwise-grpo", "ppo --lora 4")  # a critic of adapters too

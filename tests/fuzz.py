@@ -24,14 +24,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fuzz_outside import outside
-from trivet import rows
-from trivet.data import NEEDS, load_examples, split_by_prompt
+from trivet.arguments import parse, to_toml
+from trivet.data import rows
+from trivet.data.examples import NEEDS, load_examples, split_by_prompt
 from trivet.errors import InputError
 from trivet.model.text import PLAIN_TEMPLATE
 from trivet.recipes import dpo, grpo, ppo, reward_model, sft
-from trivet.run.arguments import parse
-from trivet.run.config import check, to_toml
-from trivet.run.record import _append
+from trivet.runner.checks import check
+from trivet.store.record import _append
 
 LONGEST = 60_000  # milliseconds that a case may take, on a busy machine
 COLUMNS = ("text", "messages", "prompt", "completion", "chosen", "rejected", "label", "answer", "", "None")

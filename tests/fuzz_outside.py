@@ -22,17 +22,17 @@ import torch
 from hypothesis import strategies as st
 
 from conftest import tiny
+from trivet.arguments import to_toml
 from trivet.batch import Rollouts, collate
 from trivet.errors import InputError
 from trivet.recipes import sft
 from trivet.rewards.functions import FunctionReward
 from trivet.rewards.judge import Judge
-from trivet.run import resume as resuming
-from trivet.run.checkpoints import Checkpoints, damage
-from trivet.run.config import to_toml
-from trivet.run.loop import Optimizer
-from trivet.run.reading import read_metrics
-from trivet.run.record import Record, _append
+from trivet.runner import resume as resuming
+from trivet.step.optimizer import Optimizer
+from trivet.store.checkpoints import Checkpoints, damage
+from trivet.store.reading import read_metrics
+from trivet.store.record import Record, _append
 
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # where fsync costs nothing
 TEXT = st.one_of(st.sampled_from(["", "a", "\0", "\ud800", "é\u2028", "Score: 7", "x" * 600]), st.text(max_size=9))
@@ -319,11 +319,12 @@ def saved() -> tuple[Path, Checkpoints]:
     model = tiny()
     config = sft.Config()
     optimizer = Optimizer(model, config, 4)
-    run = SimpleNamespace(model=model, generator=torch.Generator(), device="cpu", done=0)
+    parts = {"optimizer": optimizer}
+    run = SimpleNamespace(model=model, generator=torch.Generator(), device="cpu", done=0, parts=parts)
     out = Path(tempfile.mkdtemp(dir=MEMORY)) / "run"
     made = Checkpoints(out, run, SimpleNamespace(save_pretrained=lambda folder: None))  # type: ignore[arg-type]
     atexit.register(shutil.rmtree, out.parent)
-    made.holds(optimizer=optimizer)
+    made.begin()
     for step in (2, 4):
         sum(p.square().sum() for p in model.parameters()).backward()
         optimizer.step()
@@ -379,7 +380,7 @@ def directory() -> dict[str, bytes]:
     """The files of a run that was killed after two steps."""
     config = sft.Config(model="m", data="a.jsonl", steps=4, out="r")
     with tempfile.TemporaryDirectory() as folder:
-        record = Record(Path(folder), config, "sft", 4, None, str)
+        record = Record(Path(folder), config, "sft", "sft", 4, None, str, None)
         record.begin({"start": "0", "started_from": "m", "began": 1.0, "data": {}}, 0)
         for step in (1, 2):
             record.samples = [{"step": step, "completion": "\u2028é", "reward": None}]
@@ -400,7 +401,7 @@ def try_directory(name: str, content: bytes | None) -> str:
             try:
                 resuming.resume(out)
                 config = made[0]
-                record = Record(out, config, "sft", 4, None, str)
+                record = Record(out, config, "sft", "sft", 4, None, str, None)
                 record.begin({"start": "0", "started_from": "m", "began": 1.0, "data": {}}, 2)
             except InputError as error:
                 told(error)

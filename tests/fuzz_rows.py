@@ -15,8 +15,8 @@ from tempfile import TemporaryDirectory
 import atheris
 
 with atheris.instrument_imports(include=["trivet", "json", "csv"]):
+    from trivet.data.rows import Lines, read_rows
     from trivet.errors import InputError
-    from trivet.rows import Lines, read_rows
 
 FOLDER = TemporaryDirectory(dir="/dev/shm")
 KINDS = (".jsonl", ".jsonl", ".json", ".csv")

@@ -17,6 +17,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stderr
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -31,6 +32,7 @@ from trivet.model.forward import token_logprobs
 from trivet.optimization.policy import clipped_surrogate_loss
 from trivet.optimization.reduce import sequence_sum
 from trivet.recipes import dpo, grpo, reward_model, sft
+from trivet.recipes.offline import no_reference
 
 TOLERANCE = 1e-5
 PAD = 60
@@ -240,10 +242,9 @@ def without_reference_rows() -> list[Any]:
     args = CPOConfig(**common(beta=0.3, loss_type="sigmoid", label_smoothing=0.1, cpo_alpha=0.0))
     trainer = CPOTrainer(model=model, args=args, train_dataset=rows_of("pairs"), processing_class=tokenizer())
     smoothed = theirs(model, lambda m: trainer.get_batch_loss_metrics(m, batch)[0])
-    pairs = examples(PAIRS)
-    zeros = {(id(pair.prompt), id(pair.completions)): torch.zeros(2) for pair in pairs}
-    with patch.object(dpo, "reference_logprobs", lambda policy, config, run: zeros):  # theirs has no reference
-        conservative = recipe_step(dpo, POLICY, pairs, loss="conservative", label_smoothing=0.1, beta=0.3)[0]
+    with patch.object(dpo, "reference_of", lambda config, run: partial(no_reference, run)):  # theirs has none
+        options = {"loss": "conservative", "label_smoothing": 0.1, "beta": 0.3}
+        conservative = recipe_step(dpo, POLICY, examples(PAIRS), **options)[0]
     tiny_weight = 1e-30  # orpo asks for a supervised loss; this one is nothing in float32
     return [
         ("dpo", "conservative", conservative, smoothed),

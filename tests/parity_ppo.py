@@ -35,7 +35,7 @@ from trivet.optimization import (
     token_mean,
     whiten,
 )
-from trivet.recipes import ppo
+from trivet.recipes import ppo, ppo_parts
 from trivet.rewards.shaping import kl_charged_rewards
 from trivet.toy import STORIES
 
@@ -137,7 +137,7 @@ def our_step(completions: list[list[int]], finished: bool, **options: Any) -> di
         return whiten(x, mask)
 
     rows = [Example(prompt=ids, completions=[], learned=[], row={}) for ids in PROMPTS]
-    with patch.object(ppo, "whiten", whitened):
+    with patch.object(ppo_parts, "whiten", whitened):
         seen["policy"], seen["value"] = recipe_step(
             ppo, MODEL, rows, reference=REFERENCE, critic=CRITIC, rewards=SCORES, group_size=1, epochs_per_batch=1,
             rollouts=rollouts_of(groups, token_logprobs(OLD, groups), finished=finished), **{"beta": 0.05, **options},
@@ -203,7 +203,7 @@ def table() -> list[Any]:
     rows += compare("tight clips", our_step(WHOLE, True, **tight), their_step(WHOLE, **theirs))
     theirs = {"missing_eos_penalty": 1.5, "kl_coef": 0.05}
     rows += compare("missing EOS", our_step(WHOLE, False, missing_eos_penalty=1.5), their_step(WHOLE, **theirs))
-    with patch.object(ppo, "scale_to_unit_variance", with_the_mean_put_back):
+    with patch.object(ppo_parts, "scale_to_unit_variance", with_the_mean_put_back):
         mine = our_step(WHOLE, True, whiten_rewards=True)
     rows += compare("whitened rewards", mine, their_step(WHOLE, kl_coef=0.05, whiten_rewards=True))
     return rows + one_token_late()

@@ -1,12 +1,19 @@
-"""Run directories as a recorder would leave them, made of random numbers: small, quick, every file and every key."""
+"""Run directories as a recorder would leave them, made of random numbers: small, quick, every file and every key.
+
+And a run in memory, a step at a time, where no directory is asked for.
+"""
 
 import json
 import math
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from trivet.runner.launch import finish
+from trivet.runner.prepare import Launch
+from trivet.step import Metrics
 
 METHODS = ("sft", "reward-model", "dpo", "ppo", "grpo", "pairwise-grpo")
 SAMPLES = ("ppo", "grpo", "pairwise-grpo")  # the methods that sample, and so have rewards and several completions
@@ -29,7 +36,7 @@ WORDS = (
 )
 TOKEN_ARRAYS = {
     "sft": ("logprob", "gradient"),
-    "dpo": ("logprob", "ref_logprob", "gradient", "implicit_reward"),
+    "dpo": ("logprob", "gradient"),
     "ppo": (
         *("logprob", "ref_logprob", "sampler_logprob", "ratio", "clipped", "advantage", "value", "return", "kl"),
         *("token_reward", "gradient"),
@@ -78,6 +85,7 @@ def write_run(
     (path / "config.toml").write_text(f"# trivet {method} --config config.toml\n{toml}\n")
     about = {
         "method": method,
+        "recipe": method,
         "started_from": "runs/q/sft/model",
         "steps": planned,
         "data": {"rows read": 4000, "left out: the prompt is longer than --max-prompt-tokens": 12, "for training": 3589}
@@ -118,6 +126,12 @@ def write_run(
     if judged and method != "reward-model":
         (path / "judged.json").write_text(json.dumps(_judged(method, steps, draw, over_optimized)))
     return path
+
+
+def stepwise(launched: Launch) -> Iterator[Metrics]:
+    """The metrics of each step of a run, held-out ones included, as launch would record them; nothing is written."""
+    for step, result in enumerate(launched.recipe.train(launched.run.config, launched.run), 1):
+        yield finish(launched, step, result)
 
 
 def _curve(step: int, steps: int, start: float, end: float, draw: random.Random, noise: float = 0.05) -> float:

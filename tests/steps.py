@@ -5,6 +5,8 @@ import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -12,10 +14,11 @@ import torch
 from torch import Tensor
 
 from trivet.batch import Example, Groups, Rollouts
-from trivet.generation.engine import Engine
-from trivet.recipes import dpo, grpo, pairwise_grpo, ppo
+from trivet.model.forward import token_logprobs
+from trivet.recipes import offline, ppo_parts
 from trivet.rewards.reward import WeightedSum
-from trivet.run.loop import Optimizer, Run
+from trivet.step.optimizer import Optimizer
+from trivet.step.run import Run
 
 Gradient = dict[str, Tensor]
 
@@ -72,43 +75,57 @@ def recipe_step(
     """
     config = recipe.Config(prompts_per_step=len(rows), microbatch_tokens=microbatch_tokens, **options)
     model, critic = copy.deepcopy(before or policy), copy.deepcopy(critic)
-    run = Run(config=config, model=model, decode=lambda prompt, ids: "", stops=[0], train=rows, heldout=[],
-              reward=WeightedSum({"r": lambda rollouts: rewards}, [1.0]), steps=1, device="cpu",
-              generator=torch.Generator())  # fmt: skip
-    run.batches = lambda: iter([(1, rows)])  # in this order
     losses, found, passes = list[tuple[float, int]](), list[tuple[float, Gradient]](), [0]
-    backward, table = Tensor.backward, dpo.reference_logprobs
+    backward = Tensor.backward
 
     def record(loss: Tensor) -> None:
         losses.append((float(loss.detach()), len(losses)))
         backward(loss)
 
-    def step(optimizer: Optimizer) -> dict[str, float]:
-        mine = set(map(id, optimizer.parameters))
-        trained = next(m for m in (model, critic) if m is not None and any(id(p) in mine for p in m.parameters()))
-        passes[0] += trained is model
-        if passes[0] == (1 if before is None else 2):
-            values = [value for value, _ in losses]
-            if critic is not None:  # policy and critic take turns
-                values = values[0::2] if trained is model else values[1::2]
-            found.append((sum(values), gradient(trained)))
-        if trained is model and before is not None:
-            model.load_state_dict(policy.state_dict())
-            losses.clear()
-        trained.zero_grad()
-        return {"grad_norm": 0.0}
+    class Noted(Optimizer):
+        def step(self) -> dict[str, float]:
+            mine = set(map(id, self.parameters))
+            trained = next(m for m in (model, critic) if m is not None and any(id(p) in mine for p in m.parameters()))
+            passes[0] += trained is model
+            if passes[0] == (1 if before is None else 2):
+                values = [value for value, _ in losses]
+                if critic is not None:  # policy and critic take turns
+                    values = values[0::2] if trained is model else values[1::2]
+                found.append((sum(values), gradient(trained)))
+            if trained is model and before is not None:
+                model.load_state_dict(policy.state_dict())
+                losses.clear()
+            trained.zero_grad()
+            self.metrics = {"grad_norm": 0.0}
+            return self.metrics
+
+    class Given(Run):
+        """A run whose rollouts, reference and optimizers are these."""
+
+        def engine(self) -> Any:
+            return self.holds(engine=SimpleNamespace(generate=lambda *given: rollouts))
+
+        def reference(self) -> Any:
+            return super().reference() if reference is None else self.holds(reference=reference)
+
+        def optimizer(self, model: Any, *, updates: int = 1, lr: float | None = None, name: str = "optimizer") -> Any:
+            return self.holds(**{name: Noted(model, self.config, updates, lr)})
+
+        def order(self, done: int = 0) -> Any:  # in the order given
+            return iter([(1, [replace(row, index=number) for number, row in enumerate(rows)])])
+
+    run = Given(config=config, model=model, decode=lambda prompt, ids: "", stops=[0], train=rows, heldout=[],
+                reward=WeightedSum({"r": lambda rollouts: rewards}, [1.0]), steps=1, device="cpu",
+                generator=torch.Generator())  # fmt: skip
+
+    def of_reference(run: Run, examples: Sequence[Example]) -> Tensor:
+        return run.passes(token_logprobs, reference or run.model, offline.to_groups(examples, "cpu")).sum(1)
 
     with ExitStack() as stack:
         fresh = stack.enter_context(tempfile.TemporaryDirectory())  # no reference pass of an earlier run
         stack.enter_context(patch.dict(os.environ, XDG_CACHE_HOME=fresh))
         stack.enter_context(patch.object(Tensor, "backward", record))
-        stack.enter_context(patch.object(Optimizer, "step", step))
-        stack.enter_context(patch.object(Engine, "generate", lambda *given: rollouts))
-        if reference is not None:
-            for module in (grpo, pairwise_grpo, ppo):
-                stack.enter_context(patch.object(module, "frozen_copy", lambda policy: reference))
-            of_reference = lambda policy, config, run: table(reference, config, run)  # noqa: E731
-            stack.enter_context(patch.object(dpo, "reference_logprobs", of_reference))
-        stack.enter_context(patch.object(ppo, "critic_from", lambda reward, policy: critic))
+        stack.enter_context(patch.object(offline, "completion_logprob", of_reference))
+        stack.enter_context(patch.object(ppo_parts, "critic_from", lambda reward, policy: critic))
         next(recipe.train(config, run))
     return found

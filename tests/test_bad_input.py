@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig
 
-from trivet.cli import main
+from trivet.cli.main import main
 from trivet.errors import InputError
 from trivet.recipes import grpo
-from trivet.run.launch import Launch
+from trivet.runner.prepare import Launch
 from trivet.toy import ARITHMETIC
 
 MODEL = Path(ARITHMETIC["model"])

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from test_rewards import rollouts
-from trivet.cli import main
+from trivet.cli.main import main
 from trivet.errors import InputError
 from trivet.rewards import code
 from trivet.rewards.code import CodeReward, _NotApartError, code_of

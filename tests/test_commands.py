@@ -12,9 +12,10 @@ import pytest
 from transformers import AutoModelForSequenceClassification
 
 from runs import write_quickstart, write_run
-from trivet.cli import main
-from trivet.help import WHERE, options_of
-from trivet.recipes import RECIPES
+from trivet.cli.help import WHERE, file_and_class
+from trivet.cli.main import main
+from trivet.recipes import METHODS
+from trivet.step.option_texts import PACKAGE, options_of
 from trivet.toy import STORIES
 
 
@@ -114,17 +115,18 @@ def test_a_model_that_scores_is_not_asked_to_write(tmp_path, capsys):
 
 
 def test_help_is_quick_to_import():
-    heavy = "import sys; import trivet.cli; assert not {'torch', 'transformers', 'rich'} & set(sys.modules)"
+    heavy = "import sys; import trivet.cli.main; assert not {'torch', 'transformers', 'rich'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", heavy], check=False).returncode == 0
-    heavy = "import sys; from trivet.cli import main; main(['ppo', '--help']); assert not {'torch', 'transformers'} & set(sys.modules)"
+    heavy = "import sys; from trivet.cli.main import main; main(['ppo', '--help']); assert not {'torch', 'transformers'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", heavy], check=False, capture_output=True).returncode == 0
 
 
-@pytest.mark.parametrize("command", [*RECIPES, *WHERE])
+@pytest.mark.parametrize("command", [*METHODS, *WHERE])
 def test_help_tells_every_option_as_its_config_has_it(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    _, file, kind = WHERE.get(command, ("", f"recipes/{command.replace('-', '_')}.py", "Config"))
-    config = getattr(importlib.import_module(f"trivet.{file[:-3].replace('/', '.')}"), kind)
+    file, kind = file_and_class(command)
+    module = ".".join(("trivet", *file.relative_to(PACKAGE).with_suffix("").parts))
+    config = getattr(importlib.import_module(module), kind)
     options = options_of(file, kind)
     assert {name: option.default for name, option in options.items()} == vars(config())
     assert all(option.text for option in options.values())
@@ -150,10 +152,32 @@ def test_help_stands_in_groups_and_tells_what_is_on(capsys):
         "--lr",
         "Rewards",
         "--reward",
-        "Of this method",
+        "Method options",
         "--beta",
         "--preset",
     ]
     assert sorted(heads, key=lambda word: said.index(f"\n{word}")) == heads
     assert main(["ppo", "-h"]) == 0
     assert re.search(r"--whiten-advantages [^-]*\[on; --no-...", capsys.readouterr().out)
+
+
+def test_help_of_a_recipe_of_ones_own_is_read_from_its_file(tmp_path, capsys):
+    recipe = tmp_path / "mine.py"
+    recipe.write_text(
+        "from trivet.recipes import grpo\n"
+        "class Config(grpo.Config):\n"
+        "    'Mine.'\n"
+        "    twice: float = 2 * 0.5\n"
+        "    'Computed.'\n"
+    )
+    assert main(["run", str(recipe), "-h"]) == 0
+    said = capsys.readouterr().out
+    assert "Mine." in said
+    assert re.search(r"^--twice FLOAT +Computed\. \[default 2 \* 0\.5\]", said, re.M)
+    assert re.search(r"^--group-size INT ", said, re.M)
+    for content in (b"def (", b"\xff", b"x = 1"):
+        recipe.write_bytes(content)
+        assert main(["run", str(recipe), "-h"]) == 2
+        told = capsys.readouterr().err
+        assert told.startswith(f"trivet run: {recipe}")
+        assert told.count("\n") == 1

@@ -14,6 +14,7 @@ from trivet.generation import engine as generation
 from trivet.generation.engine import Engine
 from trivet.model import forward
 from trivet.model.forward import shares_prefix, token_logprobs
+from trivet.model.scalar import with_scalar_head
 from trivet.recipes import dpo, grpo, pairwise_grpo, ppo, sft
 
 POLICY = tiny()
@@ -98,7 +99,7 @@ def test_pairwise_and_ppo_take_one_reference_pass_and_no_pass_of_the_old_policy(
         recipe_step(pairwise_grpo, POLICY, examples(groups), **given)
     assert counts.trunk == {True: once, False: once}
     with Counts() as counts:
-        recipe_step(ppo, POLICY, examples(groups), critic=ppo.with_scalar_head(POLICY), epochs_per_batch=1, **given)
+        recipe_step(ppo, POLICY, examples(groups), critic=with_scalar_head(POLICY), epochs_per_batch=1, **given)
     assert counts.head == {True: int(groups.mask.sum()), False: int(groups.mask.sum())}  # the critic has no such head
 
 

@@ -12,11 +12,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from trivet.batch import Example
-from trivet.cli import main
-from trivet.data import load_examples, split_by_prompt
+from trivet.cli.main import main
+from trivet.data.examples import load_examples, split_by_prompt
+from trivet.data.rows import read_rows
 from trivet.model.text import PLAIN_TEMPLATE, encode_completion, encode_prompt, load_tokenizer, stop_ids
 from trivet.recipes.offline import to_groups
-from trivet.rows import read_rows
 
 EOS = 0
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}

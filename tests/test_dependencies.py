@@ -12,7 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from trivet import dependencies
-from trivet.cli import main
+from trivet.cli.main import main
 from trivet.dependencies import require_extra, require_tried_versions
 from trivet.errors import InputError
 
@@ -119,9 +119,7 @@ def test_a_mistake_is_told_before_anything_heavy_is_imported(tmp_path):
         "quickstart --sede 1": "nearest known one is --seed",
         "grppo": "nearest known one is 'grpo'",
     }
-    code = (
-        "import sys; from trivet.cli import main\nfor line in sys.stdin: print(main(line.split()), file=sys.stderr)\n"
-    )
+    code = "import sys; from trivet.cli.main import main\nfor line in sys.stdin: print(main(line.split()), file=sys.stderr)\n"
     code += "assert not {'torch', 'transformers', 'numpy', 'datasets', 'matplotlib', 'starlette'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], input="\n".join(wrong), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

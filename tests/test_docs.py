@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from trivet.cli import HELP
-from trivet.recipes import RECIPES
+from trivet.cli.main import HELP
+from trivet.recipes import METHODS as RECIPES
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,9 +20,9 @@ def test_the_readme_shows_the_grpo_loop_verbatim():
     assert shown
     lines = [line for line in shown[1].splitlines() if line.strip()]
     source = (ROOT / "src/trivet/recipes/grpo.py").read_text().splitlines()
-    loop = [line[4:] for line in source[source.index("    for step, prompts in run.batches():") :]]
+    loop = [line[4:] for line in source[source.index("    for _, prompts in run.batches():") :]]
     assert lines == [line for line in loop if line.strip()][: len(lines)]
-    assert lines[-1].strip() == "yield reduced(metrics)"
+    assert lines[-1].strip().startswith("yield sampled_result(")
 
 
 @pytest.mark.parametrize("method", RECIPES)
@@ -30,7 +30,7 @@ def test_every_option_says_what_it_does_and_every_method_is_in_the_help(method):
     recipe = importlib.import_module(f"trivet.recipes.{method.replace('-', '_')}")
     source = "".join(
         (ROOT / "src/trivet" / path).read_text()
-        for path in ("run/options.py", f"recipes/{recipe.__name__.split('.')[-1]}.py")
+        for path in ("step/options.py", f"recipes/{recipe.__name__.split('.')[-1]}.py")
     )
     for field in dataclasses.fields(recipe.Config):
         said = re.search(rf'^    {field.name}: [^\n]+(  # \S|\n    """)', source, re.M)
@@ -87,7 +87,7 @@ def test_methods_md_names_options_presets_and_every_variant():
                 assert option.replace("-", "_") in fields, f"{method} has no --{option}"
         for preset in set(recipe.PRESETS) - {"toy", "arithmetic"}:
             assert f"--preset {preset}" in section[1], f"{preset} is not explained"
-        options = importlib.import_module("trivet.run.options").SamplingOptions
+        options = importlib.import_module("trivet.step.options").SamplingOptions
         shared = {field.name for field in dataclasses.fields(options)}
         plain = {
             "beta",

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-import trivet.run.checkpoints as saving
+import trivet.store.checkpoints as saving
 from test_resume import KilledError, config, killed_after, numbers, same
-from trivet.cli import main
+from trivet.cli.main import main
 from trivet.errors import InputError
 from trivet.recipes import dpo, sft
-from trivet.run.files import to_disk
-from trivet.run.launch import launch
-from trivet.run.resume import resume
+from trivet.runner.launch import launch
+from trivet.runner.resume import resume
+from trivet.store.files import to_disk
 
 
 def files_in(path):
@@ -85,7 +85,7 @@ def test_a_kill_in_the_middle_of_a_file_leaves_the_one_before(tmp_path, name, mo
         to_disk(path)
 
     monkeypatch.setattr(Path, "write_text", killed)
-    monkeypatch.setattr("trivet.run.record.to_disk", stop)
+    monkeypatch.setattr("trivet.store.record.to_disk", stop)
     with pytest.raises(KilledError):
         resume(tmp_path / "r")
     monkeypatch.undo()
@@ -156,7 +156,7 @@ def test_a_resumed_run_that_fails_in_its_first_step_can_still_be_resumed(tmp_pat
     with pytest.raises(KilledError):
         launch(config(sft, tmp_path / "r", save_every=0), killed_after(3))
     for _ in range(2):
-        monkeypatch.setattr("trivet.run.record._append", lambda path, lines: (_ for _ in ()).throw(KeyboardInterrupt))
+        monkeypatch.setattr("trivet.store.record._append", lambda path, lines: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             resume(tmp_path / "r")
         monkeypatch.undo()

@@ -2,20 +2,22 @@
 
 import json
 import math
+import re
 import shutil
+import sys
 
 import pytest
 
 from fuzz_outside import rollouts, try_judge
 from test_resume import KilledError, config, killed_after, numbers, same
-from trivet.cli import main
+from trivet.cli.main import main
 from trivet.errors import InputError
 from trivet.recipes import sft
 from trivet.rewards.functions import FunctionReward
-from trivet.run.launch import launch
-from trivet.run.reading import read_object
-from trivet.run.record import _append, short
-from trivet.run.resume import resume
+from trivet.runner.launch import launch
+from trivet.runner.resume import resume
+from trivet.store.reading import read_object
+from trivet.store.record import _append, short
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +46,53 @@ def test_a_json_file_that_holds_no_object_is_as_good_as_none(tmp_path, killed, c
     same(killed[1], resume(tmp_path / "r"))
 
 
-@pytest.mark.parametrize("method", ["sgt", "", 5, "../sft", "grpo_variants", "\0"])
-def test_a_directory_of_a_method_that_is_none_can_not_be_resumed(tmp_path, killed, method, capsys):
+@pytest.mark.parametrize("fact", ["method", "recipe"])
+@pytest.mark.parametrize("said", ["sgt", "", 5, ["sft"], "../sft", "grpo_variants", "trivet.recipes.sft", "\0"])
+def test_a_directory_of_a_method_that_is_none_can_not_be_resumed(tmp_path, killed, fact, said, capsys):
     shutil.copytree(killed[0], tmp_path / "r")
-    (tmp_path / "r" / "run.json").write_text(json.dumps({"method": method}))
+    (tmp_path / "r" / "run.json").write_text(json.dumps({fact: said}))
     lines = (tmp_path / "r" / "config.toml").read_text().splitlines()[1:]
     (tmp_path / "r" / "config.toml").write_text("\n".join(lines))
     assert main(["resume", str(tmp_path / "r")]) == 2
-    assert "is not a run directory" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"{tmp_path / 'r'} is not a run directory: there is no config.toml in it that names a method" in told
+    assert told.count("\n") == 1
+    with pytest.raises(InputError, match="is not a run directory"):
+        resume(tmp_path / "r")
+
+
+def test_a_recipe_of_ones_own_that_is_gone_or_broken_is_a_sentence(tmp_path, capsys):
+    """And its config may be any Python: early.py reads only those of Trivet."""
+    recipe, out = tmp_path / "mine.py", tmp_path / "r"
+    recipe.write_text(OWN)
+    flags = ["--preset", "toy", "--steps=2", "--prompts-per-step=2", "--eval-fraction=0", "--save-every=1"]
+    assert main(["run", str(recipe), *flags, "--out", str(out)]) == 0
+    (out / "summary.json").unlink()
+    shutil.rmtree(out / "model")
+    capsys.readouterr()
+    for broken, said in (
+        (lambda: recipe.write_text("def ("), r"mine.py can't be imported: SyntaxError"),
+        (recipe.unlink, "its recipe, .*mine.py, is not there any more"),
+    ):
+        broken()
+        sys.modules.pop("trivet_recipe_mine", None)
+        assert main(["resume", str(out)]) == 2
+        told = capsys.readouterr().err
+        assert re.search(said, told)
+        assert told.count("\n") == 1
+    recipe.write_text(OWN)
+    assert main(["resume", str(out)]) == 0
+
+
+OWN = """
+from dataclasses import dataclass
+from trivet.recipes import sft
+from trivet.recipes.sft import PRESETS, ROWS, TRAINS, train
+
+@dataclass(frozen=True, kw_only=True)
+class Config(sft.Config):
+    twice: float = 2 * 0.5
+"""
 
 
 def test_an_error_that_can_not_say_what_it_is_costs_a_sentence():

@@ -21,9 +21,9 @@ from rich.progress import Progress
 from torch.testing import assert_close
 
 from test_rewards import rollouts
-from trivet.calls import pause, settled
-from trivet.cli import main
+from trivet.cli.main import main
 from trivet.errors import InputError
+from trivet.http import pause, settled
 from trivet.rewards.functions import FunctionReward, load_rewards
 from trivet.rewards.guard import AGAIN, OutOfTime, within
 

@@ -8,7 +8,6 @@ import dataclasses
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,8 +22,10 @@ from conftest import SMALL, ragged, tiny
 from steps import Gradient, examples, recipe_step, rollouts_of
 from trivet.batch import Groups, microbatches
 from trivet.model.forward import token_logprobs
-from trivet.recipes import dpo, grpo, pairwise_grpo, ppo, reward_model, sft
+from trivet.recipes import dpo, grpo, kto, offline, pairwise_grpo, ppo, reward_model, sft
+from trivet.recipes.objective import Objective
 from trivet.recipes.offline import to_groups
+from trivet.step.devices import OneProcess
 
 POLICY = tiny()
 PROMPTS, SIZE = 5, 4
@@ -127,9 +128,9 @@ def test_padding_amount_side_and_id(method, before, after, pad_id):
     if method in SAMPLING:
         found = step(method, groups=wider(GROUPS, before, after, pad_id))
     else:
-        recipe = {"sft": sft, "reward-model": reward_model}.get(method, dpo)
+        recipe = {"sft": sft, "reward-model": reward_model, "dpo": dpo, "kto": kto}[method]
         padded = lambda rows, device: wider(to_groups(rows, device), before, after, pad_id)  # noqa: E731
-        with patch.object(recipe, "to_groups", padded):
+        with patch.object(recipe, "to_groups", padded), patch.object(offline, "to_groups", padded):
             found = step(method)
     same(found, step(method))
 
@@ -145,10 +146,12 @@ def test_prompts_shared_or_repeated_in_plain_padded_rows(method):
     same(found, expected)
 
 
-def share_of(rank: int) -> Iterator[Any]:
-    """microbatches() of which a process visits every second one."""
+def share_of(rank: int) -> Any:
+    """OneProcess.microbatches, of which a process visits every second one."""
 
-    def mine(groups: Groups, budget: int, **options: Any) -> Iterator[tuple[Tensor, Groups]]:
+    def mine(
+        devices: OneProcess, groups: Groups, budget: int, *, filled: Any, **options: Any
+    ) -> Iterator[tuple[Tensor, Groups]]:
         for number, part in enumerate(microbatches(groups, budget, **options)):
             if number % 2 == rank:
                 yield part
@@ -163,9 +166,7 @@ def two_processes(rank: int, folder: str) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     for method in METHODS:
         expected = step(method, budget=40)
-        with ExitStack() as stack:
-            for recipe in (sft, reward_model, dpo, ppo, grpo, pairwise_grpo):
-                stack.enter_context(patch.object(recipe, "microbatches", share_of(rank)))
+        with patch.object(OneProcess, "microbatches", share_of(rank)):
             partial = step(method, budget=40)
         summed: Steps = []
         for (loss, gradient), (_, full) in zip(partial, expected, strict=True):
@@ -199,13 +200,18 @@ def test_two_processes_each_with_a_share_of_the_step(tmp_path):
 
 def test_the_first_pass_of_clipped_grpo_has_a_ratio_of_exactly_1():
     seen: list[Tensor] = []
-    surrogate = grpo.surrogate
+    objective_of = grpo.objective_of
 
-    def look(logprobs: Tensor, old: Tensor, *rest: Any) -> Tensor:
-        seen.append((logprobs - old).exp().detach())
-        return surrogate(logprobs, old, *rest)
+    def looked_at(config: grpo.Config) -> Objective:
+        objective = objective_of(config)
 
-    with patch.object(grpo, "surrogate", look):
+        def look(logprobs: Tensor, old: Tensor, *rest: Tensor) -> Tensor:
+            seen.append((logprobs - old).exp().detach())
+            return objective.policy_loss(logprobs, old, *rest)
+
+        return objective.but(policy_loss=look)
+
+    with patch.object(grpo, "objective_of", looked_at):
         step("grpo")
     passes = len(seen) // 2
     assert all((ratio == 1).all() for ratio in seen[:passes])

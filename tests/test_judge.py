@@ -19,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from test_rewards import rollouts
-from trivet.calls import answered
-from trivet.cli import main
+from trivet.cli.main import main
 from trivet.errors import InputError
+from trivet.http import answered
 from trivet.rewards.functions import load_rewards
 from trivet.rewards.judge import Judge
 from trivet.rewards.pairwise import matches, win_rates
@@ -366,7 +366,7 @@ def clock(monkeypatch) -> list[float]:
 
     monkeypatch.setattr("trivet.rewards.judge.time", SimpleNamespace(monotonic=lambda: moments[-1]))
     monkeypatch.setattr("trivet.rewards.judge.asyncio", SimpleNamespace(**vars(asyncio) | {"sleep": slept}))
-    monkeypatch.setattr("trivet.calls.time", SimpleNamespace(time=lambda: 1_700_000_000.0))
+    monkeypatch.setattr("trivet.http.time", SimpleNamespace(time=lambda: 1_700_000_000.0))
     return moments
 
 

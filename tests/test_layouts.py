@@ -13,7 +13,7 @@ from trivet.generation import engine as engine_module
 from trivet.model import attention, logprobs
 from trivet.model.forward import shares_prefix, token_logprobs
 from trivet.recipes import sft
-from trivet.run.loop import Optimizer
+from trivet.step.optimizer import Optimizer
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, LlamaConfig, Qwen3Config
 
 from conftest import few_rows, ragged, tiny
+from runs import stepwise
 from test_resume import RECIPES, KilledError, config, killed_after, numbers
-from trivet.cli import main
+from trivet.cli.main import main
 from trivet.errors import InputError
 from trivet.model.adapters import is_adapters, merged, new_adapter, read_adapter, write_adapter
 from trivet.model.copies import frozen_copy
@@ -22,9 +23,10 @@ from trivet.model.forward import token_logprobs
 from trivet.model.load import load_policy, load_scorer
 from trivet.model.scalar import scores, values, with_scalar_head
 from trivet.recipes import dpo, grpo, ppo, reward_model, sft
-from trivet.run.launch import Launch, launch
-from trivet.run.loop import Optimizer
-from trivet.run.resume import resume
+from trivet.runner.launch import launch
+from trivet.runner.prepare import Launch
+from trivet.runner.resume import resume
+from trivet.step.optimizer import Optimizer
 from trivet.toy import STORIES
 
 KINDS = pytest.mark.parametrize("kind", [Qwen3Config, LlamaConfig, GPT2Config], ids=lambda kind: kind.model_type)
@@ -124,9 +126,10 @@ def test_the_reference_of_an_adapter_that_is_gone_on_with_is_its_frozen_copy(tmp
 
 
 def test_only_adapter_and_head_are_trained(tmp_path):
-    run = Launch(config(reward_model, tmp_path / "r", lora=4)).run
+    launched = Launch(config(reward_model, tmp_path / "r", lora=4))
+    run = launched.run
     before = {name: x.clone() for name, x in run.model.named_parameters()}
-    list(run.config and reward_model.train(run.config, run))
+    assert len(list(stepwise(launched))) == run.steps
     moved = {name for name, x in run.model.named_parameters() if not torch.equal(x, before[name])}
     assert moved == {name for name in before if is_adapters(name)}
     assert "score.modules_to_save.default.weight" in moved
@@ -143,22 +146,21 @@ def runs(tmp_path_factory):
     return {"sft": start, "rm": launch(config(reward_model, folder / "rm", model=str(start), lr=1e-2))}
 
 
-def parts_of_ppo(run):
-    """What PPO holds, once it has begun."""
-    held = {}
-    run.holds = lambda **parts: held.update(parts)
-    metrics = next(ppo.train(run.config, run))
-    return held, metrics
+def parts_of_ppo(launched):
+    """What PPO holds after its first step, and the metrics of that step."""
+    metrics = next(stepwise(launched))
+    return launched.run.parts, metrics
 
 
 @pytest.mark.parametrize("start", ["base", "adapter"])
 def test_ppo_is_four_roles_over_one_base(tmp_path, runs, start):
     model = {"lora": 4} if start == "base" else {"model": str(runs["sft"])}
-    run = Launch(config(ppo, tmp_path / "r", reward=(str(runs["rm"]),), critic_lr=1e-2, **model)).run
+    launched = Launch(config(ppo, tmp_path / "r", reward=(str(runs["rm"]),), critic_lr=1e-2, **model))
+    run = launched.run
     judge, base = run.reward.rewards["rm"].model, set(base_tensors(run.model).values())
     bits = {name: x.clone() for name, x in run.model.named_parameters()}
     heard = {name: x.clone() for name, x in judge.named_parameters()}
-    held, metrics = parts_of_ppo(run)
+    held, metrics = parts_of_ppo(launched)
     for role in (held["reference"], held["critic"], judge):
         shared = [x.data_ptr() for name, x in role.named_parameters() if not is_adapters(name) and "score" not in name]
         assert set(shared) <= base
@@ -187,10 +189,10 @@ def test_over_the_policys_base_a_reward_model_is_what_it_is_by_itself(tmp_path, 
 
 
 def test_the_critic_without_a_reward_model_is_an_adapter_of_its_own(tmp_path):
-    run = Launch(config(ppo, tmp_path / "r", lora=4)).run
-    held, _ = parts_of_ppo(run)
+    launched = Launch(config(ppo, tmp_path / "r", lora=4))
+    held, _ = parts_of_ppo(launched)
     own = {name: x for name, x in held["critic"].named_parameters() if x.requires_grad}
-    policy = {x.data_ptr() for x in run.model.parameters()}
+    policy = {x.data_ptr() for x in launched.run.model.parameters()}
     assert own.pop("score.weight").abs().sum() > 0
     assert own
     assert not policy & {x.data_ptr() for x in own.values()}
@@ -323,13 +325,14 @@ def same(one, other):
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [dpo, grpo, ppo])
 def test_an_adapter_is_gone_on_with(tmp_path, runs, recipe):
-    run = Launch(config(recipe, tmp_path / "r", model=str(runs["sft"]))).run
+    launched = Launch(config(recipe, tmp_path / "r", model=str(runs["sft"])))
+    run = launched.run
     start = load_file(runs["sft"] / "model" / "adapter_model.safetensors")
     weights = {name: x for name, x in run.model.named_parameters() if x.requires_grad}
     assert len(weights) == len(start)
     for name, x in weights.items():
         assert torch.equal(x, start["base_model.model." + name.replace(".default", "")])
-    metrics = list(recipe.train(run.config, run))
+    metrics = list(stepwise(launched))
     first = metrics[0]["loss"] if recipe is dpo else metrics[0]["kl"]
     assert first == pytest.approx(0.6931472 if recipe is dpo else 0, abs=1e-5)  # the reference is the adapter as it was
     name, x = next((name, x) for name, x in run.model.named_parameters() if "lora_B" in name)
@@ -349,17 +352,17 @@ def test_the_memory_by_part_has_one_base(tmp_path, runs):
 
 @pytest.mark.slow
 def test_products_in_bfloat16(tmp_path):
-    run = Launch(config(grpo, tmp_path / "r", lora=4, precision="bfloat16")).run
-    metrics = list(grpo.train(run.config, run))
+    launched = Launch(config(grpo, tmp_path / "r", lora=4, precision="bfloat16"))
+    metrics = list(stepwise(launched))
     assert metrics[0]["kl"] == pytest.approx(0, abs=0.05)
-    assert all(x.dtype == torch.float32 for x in run.model.parameters() if x.requires_grad)
+    assert all(x.dtype == torch.float32 for x in launched.run.model.parameters() if x.requires_grad)
 
 
 @pytest.mark.slow
 def test_grpo_learns_with_an_adapter():
     small = {"prompts_per_step": 6, "group_size": 6, "max_completion_tokens": 32, "eval_limit": 1}
-    run = Launch(grpo.Config(**{**grpo.PRESETS["toy"], **small, "lora": 8, "lr": 1e-2, "steps": 10})).run
-    rewards = [metrics["reward"] for metrics in grpo.train(run.config, run)]
+    launched = Launch(grpo.Config(**{**grpo.PRESETS["toy"], **small, "lora": 8, "lr": 1e-2, "steps": 10}))
+    rewards = [metrics["reward"] for metrics in stepwise(launched)]
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 1.5
 
 

@@ -5,8 +5,8 @@ from types import ModuleType
 from xml.etree import ElementTree
 
 from conftest import few_rows
+from trivet import launch
 from trivet.recipes import sft
-from trivet.run.launch import launch
 
 
 def test_a_run_says_what_it_does_in_a_notebook_and_shows_itself_after(tmp_path, monkeypatch, capsys):

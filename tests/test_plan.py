@@ -19,7 +19,7 @@ from transformers import (
 
 from conftest import SMALL
 from trivet.batch import Example, collate, microbatches
-from trivet.cli import main
+from trivet.cli.main import main
 from trivet.generation.engine import Engine
 from trivet.model.attention import Layout
 from trivet.model.forward import token_logprobs
@@ -31,7 +31,7 @@ from trivet.plan.options import Config
 from trivet.plan.parts import attention_rows, split
 from trivet.plan.shapes import CARDS, SHAPES, Machine, card_of, shape_of
 from trivet.plan.step import Step, total
-from trivet.recipes import RECIPES
+from trivet.recipes import METHODS as RECIPES
 
 CPU = Machine("a CPU", True, 64e9, 1e12, 5e11, 5e10, 1e9, 1e9, 4e8)
 LENGTHS = {"prompt_tokens": 40, "completion_tokens": 33, "prompts_per_step": 2, "group_size": 4}

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from runs import write_run
-from trivet.cli import main
+from trivet.cli.main import main
 from trivet.report import plots
-from trivet.run.reading import method_of, read_metrics
+from trivet.store.reading import method_of, read_metrics
 
 SVG = "{http://www.w3.org/2000/svg}"
 

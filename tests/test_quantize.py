@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from conftest import few_rows, ragged
+from runs import stepwise
 from test_resume import RECIPES, KilledError, config, killed_after, numbers
 from trivet.errors import InputError
 from trivet.model.copies import frozen_copy
@@ -15,8 +16,9 @@ from trivet.model.forward import token_logprobs
 from trivet.model.load import load_policy
 from trivet.recipes import dpo, ppo, sft
 from trivet.recipes.offline import to_groups
-from trivet.run.launch import Launch, launch
-from trivet.run.resume import resume
+from trivet.runner.launch import launch
+from trivet.runner.prepare import Launch
+from trivet.runner.resume import resume
 from trivet.toy import STORIES
 
 LIBRARIES = {"4bit": "bitsandbytes", "8bit": "torchao"}
@@ -60,8 +62,8 @@ def test_an_adapter_learns_on_it_and_goes_on_to_the_same_bits(tmp_path, name, bi
 def test_the_loss_falls(tmp_path, bits):
     data = tmp_path / "few.jsonl"
     data.write_text("".join(Path(few_rows()).read_text().splitlines(keepends=True)[:9]))  # learned by heart
-    run = Launch(config(sft, "", data=str(data), lora=8, lr=1e-2, quantize=bits, steps=15, prompts_per_step=8)).run
-    losses = [metrics["loss"] for metrics in sft.train(run.config, run)]
+    options = {"lora": 8, "lr": 1e-2, "quantize": bits, "steps": 15, "prompts_per_step": 8}
+    losses = [metrics["loss"] for metrics in stepwise(Launch(config(sft, "", data=str(data), **options)))]
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
 
 

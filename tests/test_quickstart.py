@@ -5,7 +5,7 @@ import json
 import pytest
 
 from test_page import CHROMIUM, EMPTY_CHARTS, TITLES, browser, show  # noqa: F401  fixtures
-from trivet.cli import main
+from trivet.cli.main import main
 from trivet.report.compare import runs_in
 
 

@@ -31,13 +31,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from test_rescue import broken_at
 from test_resume import RECIPES, KilledError
-from trivet.cli import main
+from trivet.cli.main import main
+from trivet.distributed.ranks import SharedEngine, balanced
 from trivet.generation import engine, sampling
-from trivet.run import launch as launching
-from trivet.run import ranks
-from trivet.run.launch import launch
-from trivet.run.ranks import balanced
-from trivet.run.resume import resume
+from trivet.runner import prepare
+from trivet.runner.launch import launch
+from trivet.runner.resume import resume
+from trivet.step.optimizer import Optimizer
 from trivet.timing import Clock
 from trivet.toy import STORIES
 
@@ -87,7 +87,7 @@ def exact_draw(logits: torch.Tensor, level: torch.Tensor) -> tuple[torch.Tensor,
 def ragged():
     """Sampling that ends early now and then, as of a trained model: one token in six is a stop."""
     stops = [1, *range(2, 85)]
-    with patch.object(sampling, "draw", exact_draw), patch.object(launching, "stop_ids", lambda *args: stops):
+    with patch.object(sampling, "draw", exact_draw), patch.object(prepare, "stop_ids", lambda *args: stops):
         yield
 
 
@@ -300,7 +300,7 @@ def test_a_process_that_is_killed_ends_all_in_a_sentence(tmp_path, capfd):
 
     assert on_ranks(2, work) == [2, -signal.SIGKILL]
     said = capfd.readouterr().err
-    assert re.search(r"another process of this run has gone, .*; stopped in step [34], to go on: trivet resume", said)
+    assert re.search(r"another rank exited; see its output above; stopped in step [34], to go on: trivet resume", said)
     assert "Traceback" not in said
     assert on_ranks(2, lambda: resume(tmp_path / "run") and 0) == [0, 0]
     same(whole, tmp_path / "run", 1e-30)
@@ -335,7 +335,7 @@ def test_out_of_memory_on_one_process_is_a_sentence(tmp_path, capfd, error):
         return {}
 
     given = words(config("sft", tmp_path / "run"))
-    with patch.object(RECIPES["sft"].Optimizer, "step", full):
+    with patch.object(Optimizer, "step", full):
         codes = on_ranks(2, lambda: main(given))
     said = capfd.readouterr().err
     assert codes[1] == 2
@@ -384,14 +384,13 @@ def test_groups_are_shared_by_their_lengths():
 
 
 def test_a_rows_noise_does_not_depend_on_who_else_is_written():
-    us = ranks.Ranks.__new__(ranks.Ranks)
-    us.total_rows = 6
     drawn = {}
     for own in ([0, 1, 2, 3, 4, 5], [1, 4], [0, 2, 3, 5]):
         sampler = engine.Engine(lambda *ids: "", [0], 4, 1.0, torch.Generator().manual_seed(7))
-        us.rows = torch.tensor(own)
+        sampler = SharedEngine(**vars(sampler), ranks=None)
+        sampler.rows, sampler.total_rows = torch.tensor(own), 6
         for kept in (list(range(len(own))), [len(own) - 1]):  # the others have ended
-            for row, level in zip(us.rows[kept].tolist(), us.noise(sampler, torch.tensor(kept)), strict=True):
+            for row, level in zip(sampler.rows[kept].tolist(), sampler.noise(torch.tensor(kept)), strict=True):
                 drawn.setdefault((row, len(kept) == 1), set()).add(float(level))
     assert all(len(levels) == 1 for levels in drawn.values())
 

@@ -30,10 +30,10 @@ from test_ranks import (
     sampled_lengths_are_ragged,  # noqa: F401  a fixture
     trained,
 )
-from trivet.cli import main
-from trivet.run import shards
-from trivet.run.launch import launch
-from trivet.run.resume import resume
+from trivet.cli.main import main
+from trivet.distributed.checkpoints import ShardedCheckpoints
+from trivet.runner.launch import launch
+from trivet.runner.resume import resume
 
 pytestmark = pytest.mark.slow  # processes in numbers
 
@@ -119,13 +119,13 @@ def test_all_roles_have_one_base_in_shards(tmp_path):
 
     def work() -> None:
         held, base = [], sum(x.nbytes for x in load_file(folder() / "policy" / "model.safetensors").values())
-        holds, before = shards.Checkpoints.holds, living()  # of earlier tests
+        begin, before = ShardedCheckpoints.begin, living()  # of earlier tests
 
-        def count(self, **parts) -> None:
-            holds(self, **parts)
+        def count(self) -> None:
+            begin(self)
             held.append(living() - before)
 
-        with patch.object(shards.Checkpoints, "holds", count):
+        with patch.object(ShardedCheckpoints, "begin", count):
             launch(given)
         # four adapters of rank 1, heads, and buffers beside it
         assert base / 2 < held[0] < 1.5 * base, (held, base)  # a base for each role would be 2 base and more

@@ -18,13 +18,14 @@ import pytest
 from stub_vllm import Stub
 from test_ranks import config, folder, killed_after, numbers, on_ranks, ragged, same, trained
 from test_servers import impatient
-from trivet.cli import main
+from trivet.arguments import to_toml
+from trivet.cli.main import main
+from trivet.distributed import ranks
 from trivet.generation import server
 from trivet.generation.local import Local
-from trivet.run import ranks, servers
-from trivet.run.config import to_toml
-from trivet.run.launch import launch
-from trivet.run.resume import resume
+from trivet.runner import servers
+from trivet.runner.launch import launch
+from trivet.runner.resume import resume
 
 pytestmark = pytest.mark.slow  # processes in numbers
 

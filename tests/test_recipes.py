@@ -13,7 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from conftest import few_rows, ragged, tiny
+from runs import stepwise
 from steps import examples, recipe_step, rollouts_of
+from trivet.arguments import read_toml, typed
 from trivet.batch import Example, collate
 from trivet.model.copies import frozen_copy
 from trivet.model.forward import token_logprobs
@@ -21,11 +23,14 @@ from trivet.model.load import load_policy, load_scorer
 from trivet.model.scalar import scores, values, with_scalar_head
 from trivet.optimization import k2, k3, token_mean, weighted_kl
 from trivet.recipes import dpo, grpo, pairwise_grpo, ppo, reward_model, sft
-from trivet.recipes.grpo_variants import centered, kl_term
+from trivet.recipes.grpo_variants import objective_of
+from trivet.recipes.ppo_parts import critic_from
 from trivet.rewards.overlong import overlong_penalty
-from trivet.run.arguments import read_toml, typed
-from trivet.run.launch import Launch, launch
-from trivet.run.loop import Optimizer, Run
+from trivet.runner.launch import launch
+from trivet.runner.prepare import Launch
+from trivet.step import trace
+from trivet.step.optimizer import Optimizer
+from trivet.step.run import Run
 from trivet.toy import ARITHMETIC, STORIES
 
 CHEAP = {**STORIES, "data": few_rows(), "prompts_per_step": 4, "steps": 2, "eval_fraction": 0.1, "eval_limit": 8}
@@ -33,8 +38,7 @@ GOLD = {"reward": ("trivet.toy.stories:gold",), "group_size": 3}
 
 
 def curve(recipe, preset: str = "arithmetic", **options) -> list[dict[str, float]]:
-    run = Launch(recipe.Config(**{**recipe.PRESETS[preset], **options})).run
-    return list(recipe.train(run.config, run))
+    return list(stepwise(Launch(recipe.Config(**{**recipe.PRESETS[preset], **options}))))
 
 
 def test_sft_learns_the_table():
@@ -220,19 +224,27 @@ def test_sampling_follows_the_seed():
 
 def test_kl_terms_are_k2_unless_asked_otherwise():
     logprobs, old, ref = (torch.randn(2, 3, generator=torch.Generator().manual_seed(n)) for n in range(3))
-    terms = {name: kl_term(logprobs, old, ref, grpo.Config(kl_estimator=name)) for name in ("k2", "k3", "weighted-k3")}
+
+    def kl_term(**options) -> torch.Tensor:
+        return objective_of(grpo.Config(**options)).kl(logprobs, old, ref)
+
+    terms = {name: kl_term(kl_estimator=name) for name in ("k2", "k3", "weighted-k3")}
     assert torch.equal(terms["k2"], k2(logprobs, ref))
     assert torch.equal(terms["k3"], k3(logprobs, ref))
     assert torch.equal(terms["weighted-k3"], weighted_kl(k3(logprobs, ref), logprobs, old))
-    assert torch.equal(kl_term(logprobs, old, ref, grpo.Config()), terms["k2"])
+    assert torch.equal(kl_term(), terms["k2"])
 
 
 def test_the_batch_baseline_is_the_mean_of_the_step():
-    rewards = torch.tensor([0.0, 0.0, 1.0, 3.0])
-    config = grpo.Config(group_size=2, baseline="batch")
-    assert centered(rewards, config).tolist() == [-1.0, -1.0, 0.0, 2.0]
-    assert centered(rewards, grpo.Config(group_size=2)).tolist() == [0.0, 0.0, -1.0, 1.0]
-    assert centered(rewards, grpo.Config(group_size=2, baseline="leave-one-out")).tolist() == [0.0, 0.0, -2.0, 2.0]
+    rewards, logprobs = torch.tensor([0.0, 0.0, 1.0, 3.0]), torch.zeros(4, 5)
+
+    def centered(**options) -> list[float]:
+        objective = objective_of(grpo.Config(group_size=2, **options))
+        return objective.advantages(rewards, logprobs, logprobs, torch.ones(4, 5, dtype=torch.bool)).tolist()
+
+    assert centered(baseline="batch") == [-1.0, -1.0, 0.0, 2.0]
+    assert centered() == [0.0, 0.0, -1.0, 1.0]
+    assert centered(baseline="leave-one-out") == [0.0, 0.0, -2.0, 2.0]
 
 
 def test_groups_of_equal_rewards_are_still_tied_to_the_reference():
@@ -324,7 +336,7 @@ def test_a_reward_model_scores_the_same_in_transformers_padded_or_not(tmp_path):
 def test_the_critic_starts_as_the_reward_model(tmp_path):
     out = launch(reward_model.Config(**CHEAP, out=str(tmp_path / "rm"), lr=1e-2))
     run = Launch(ppo.Config(**CHEAP, reward=(str(out),))).run
-    critic, judge = ppo.critic_from(run.reward, run.model), run.reward.rewards["rm"].model
+    critic, judge = critic_from(run.reward, run.model), run.reward.rewards["rm"].model
     groups = collate([[5, 6]], [[7, 8, 1]])
     assert torch.equal(scores(critic, groups), scores(judge, groups))
     assert critic is not judge
@@ -355,25 +367,24 @@ def test_a_constant_reward_leaves_the_weights_exactly_as_they_are_at_first(prese
         "eval_fraction": 0.0,
         "lr": 1e-2,
     }
-    run = Launch(grpo.Config(**options)).run
-    before = [x.detach().clone() for x in run.model.parameters()]
-    (metrics,) = grpo.train(run.config, run)
+    launched = Launch(grpo.Config(**options))
+    before = [x.detach().clone() for x in launched.run.model.parameters()]
+    (metrics,) = stepwise(launched)
     assert metrics["grad_norm"] == 0
-    assert all(torch.equal(x, y) for x, y in zip(before, run.model.parameters(), strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(before, launched.run.model.parameters(), strict=True))
     assert math.isnan(metrics["sampling/logprob_difference/mean"])  # the learner looked at none of them
     assert math.isnan(metrics["sampling/logprob_difference/max"])
 
 
 def test_the_sampler_is_compared_where_the_learner_has_looked(monkeypatch):
     """Half of the groups have no pair: they don't halve the difference."""
-    original = pairwise_grpo.token_logprobs
-    monkeypatch.setattr(pairwise_grpo, "token_logprobs", lambda *args, **options: original(*args, **options) + 0.5)
+    original = trace.token_logprobs
+    monkeypatch.setattr(trace, "token_logprobs", lambda *args, **options: original(*args, **options) + 0.5)
     half = SimpleNamespace(
         half=lambda completions, **_: [(i % 3) * (i < len(completions) / 2) for i in range(len(completions))]
     )
     monkeypatch.setitem(sys.modules, "constant", half)
     options = {**CHEAP, **GOLD, "reward": ("constant:half",), "steps": 1, "eval_fraction": 0.0}
-    run = Launch(pairwise_grpo.Config(**options)).run
-    (metrics,) = pairwise_grpo.train(run.config, run)
+    (metrics,) = stepwise(Launch(pairwise_grpo.Config(**options)))
     assert metrics["sampling/logprob_difference/mean"] == pytest.approx(0.5, abs=1e-4)
     assert metrics["sampling/logprob_difference/max"] == pytest.approx(0.5, abs=1e-4)

@@ -15,11 +15,13 @@ from test_resume import RECIPES
 from trivet.model.load import load_policy
 from trivet.model.text import load_tokenizer
 from trivet.optimization.advantages import group_advantages
-from trivet.recipes import grpo, sft
-from trivet.run.launch import launch
-from trivet.run.loop import mean, reduced
-from trivet.run.memory import by_part
-from trivet.run.record import spelled
+from trivet.recipes import dpo, grpo, sft
+from trivet.recipes.offline import completion_logprob
+from trivet.runner.launch import launch
+from trivet.runner.memory import by_part
+from trivet.runner.prepare import Launch
+from trivet.step.metrics import mean, reduced
+from trivet.store.record import spelled
 from trivet.timing import Clock, timed
 
 
@@ -116,17 +118,30 @@ def test_the_charge_of_ppo_and_its_score_add_up_to_the_reward_of_each_token(runs
         assert torch.allclose(torch.tensor(line["token_reward"]), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_both_sides_of_dpo_with_the_same_pairs_at_every_kept_step(runs):
-    config, kept = json.loads((runs["dpo"] / "run.json").read_text())["options"], lines(runs["dpo"])
-    assert len({tuple(line["tokens"]) for line in kept}) == 6  # the three held-out pairs
-    for chosen, rejected in zip(kept[::2], kept[1::2], strict=True):
-        assert (chosen["side"], rejected["side"]) == ("chosen", "rejected")
-        assert chosen["group"] == rejected["group"]
-        margin = chosen["reward"] - rejected["reward"]
-        push = config["beta"] / (1 + math.exp(margin)) / 3
-        for line, sign in ((chosen, 1), (rejected, -1)):
-            assert sum(line["implicit_reward"]) == pytest.approx(line["reward"], abs=1e-4)
-            assert torch.allclose(torch.tensor(line["gradient"]), torch.tensor(sign * push), rtol=1e-3)
+def test_both_sides_of_dpo_of_the_pairs_of_the_step_that_ran(runs):
+    options, kept = json.loads((runs["dpo"] / "run.json").read_text())["options"], lines(runs["dpo"])
+    metrics, run = lines(runs["dpo"], "metrics.jsonl"), Launch(dpo.Config(**options | {"out": ""})).run
+    for step, pairs in run.order():
+        shown = [line for line in kept if line["step"] == step]
+        if step == 2:
+            assert not shown
+            continue
+        assert [line["group"] for line in shown] == [0, 0, 1, 1, 2, 2, 3, 3]  # the whole step
+        assert [line["side"] for line in shown] == ["chosen", "rejected"] * 4
+        assert [line["prompt"] for line in shown[::2]] == [pair.row["prompt"] for pair in pairs]
+        written = [run.decode(pair.prompt, ids) for pair in pairs for ids in pair.completions]
+        assert [line["completion"] for line in shown] == written
+        ref_logprob = completion_logprob(run, pairs)  # (B,) by the model that the run began with
+        rewards = options["beta"] * (torch.tensor([sum(line["logprob"]) for line in shown]) - ref_logprob)
+        assert rewards.tolist() == pytest.approx([line["reward"] for line in shown], abs=1e-4)
+        margins = [
+            chosen["reward"] - rejected["reward"] for chosen, rejected in zip(shown[::2], shown[1::2], strict=True)
+        ]
+        assert sum(margins) / 4 == pytest.approx(metrics[step - 1]["rewards/margins"], abs=1e-5)
+        for number, line in enumerate(shown):
+            push = (-1) ** number * options["beta"] / (1 + math.exp(margins[number // 2])) / 4
+            assert torch.allclose(torch.tensor(line["gradient"]), torch.tensor(push), rtol=1e-3)
+    assert all(abs(line["reward"]) < 1e-5 for line in kept if line["step"] == 1)  # the policy is the reference yet
     assert all(abs(line["reward"]) > 1e-6 for line in kept if line["step"] == 4)
 
 
@@ -234,7 +249,7 @@ def test_tokens_are_spelled_so_that_they_read_as_the_whole():
 
 def test_run_json_tells_what_is_run(runs):
     about = json.loads((runs["grpo"] / "run.json").read_text())
-    assert about["method"] == "grpo"
+    assert about["method"] == about["recipe"] == "grpo"
     assert about["steps"] == 4
     assert about["reward_weights"] == {"gold": 1.0}
     assert about["options"]["group_size"] == 8

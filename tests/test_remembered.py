@@ -8,7 +8,7 @@ import torch
 
 from conftest import ragged, tiny
 from steps import examples
-from trivet.run.remembered import remembered
+from trivet.step.reference_cache import remembered
 
 
 def table(model, rows, calls: list[str]) -> torch.Tensor:

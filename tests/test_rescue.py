@@ -7,22 +7,32 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from test_resume import RECIPES, config, numbers, same
-from trivet.cli import main
+from trivet.cli.main import main
 from trivet.errors import InputError
+from trivet.generation.engine import Engine
 from trivet.recipes import dpo, grpo, ppo, sft
-from trivet.run.checkpoints import damage, steps
-from trivet.run.launch import launch
-from trivet.run.replay import replayed
-from trivet.run.resume import resume
+from trivet.runner.launch import launch
+from trivet.runner.replay import replayed
+from trivet.runner.resume import resume
+from trivet.step import trace
+from trivet.step.optimizer import Optimizer
+from trivet.step.run import Run
+from trivet.store.checkpoints import damage, steps
+
+
+def passes_of(recipe):
+    """The function by which a step's trace goes through the recipe's model: log-probabilities, or scores of a reward model."""
+    return "scores" if recipe.TRAINS == "scorer" else "token_logprobs"
 
 
 def broken_at(monkeypatch, recipe, steps, what=math.nan):
     """The recipe's log-probabilities (scores, for a reward model) with gradients become this at these steps of the run."""
-    name = "scores" if recipe.__name__.endswith("reward_model") else "token_logprobs"
-    original, seen = getattr(recipe, name), {"step": 0}
-    batches = recipe.Run.batches
+    name = passes_of(recipe)
+    original, seen = getattr(trace, name), {"step": 0}
+    batches = Run.batches
 
     def counted(self):
         for step, examples in batches(self):
@@ -33,8 +43,8 @@ def broken_at(monkeypatch, recipe, steps, what=math.nan):
         result = original(*args, **kwargs)
         return result * what if result.requires_grad and seen["step"] in steps else result
 
-    monkeypatch.setattr(recipe.Run, "batches", counted)
-    monkeypatch.setattr(recipe, name, broken)
+    monkeypatch.setattr(Run, "batches", counted)
+    monkeypatch.setattr(trace, name, broken)
     return seen
 
 
@@ -114,7 +124,7 @@ def test_a_lower_learning_rate_in_the_config_counts_after_resume(tmp_path, monke
 def test_weights_that_moved_in_the_step_are_replayed_from_the_checkpoint_before(tmp_path, monkeypatch):
     """PPO's second epoch breaks: the step's beginning is gone, so the replay starts earlier and comes to the same numbers."""
     calls = {"n": 0}
-    original = ppo.Optimizer.step
+    original = Optimizer.step
 
     def step(self):
         calls["n"] += 1
@@ -122,12 +132,30 @@ def test_weights_that_moved_in_the_step_are_replayed_from_the_checkpoint_before(
             self.parameters[0].grad.fill_(math.nan)
         return original(self)
 
-    monkeypatch.setattr(ppo.Optimizer, "step", step)
+    monkeypatch.setattr(Optimizer, "step", step)
     run = launch(config(ppo, tmp_path / "run", save_every=1, keep=1, epochs_per_batch=2))
     kept = run / "skipped" / "step-3"
     assert json.loads((kept / "replay.json").read_text())["from"] == 2
     assert not damage(kept)
     assert [step for step, _ in steps(run / "checkpoints")] == [4]  # the kept one does not go with it
+
+
+def test_a_tensor_that_a_recipe_holds_is_kept_as_it_was_when_the_step_began(tmp_path, monkeypatch):
+    """A running mean, say, which the step has changed in place before its gradient turned out not to be finite."""
+    counts, batches = [], Run.batches
+
+    def counted(self):
+        counts.append(self.holds(count=torch.zeros(())))
+        for step, examples in batches(self):
+            counts[-1] += 1
+            yield step, examples
+
+    monkeypatch.setattr(Run, "batches", counted)
+    broken_at(monkeypatch, sft, {3})
+    run = launch(config(sft, tmp_path / "run", save_every=0))
+    assert load_file(run / "skipped" / "step-3" / "state.safetensors")["/parts/count"] == 2
+    assert replayed(run / "skipped" / "step-3").different == []
+    assert [float(count) for count in counts] == [5, 3]
 
 
 def test_only_three_are_kept(tmp_path, monkeypatch):
@@ -164,30 +192,30 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 
 def largest_part(monkeypatch, recipe, run):
     """The most tokens that went through the model at once with gradients, while this makes a run."""
-    name = "scores" if recipe.__name__.endswith("reward_model") else "token_logprobs"
-    original, seen = getattr(recipe, name), [0]
+    name = passes_of(recipe)
+    original, seen = getattr(trace, name), [0]
 
     def counted(model, groups, **options):
         seen.append(int(groups.lengths.sum()) if torch.is_grad_enabled() else 0)
         return original(model, groups, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(recipe, name, counted)
+        patched.setattr(trace, name, counted)
         return run(), max(seen)
 
 
 def short_of_memory(monkeypatch, recipe, most, of=torch.OutOfMemoryError, said="out of memory", since=3):
     """Forward passes with gradients over more than so many tokens don't fit from this step on."""
     seen = broken_at(monkeypatch, recipe, set())
-    name = "scores" if recipe.__name__.endswith("reward_model") else "token_logprobs"
-    original = getattr(recipe, name)
+    name = passes_of(recipe)
+    original = getattr(trace, name)
 
     def limited(model, groups, **options):
         if torch.is_grad_enabled() and seen["step"] >= since and groups.lengths.sum() > most:
             raise of(said)
         return original(model, groups, **options)
 
-    monkeypatch.setattr(recipe, name, limited)
+    monkeypatch.setattr(trace, name, limited)
 
 
 @pytest.mark.slow
@@ -228,7 +256,7 @@ def test_out_of_memory_in_the_first_step_and_in_a_second_epoch(tmp_path, monkeyp
     same(launch(config(grpo, tmp_path / "whole", microbatch_tokens=256)), run)
 
     calls = {"n": 0}
-    step = ppo.Optimizer.step
+    step = Optimizer.step
 
     def full(self):
         calls["n"] += 1
@@ -236,7 +264,7 @@ def test_out_of_memory_in_the_first_step_and_in_a_second_epoch(tmp_path, monkeyp
             raise MemoryError
         return step(self)
 
-    monkeypatch.setattr(ppo.Optimizer, "step", full)
+    monkeypatch.setattr(Optimizer, "step", full)
     run = launch(config(ppo, tmp_path / "ppo"))
     assert json.loads((run / "run.json").read_text())["resumed"] == [2]
     assert [line["step"] for line in numbers(run)] == [1, 2, 3, 4, 5]
@@ -253,7 +281,7 @@ def test_no_room_for_anything_is_a_sentence(tmp_path, monkeypatch):
     def generate(*_):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(grpo.Engine, "generate", generate)
+    monkeypatch.setattr(Engine, "generate", generate)
     with pytest.raises(
         InputError, match="out of memory while sampling in step 1; lower --prompts-per-step, --group-size"
     ):
@@ -265,7 +293,7 @@ def test_other_errors_are_not_taken_for_a_full_memory(tmp_path, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(sft, "token_logprobs", broken)
+    monkeypatch.setattr(trace, "token_logprobs", broken)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         launch(config(sft, tmp_path / "run"))
 
@@ -281,7 +309,7 @@ import torch
 torch.set_num_threads(1)
 from test_resume import config
 from trivet.recipes import dpo
-from trivet.run.launch import launch
+from trivet.runner.launch import launch
 held = []
 def watch(launched, step, metrics):
     launched.run.note = lambda text: print(text, flush=True)

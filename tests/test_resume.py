@@ -17,16 +17,16 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from conftest import few_rows
-from trivet.cli import main
+from trivet.cli.main import main
 from trivet.errors import InputError
 from trivet.model.text import load_tokenizer
 from trivet.recipes import dpo, grpo, pairwise_grpo, ppo, reward_model, sft
-from trivet.run import launch as launching
-from trivet.run import record as recording
-from trivet.run.checkpoints import damage, steps
-from trivet.run.launch import launch
-from trivet.run.resume import resume
-from trivet.run.stopping import Stopped
+from trivet.runner import launch as launching
+from trivet.runner.launch import launch
+from trivet.runner.resume import resume
+from trivet.runner.stopping import Stopped
+from trivet.store import record as recording
+from trivet.store.checkpoints import damage, steps
 from trivet.toy import STORIES
 
 RECIPES = {
@@ -346,7 +346,7 @@ def test_data_that_has_changed_is_seen(tmp_path, stopped):
 @pytest.mark.slow
 def test_a_reward_that_has_changed_is_seen(tmp_path, monkeypatch):
     """A function's file, a reward model's folder; both are gone on with."""
-    monkeypatch.setattr("trivet.run.unchanged.END", 10_000)  # the model's weights are a large file
+    monkeypatch.setattr("trivet.store.fingerprint.END", 10_000)  # the model's weights are a large file
     run, notes, (mine, model) = tmp_path / "r", list[str](), (tmp_path / "mine.py", tmp_path / "rm")
     mine.write_text("def short(completions, **_):\n    return [-len(x) for x in completions]\n")
     AutoModelForSequenceClassification.from_pretrained(STORIES["model"], num_labels=1).save_pretrained(model)
@@ -381,7 +381,7 @@ def test_nobody_needs_to_listen(tmp_path, stopped):
     os.close(read)
     for name, out in ("closed", os.fdopen(write, "w")), ("full", Path("/dev/full").open("w")):  # noqa: SIM115
         run = tmp_path / name
-        command = [sys.executable, "-m", "trivet.cli", "grpo", *flags, "--out", str(run)]
+        command = [sys.executable, "-m", "trivet.cli.main", "grpo", *flags, "--out", str(run)]
         done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True)
         out.close()
         assert (done.returncode, done.stderr) == (0, "")
@@ -390,12 +390,12 @@ def test_nobody_needs_to_listen(tmp_path, stopped):
 
 def test_a_full_disk_is_said_before_the_run_and_leaves_what_is_there(tmp_path, stopped, monkeypatch):
     free = shutil._ntuple_diskusage(10, 10, 1000)
-    monkeypatch.setattr("trivet.run.checkpoints.shutil.disk_usage", lambda path: free)
+    monkeypatch.setattr("trivet.store.checkpoints.shutil.disk_usage", lambda path: free)
     with pytest.raises(InputError, match=r"0\.00 GB are free"):
         launch(config(grpo, tmp_path / "r"))
     assert not (tmp_path / "r").exists()
     monkeypatch.undo()
-    monkeypatch.setattr("trivet.run.checkpoints.write_json", _full)
+    monkeypatch.setattr("trivet.store.checkpoints.write_json", _full)
     run = tmp_path / "again"
     shutil.copytree(stopped[0], run)
     shutil.rmtree(run / "checkpoints" / "step-4")
@@ -478,7 +478,7 @@ def test_the_command_is_killed_with_kill_9_and_resumed(tmp_path, stopped):
     run = tmp_path / "r"
     options = dataclasses.asdict(config(grpo, run))
     flags = ["--steps", "5", "--prompts-per-step", "4", "--eval-limit", "3", "--save-every", "2", "--eval-every", "2"]
-    command = [sys.executable, "-m", "trivet.cli", "grpo", "--preset", "toy", "--data", options["data"], *flags]
+    command = [sys.executable, "-m", "trivet.cli.main", "grpo", "--preset", "toy", "--data", options["data"], *flags]
     command += ["--keep-tokens-every", "2"]
     process = subprocess.Popen([*command, "--out", options["out"]], stdout=subprocess.DEVNULL)
     while not (run / "checkpoints" / "step-2").exists():

@@ -19,7 +19,7 @@ from trivet.rewards.functions import FunctionReward, load_rewards
 from trivet.rewards.reward import WeightedSum
 from trivet.rewards.rules import brevity, exact_match, last_number, text_of
 from trivet.rewards.shaping import kl_charged_rewards
-from trivet.run.loop import reduced
+from trivet.step.metrics import reduced
 
 torch.set_num_threads(1)
 NAN = math.nan

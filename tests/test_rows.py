@@ -13,12 +13,12 @@ import pyarrow.parquet
 import pytest
 
 from fuzz import byte_tokenizer, zst
-from trivet import rows
-from trivet.cli import main
-from trivet.data import LazyExamples, load_examples, split_by_prompt
+from trivet.cli.main import main
+from trivet.data import rows
+from trivet.data.examples import LazyExamples, load_examples, split_by_prompt
+from trivet.data.rows import Lines, many_rows, read_rows
 from trivet.errors import InputError
-from trivet.rows import Lines, many_rows, read_rows
-from trivet.run.loop import shuffled
+from trivet.step.run import shuffled
 from trivet.toy import ARITHMETIC
 
 GOOD = b'{"prompt": "a b", "completion": "c"}\n'

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from trivet.cli import main
+from trivet.cli.main import main
 from trivet.toy import ARITHMETIC, STORIES
 
 CODE = """
@@ -133,7 +133,7 @@ def hook(event, args):
     if event in ("socket.connect", "socket.sendto", "socket.sendmsg", "socket.getaddrinfo", "socket.gethostbyname"):
         reached.append((event, args[1:] if event.startswith("socket.s") or event == "socket.connect" else args))
 sys.addaudithook(hook)
-from trivet.cli import main
+from trivet.cli.main import main
 code = main(sys.argv[1:])
 assert not reached, reached
 sys.exit(code)

@@ -19,7 +19,7 @@ from conftest import tiny
 from stub_vllm import FAULTS, Stub
 from test_resume import KilledError, killed_after, same
 from trivet.batch import Example
-from trivet.cli import main
+from trivet.cli.main import main
 from trivet.errors import InputError
 from trivet.generation.engine import Engine
 from trivet.generation.local import Local
@@ -32,8 +32,9 @@ from trivet.model.text import load_tokenizer
 from trivet.optimization import truncated_importance_weights
 from trivet.recipes import grpo, pairwise_grpo, ppo
 from trivet.rewards.guard import within
-from trivet.run.launch import Launch, launch
-from trivet.run.resume import resume
+from trivet.runner.launch import launch
+from trivet.runner.prepare import Launch
+from trivet.runner.resume import resume
 from trivet.toy import ARITHMETIC
 
 PROMPTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9, 10, 11], [12]]
@@ -362,7 +363,7 @@ def impatient(monkeypatch, seconds: float) -> None:
         return Servers(**options | {"patience": seconds})
 
     monkeypatch.setenv("TRIVET_SERVER_TIMEOUT", "500")
-    monkeypatch.setattr("trivet.run.servers.Servers", made)
+    monkeypatch.setattr("trivet.runner.servers.Servers", made)
 
 
 def lines(out: Path, name: str) -> list[dict]:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from trivet.recipes import dpo, grpo
-from trivet.run.terminal import Terminal
+from trivet.report.terminal import Terminal
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ import sys
 import pytest
 
 from stub_wandb import Stub
-from trivet.cli import main
-from trivet.run import trackers
+from trivet.cli.main import main
+from trivet.store import trackers
 
 INSTALLED = [name for name in trackers.OPEN if importlib.util.find_spec(name)]
 PRESET = ["--preset", "arithmetic", "--prompts-per-step", "4"]
@@ -24,7 +24,7 @@ PRESET = ["--preset", "arithmetic", "--prompts-per-step", "4"]
 KILLED = """
 import os, sys, time
 from trivet.recipes import reward_model
-from trivet.run.launch import launch
+from trivet.runner.launch import launch
 def watch(launched, step, metrics):
     if step == 3:
         end = time.monotonic() + 60
@@ -138,7 +138,7 @@ def test_wandb_offline(tracked):
 LIVES = """
 import json, sys
 from pathlib import Path
-from trivet.run.trackers import trackers, send, until_end
+from trivet.store.trackers import trackers, send, until_end
 out = Path(sys.argv[1])
 for first, last, how in json.loads(sys.argv[2]):  # a life of the run: its record ends before first, it makes steps up to last
     out.mkdir(exist_ok=True)
@@ -254,7 +254,7 @@ def followed(monkeypatch):
             raise
 
     monkeypatch.setattr(trackers, "require", lambda names: None)
-    monkeypatch.setattr("trivet.run.config.require", lambda names: None)
+    monkeypatch.setattr("trivet.runner.checks.require", lambda names: None)
     monkeypatch.setitem(trackers.OPEN, "tensorboard", follow)
     return seen, fails
 

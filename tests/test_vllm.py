@@ -20,8 +20,8 @@ from trivet.generation.local import Local, python_with_vllm
 from trivet.generation.server import Servers
 from trivet.model.adapters import inject
 from trivet.recipes import grpo
-from trivet.run import launch as launching
-from trivet.run.launch import launch
+from trivet.runner import prepare
+from trivet.runner.launch import launch
 from wide import widened
 
 try:
@@ -71,7 +71,7 @@ def six(stories, tmp_path) -> Path:
 @pytest.fixture
 def with_adapter(monkeypatch):
     """Policies get a LoRA adapter as they are loaded."""
-    load = launching.load_policy
+    load = prepare.load_policy
 
     def loaded(*args, **kwargs):
         policy = load(*args, **kwargs)
@@ -79,7 +79,7 @@ def with_adapter(monkeypatch):
             policy, LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "gate_proj", "down_proj"])
         )
 
-    monkeypatch.setattr(launching, "load_policy", loaded)
+    monkeypatch.setattr(prepare, "load_policy", loaded)
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_full_weights_of_stories260k_are_whole_after_each_reload(stories, tmp_pa
 @pytest.mark.parametrize("untie", [True, False], ids=["head written out", "tied"])
 def test_a_tied_head_is_reloaded_if_it_is_written_out_and_refused_if_not(stories, tmp_path, server, monkeypatch, untie):
     """Of a server of somebody else's. Should "tied" fail with a later vLLM, its reload is whole there, and `untie` can go."""
-    monkeypatch.setattr("trivet.run.servers.Servers", lambda **options: Servers(**options | {"untie": untie}))
+    monkeypatch.setattr("trivet.runner.servers.Servers", lambda **options: Servers(**options | {"untie": untie}))
     url = f"http://127.0.0.1:{server(stories, FLAGS).port}"
     data, out = str(tmp_path / "data.jsonl"), tmp_path / "run"
     config = grpo.Config(**RUN, model=str(stories), data=data, out=str(out), generate_with=(url,), steps=3)

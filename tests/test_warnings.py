@@ -2,7 +2,7 @@
 
 import pytest
 
-from trivet.run.warnings import warnings
+from trivet.report.warnings import warnings
 
 
 def lines(steps: int = 30, **columns) -> list[dict]:

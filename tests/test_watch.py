@@ -18,10 +18,10 @@ import pytest
 import uvicorn
 
 from runs import LIVING, write_run
-from trivet.cli import main
+from trivet.cli.main import main
 from trivet.errors import InputError
 from trivet.report import watch
-from trivet.run.reading import lives, read_metrics, state
+from trivet.store.reading import lives, read_metrics, state
 
 GONE = 2**22 + 1  # no process has this pid
 
@@ -285,7 +285,7 @@ def test_a_run_that_is_about_to_begin_is_waited_for(tmp_path, capsys, monkeypatc
 
 def test_what_state_a_run_is_in(tmp_path, monkeypatch):
     run, now = going_on(tmp_path / "grpo"), 1_700_000_000.0
-    monkeypatch.setattr("trivet.run.reading.time", SimpleNamespace(time=lambda: now))
+    monkeypatch.setattr("trivet.store.reading.time", SimpleNamespace(time=lambda: now))
 
     def quiet(seconds):
         os.utime(run / "metrics.jsonl", (now - seconds,) * 2)

@@ -30,8 +30,8 @@ _WHERE = {  # the public names, in reading order; imported when they are asked f
     "values": "trivet.model.scalar",
     "shares_prefix": "trivet.model.forward",
     "Engine": "trivet.generation.engine",
-    "launch": "trivet.run.launch",
-    "resume": "trivet.run.resume",
+    "launch": "trivet.report.notebook",
+    "resume": "trivet.report.notebook",
     "InputError": "trivet.errors",
 }
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from trivet.cli import main
+from trivet.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -72,6 +72,7 @@ class Example:
     completions: list[list[int]]
     learned: list[list[bool]]  # per completion token, whether the policy learns it
     row: Mapping[str, Any]  # the source row, every column kept
+    index: int | tuple[int, int] = -1  # its number in the run (step/run.py), by which tables find it
 
 
 def group_rows(prompts: Tensor, group_size: int) -> Tensor:

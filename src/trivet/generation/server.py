@@ -24,11 +24,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from trivet.batch import Example, Groups, Rollouts, collate
-from trivet.calls import NoAnswerError, RefusedError, pause
 from trivet.errors import InputError
 from trivet.generation.engine import Engine
 from trivet.generation.sync import Weights, fingerprint, next_tokens, publish
 from trivet.generation.vllm import AT_ONCE, SHORT, Completion, ProbeError, Server
+from trivet.http import NoAnswerError, RefusedError, pause
 from trivet.timing import timed
 
 BEAT = 5.0  # seconds between looks at a server that is at work
@@ -115,11 +115,10 @@ class Servers:
         """That of the engine."""
         return self.engine.temperature
 
-    def batches(self, source: Callable[[], Iterator[tuple[int, list[Example]]]]) -> Iterator[tuple[int, list[Example]]]:
+    def ahead(self, batches: Iterator[tuple[int, list[Example]]]) -> Iterator[tuple[int, list[Example]]]:
         """The same batches, looked at as many steps ahead as may be generated ahead."""
-        rest = source()
         while True:
-            while len(self.coming) <= self.staleness and (given := next(rest, None)):
+            while len(self.coming) <= self.staleness and (given := next(batches, None)):
                 self.coming.append(ahead := Ahead(*given))
                 if ahead.step in self.kept:
                     ahead.future = Future()
@@ -154,13 +153,13 @@ class Servers:
         moved = {name: getattr(rollouts, name).to(policy.device) for name in ("groups", "logprobs", "finished")}
         return replace(rollouts, **moved)
 
-    def begun(self) -> "Begun":
+    def state(self) -> "Begun":
         """The batches to come that are being written, or are written."""
         return [(ahead.step, ahead.future) for ahead in self.coming if ahead.future is not None]
 
-    def take(self, written: list[dict[str, Any]]) -> None:
+    def set_state(self, state: list[dict[str, Any]]) -> None:
         """Batches that a checkpoint holds as `written` gave them: they are not generated again."""
-        self.kept = {batch["step"]: batch for batch in written}
+        self.kept = {batch["step"]: batch for batch in state}
 
     def metrics(self) -> dict[str, float]:
         """Of the last batch: how many steps its weights were behind; of the servers: how many work, work sent again, seconds of

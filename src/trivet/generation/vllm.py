@@ -16,10 +16,10 @@ from typing import Any
 
 import httpx
 
-from trivet.calls import NoAnswerError, RefusedError, answered
 from trivet.generation.local import Local
 from trivet.generation.nccl import Link
 from trivet.generation.sync import Weights, digest
+from trivet.http import NoAnswerError, RefusedError, answered
 
 LARGEST = 256 << 20  # bytes of an answer
 SHORT = 10.0  # seconds for answers that need no model

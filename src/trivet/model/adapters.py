@@ -1,6 +1,8 @@
 """LoRA adapters (Hu et al. 2021) by peft: put into a model in place, read from and written to peft folders, merged.
 
-    y = x W' + (alpha / r) x A' B'        W (out, in) is frozen, A (r, in) and B (out, r) are trained; B starts at zero
+    y = x W' + (alpha / r) x A' B'
+
+W (out, in) is frozen; A (r, in) and B (out, r) are trained. B starts at zero.
 
 The model stays the transformers model that it was. Two models over one base are two trees of modules with the same frozen tensors
 (model/copies.py), each with an adapter of its own: nothing is switched on and off.
@@ -22,6 +24,7 @@ from transformers.utils import find_adapter_config_file
 
 from trivet.errors import InputError, first_line
 from trivet.model.scalar import with_scalar_head
+from trivet.model.weights import makes_model
 from trivet.places import ADAPTER_CONFIG, is_path
 
 WEIGHTS, PREFIX = "adapter_model.safetensors", "base_model.model."
@@ -114,6 +117,7 @@ def is_adapters(name: str) -> bool:
     return "lora_" in name or ".modules_to_save." in name
 
 
+@makes_model
 def trainable_copy(model: Any, like: Any) -> Any:
     """A copy of a scorer, to be trained as like is: where that has an adapter, an adapter and head over the scorer's weights."""
     if not hasattr(like, "peft_config"):
@@ -128,6 +132,7 @@ def trainable_copy(model: Any, like: Any) -> Any:
     return copied
 
 
+@makes_model
 def scorer_over(policy: Any, name: str) -> Any:
     """The reward model in an adapter folder over the frozen weights of the policy; None where they are not of the same base."""
     config, own = adapter_of(name), getattr(policy, "peft_config", {}).get("default")

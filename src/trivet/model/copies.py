@@ -4,8 +4,10 @@ import copy
 from typing import Any
 
 from trivet.model.adapters import without_layers
+from trivet.model.weights import makes_model
 
 
+@makes_model
 def frozen_copy(model: Any) -> Any:
     """A reference: the model as it stands in memory, not on disk, without gradients; the base below an adapter is shared."""
     copied = copy.deepcopy(model, {id(x): x for x in model.parameters() if not x.requires_grad}).requires_grad_(False)

@@ -13,7 +13,7 @@ from torch import Tensor
 from trivet.batch import Groups, collate, microbatches
 from trivet.model.attention import NAME, Layout, UnshareableError
 from trivet.model.logprobs import selected_logprobs
-from trivet.model.weights import with_weights
+from trivet.model.weights import holder_of, with_weights
 from trivet.timing import timed
 
 
@@ -34,6 +34,8 @@ def token_logprobs(model: Any, groups: Groups, *, temperature: float = 1.0) -> T
 @torch.no_grad()
 def in_microbatches(function: Callable[..., Tensor], model: Any, groups: Groups, budget: int, **options: Any) -> Tensor:
     """token_logprobs, or values or scores, of all of groups without gradients, at most `budget` trunk tokens at a time."""
+    if (holder := holder_of(model)) is not None:
+        return holder.in_microbatches(function, model, groups, budget, **options)
     parts = [(rows, function(model, part, **options)) for rows, part in microbatches(groups, budget)]
     rows, results = zip(*parts, strict=True)
     return torch.cat(results)[torch.cat(rows).argsort()]

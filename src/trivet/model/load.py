@@ -12,7 +12,7 @@ from trivet.errors import InputError, first_line
 from trivet.model.adapters import SCORER, adapter_of, inject, merged, read_adapter, write_adapter
 from trivet.model.adapters import WEIGHTS as ADAPTER_WEIGHTS
 from trivet.model.lean import make_lean
-from trivet.model.quantize import keep_trainable, quantization
+from trivet.model.quantize import keep_trainable, plain, quantization
 from trivet.model.trust import refusal, trusted
 from trivet.places import ADAPTER_CONFIG, CONFIG, require_model
 
@@ -165,7 +165,8 @@ def _with_weights(name: str, kind: Any, may_lack: tuple[str, ...] = (), **option
         raise InputError(
             f"model {name}: its files lack {len(absent)} tensors, or have them in another shape than config.json says: {absent[0]}"
         )
-    if broken := [key for key, weight in model.named_parameters() if not weight.isfinite().all()]:
+    weights = {key: plain(weight) for key, weight in model.named_parameters()}  # of a quantized one its parts
+    if broken := [key for key, parts in weights.items() if not all(x.isfinite().all() for x in parts)]:
         raise InputError(
             f"model {name}: {len(broken)} tensors hold values that are not finite numbers, first {broken[0]}"
         )

@@ -4,6 +4,7 @@ import importlib.util
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from trivet.errors import InputError
 
@@ -40,3 +41,9 @@ def keep_trainable(model: Any, name: str) -> Any:
         if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes would pack its weights anew at the first pass
             module.support_avx512bf16_for_cpu = False  # without gradients, and none can go through them after that
     return model
+
+
+def plain(x: Any) -> list[Tensor]:
+    """The tensors that a quantized one is made of; any other is itself."""
+    names = x.__tensor_flatten__()[0] if hasattr(x, "__tensor_flatten__") else ()
+    return [part for name in names for part in plain(getattr(x, name))] or [x]

@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification
 from trivet.batch import Groups
 from trivet.errors import InputError
 from trivet.model.forward import autocast, place, shares_prefix, states
-from trivet.model.weights import with_weights
+from trivet.model.weights import hold_weights, holder_of, makes_model, with_weights
 from trivet.timing import timed
 
 
@@ -34,14 +34,28 @@ def scores(model: Any, groups: Groups) -> Tensor:
 
 def with_scalar_head(policy: Any, *, share: bool = False) -> Any:
     """A zero scalar head on a copy of the policy's trunk as it stands in memory; share: on that trunk itself."""
+    if not share:
+        return _on_a_copy(policy)
+    model = _headed(policy, policy.base_model)
+    if (holder := holder_of(policy)) is not None:  # what gathers the trunk's weights for the one does it for the other
+        model._shares_prefix = shares_prefix(policy)
+        hold_weights(model, holder)
+    return model
+
+
+@makes_model
+def _on_a_copy(policy: Any) -> Any:
+    frozen = {id(x): x for x in policy.parameters() if not x.requires_grad}  # the base below an adapter is shared
+    return _headed(policy, copy.deepcopy(policy.base_model, frozen))
+
+
+def _headed(policy: Any, trunk: Any) -> Any:
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
     with torch.device("meta"):  # only its shape: the weights come from the policy
         model = AutoModelForSequenceClassification.from_config(config)
     if not hasattr(model, "score"):
         raise InputError(f"{type(model).__name__} has no scalar head named 'score'; choose another kind of model")
-    frozen = {id(x): x for x in policy.parameters() if not x.requires_grad}  # the base below an adapter is shared
-    trunk = policy.base_model if share else copy.deepcopy(policy.base_model, frozen)
     setattr(model, model.base_model_prefix, trunk)
     model.score = torch.nn.Linear(model.score.in_features, 1, bias=False, device=policy.device)
     torch.nn.init.zeros_(model.score.weight)

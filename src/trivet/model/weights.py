@@ -1,34 +1,51 @@
-"""Where the weights of a model are: in its own tensors, or in shards on several processes, gathered when a pass needs them."""
+"""Where the weights of a model are: in its own tensors, or in shards on several processes.
+
+A model in shards has a holder, which gathers its weights for a pass and makes other models from it (distributed/fsdp.py). The
+decorators below go by the holder where a model has one, so that no caller needs to know.
+"""
 
 from collections.abc import Callable
 from functools import partial, wraps
-from typing import Any, Concatenate, ParamSpec, Protocol
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from torch import Tensor
 
 P = ParamSpec("P")
+M = TypeVar("M")
 
 
 class WeightsHolder(Protocol):
-    """Gathers the weights of a model in shards for the time of a pass (run/sharded.py)."""
+    """Holds the weights of a model in shards."""
 
     def gathered_pass(self, call: Callable[[], Tensor]) -> Tensor:
-        """What the call returns, made where the weights are."""
+        """Return what the call returns, made while the weights are gathered."""
+        ...
+
+    def in_microbatches(self, function: Callable[..., Tensor], model: Any, *args: Any, **options: Any) -> Tensor:
+        """trivet.model.forward.in_microbatches, shared among the processes."""
+        ...
+
+    def make(self, function: Callable[..., M], model: Any, *args: Any, **options: Any) -> M:
+        """Return the model that the function makes from this one, in shards too."""
+        ...
+
+    def load(self, load: Callable[..., Any], name: str, **options: Any) -> Any:
+        """Return the model that `load` reads from files, in shards too."""
         ...
 
 
 def hold_weights(model: Any, holder: WeightsHolder) -> None:
-    """From now on passes through this model go by its holder, which is no part of the model: not a module of it, not saved."""
+    """Let this holder gather the model's weights. It is no part of the model: not one of its modules, and not saved."""
     model.__dict__["_weights_holder"] = holder
 
 
 def holder_of(model: Any) -> Any:
-    """What gathers the weights of this model; None where they are its own tensors."""
+    """Return what holds the weights of this model in shards; None where they are its own tensors."""
     return model.__dict__.get("_weights_holder")
 
 
 def with_weights(function: Callable[Concatenate[Any, P], Tensor]) -> Callable[Concatenate[Any, P], Tensor]:
-    """Decorate a function of a model that needs all of its weights: for a model in shards they are gathered while it runs."""
+    """Decorate a function that needs all weights of its model: they are gathered while it runs."""
 
     @wraps(function)
     def call(model: Any, *args: P.args, **kwargs: P.kwargs) -> Tensor:
@@ -38,3 +55,20 @@ def with_weights(function: Callable[Concatenate[Any, P], Tensor]) -> Callable[Co
         return holder.gathered_pass(partial(function, model, *args, **kwargs))
 
     return call
+
+
+def makes_model(function: Callable[Concatenate[Any, P], M]) -> Callable[Concatenate[Any, P], M]:
+    """Decorate a function that makes a model from another in memory: from a model in shards it makes one in shards."""
+
+    @wraps(function)
+    def make(model: Any, *args: P.args, **kwargs: P.kwargs) -> M:
+        holder = holder_of(model)
+        return function(model, *args, **kwargs) if holder is None else holder.make(function, model, *args, **kwargs)
+
+    return make
+
+
+def load_beside(model: Any, load: Callable[..., Any], name: str, **options: Any) -> Any:
+    """Return load(name, **options), in shards where this model is in shards."""
+    holder = holder_of(model)
+    return load(name, **options) if holder is None else holder.load(load, name, **options)

@@ -7,7 +7,9 @@ from torch import Tensor
 def group_advantages(rewards: Tensor, group_size: int, *, normalize: bool = False) -> Tensor:
     """Reward minus the mean of its group.
 
-        A_i = R_i - mean_j R_j;  normalize divides by (std + 1e-4), the unbiased standard deviation of the group
+        A_i = R_i - mean_j R_j
+
+    normalize: divide by (std + 1e-4), the unbiased standard deviation of the group.
 
     rewards: (B,), NaN where no reward is known: such a completion gets 0 and does not enter the mean. group_size: G.
     Returns (B,). A group of equal rewards gives exactly 0, rounding included.

@@ -63,7 +63,7 @@ def pairwise_group_loss(
 ) -> Tensor:
     """Bradley-Terry on implicit rewards, averaged over every ranked pair (i beats j) of a group.
 
-        -1/|pairs| sum_{(i,j)} log sigmoid(beta [(log pi(y_i) - log pi(y_j)) - (log pi_ref(y_i) - log pi_ref(y_j))])
+        -1/|pairs| sum_{(i,j)} log sigmoid(beta (h_i - h_j)),  h = log pi - log pi_ref
 
     logprob, ref_logprob: (B,) log-probabilities of whole completions. rewards: (B,), used only as a ranking.
     group_size: G; rows p G ... p G + G - 1 are one group. Returns (P,), one mean per group. Ties give no pair; a group

@@ -78,7 +78,8 @@ def odds_ratio_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
 def kto_loss(logprob: Tensor, ref_logprob: Tensor, desirable: Tensor, kl: Tensor, *, beta: float) -> Tensor:
     """Kahneman-Tversky optimization: each completion is good or bad by itself, against a reference point.
 
-        1 - sigmoid(beta (log pi/pi_ref - z))  where desirable,  1 - sigmoid(beta (z - log pi/pi_ref))  elsewhere
+        1 - sigmoid(beta (log pi/pi_ref - z))  where desirable
+        1 - sigmoid(beta (z - log pi/pi_ref))  elsewhere
 
     logprob, ref_logprob: (B,) log-probabilities of whole completions. desirable: (B,) bool. kl: scalar z, an estimate of
     KL(pi || pi_ref) from mismatched completions, at least 0, without gradient. Returns (B,). Source: Ethayarajh et al. 2024,

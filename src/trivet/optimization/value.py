@@ -7,7 +7,8 @@ from torch import Tensor
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimation over the real tokens of each completion.
 
-        delta_t = r_t + gamma V(s_{t+1}) - V(s_t);  A_t = sum_l (gamma lam)^l delta_{t+l};  return_t = A_t + V(s_t)
+        delta_t = r_t + gamma V(s_{t+1}) - V(s_t)
+        A_t = sum_l (gamma lam)^l delta_{t+l},  return_t = A_t + V(s_t)
 
     rewards: (B, T) paid for token t. values: (B, T), V of the state before token t. mask: (B, T); the state after a
     completion's last real token is worth 0, and tokens outside the mask are stepped over. Returns advantages and

@@ -11,14 +11,14 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from trivet.arguments import parse
 from trivet.errors import InputError, first_line
 from trivet.places import is_path, model_folder, require_model
 from trivet.plan import formulas
 from trivet.plan.options import Config
 from trivet.plan.shapes import SHAPES, Shape, card_of, own_shape, shape_of, this_machine
 from trivet.plan.step import ALLOCATOR, BACKWARD, FORWARD, PHASES, SAMPLES, Step, total
-from trivet.recipes import RECIPES
-from trivet.run.arguments import parse
+from trivet.recipes import METHODS
 
 NONE_NAMED = (
     "no model was named: give --model a folder or hub name with a config.json, --layers, --hidden and --heads, or one of "
@@ -38,7 +38,7 @@ def plan(args: Sequence[str]) -> None:
     given = {"memory": config.memory_gb * 1e9, "bandwidth": config.bandwidth * 1e9}
     given |= {"rate_16": config.tflops * 1e12, "rate_32": config.tflops * 1e12}
     machine = machine._replace(**{name: value for name, value in given.items() if value})
-    methods = [method for method in RECIPES if method in (config.method or RECIPES)]
+    methods = [method for method in METHODS if method in (config.method or METHODS)]
     steps = [Step(method, shape, scorer, config, machine) for method in methods]
     if config.json:
         print(
@@ -63,8 +63,8 @@ def plan(args: Sequence[str]) -> None:
 def check(config: Config) -> None:
     """InputError for what can't be planned."""
     for method in config.method:
-        if method not in RECIPES:
-            raise InputError(f"--method {method}: there is {', '.join(RECIPES)}")
+        if method not in METHODS:
+            raise InputError(f"--method {method}: there is {', '.join(METHODS)}")
     if not (config.model or config.layers):
         raise InputError(NONE_NAMED)
     if config.model and config.layers:

@@ -259,7 +259,7 @@ def this_machine() -> Machine:
     """The machine at hand: its memory, and how fast it multiplies and copies, measured for a second or two."""
     import torch
 
-    from trivet.run.memory import memory_now
+    from trivet.runner.memory import memory_now
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     big, small = (8192, 1 << 30) if device == "cuda" else (1024, 1 << 26)

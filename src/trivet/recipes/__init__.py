@@ -1,3 +1,10 @@
 """The methods: each file composes a reward signal, generation and optimization, and reading it is reading the method."""
 
-RECIPES = ("sft", "reward-model", "dpo", "ppo", "grpo", "pairwise-grpo")
+METHODS = {  # method: the module that is its recipe
+    "sft": "trivet.recipes.sft",
+    "reward-model": "trivet.recipes.reward_model",
+    "dpo": "trivet.recipes.dpo",
+    "ppo": "trivet.recipes.ppo",
+    "grpo": "trivet.recipes.grpo",
+    "pairwise-grpo": "trivet.recipes.pairwise_grpo",
+}

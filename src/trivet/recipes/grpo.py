@@ -4,13 +4,15 @@ reward signal   any reward, one number per completion
 generation      G completions per prompt, from the policy itself
 optimization    policy gradient on the reward minus its group's mean, and a KL tie to the reference
 
-    A_i = R_i - mean_j R_j        L = mean over tokens of  -A_i log pi(a_t|s_t) + beta KL(pi || pi_ref)
+    A_i = R_i - mean_j R_j
+    L = mean over tokens of  -min(rho A_i, clip(rho, 1-eps, 1+eps) A_i) + beta KL(pi || pi_ref)
 
-With --epochs-per-batch above 1 the first term is the clipped surrogate -min(rho A, clip(rho, 1-eps, 1+eps) A) of the paper;
-at one epoch rho = 1 and the two have the same gradient. Differs from the paper: no division by the group's standard deviation
-unless asked (Dr. GRPO shows its bias), the mean is over all tokens of the step (DAPO), and the KL term is k2, whose gradient is
-that of KL(pi || pi_ref); the paper's k3 has the gradient of the other direction. The paper itself is --preset deepseekmath;
-RLOO, REINFORCE++, Dr. GRPO, DAPO, GSPO and CISPO are presets too (docs/methods.md).
+rho = pi / pi_old is 1 in the first epoch on a batch, where the gradient is that of -A_i log pi; only
+with --epochs-per-batch above 1 does the clip act. Differs from the paper: no division by the group's
+standard deviation unless asked (Dr. GRPO shows its bias), the mean is over all tokens of the step
+(DAPO), and the KL term is k2, whose gradient is that of KL(pi || pi_ref); the paper's k3 has the
+gradient of the other direction. The paper itself is --preset deepseekmath; RLOO, REINFORCE++, Dr.
+GRPO, DAPO, GSPO and CISPO are presets too (docs/methods.md).
 
     trivet grpo --model Qwen/Qwen3-0.6B --data questions.jsonl --reward last_number
 """
@@ -19,15 +21,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from trivet.batch import microbatches
-from trivet.generation.engine import Engine
-from trivet.model.copies import frozen_copy
-from trivet.model.forward import in_microbatches, token_logprobs
-from trivet.optimization.policy import is_clipped, policy_gradient_loss, truncated_importance_weights
-from trivet.recipes.grpo_variants import VARIANTS, centered, check, kl_term, shaped, step_mean, surrogate
-from trivet.recipes.on_policy import evaluate, policy_metrics, rollout_metrics
-from trivet.run.loop import Metrics, Optimizer, Run, mean, reduced
-from trivet.run.options import SamplingOptions
+from trivet.recipes.dynamic_sampling import Refilling
+from trivet.recipes.grpo_variants import VARIANTS, check, objective_of, step_metrics
+from trivet.recipes.objective import Objective
+from trivet.recipes.on_policy import evaluate as evaluate  # on held-out prompts, by launch
+from trivet.recipes.on_policy import sampled_result
+from trivet.step.options import SamplingOptions
+from trivet.step.result import Result
+from trivet.step.run import Run
 from trivet.toy import ARITHMETIC, STORIES
 
 ROWS, TRAINS = "prompts", "policy"  # what the data must hold, and what kind of model is trained
@@ -70,63 +71,33 @@ class Config(SamplingOptions):
         check(self)
 
 
-def train(config: Config, run: Run) -> Iterator[Metrics]:
-    """Yield the metrics of each step; the policy is run.model."""
-    policy, reward = run.model, run.reward
-    reference = frozen_copy(policy) if config.beta else None
-    engine = run.engine(Engine(run.decode, run.stops, config.max_completion_tokens, config.temperature, run.generator))
-    optimizer = Optimizer(policy, config, run.steps * config.epochs_per_batch)
-    run.holds(reference=reference, optimizer=optimizer, engine=engine)
-    budget, temperature = config.microbatch_tokens, config.temperature
+def train(config: Config, run: Run, objective: Objective | None = None) -> Iterator[Result]:
+    """Train run.model, a step at a time. objective: one of your own in place of what the options choose."""
+    policy, reward, engine = run.model, run.reward, run.engine()
+    reference = run.reference() if config.beta else None
+    optimizer = run.optimizer(policy, updates=config.epochs_per_batch)
+    objective = objective or objective_of(config)
+    if config.dynamic_sampling:
+        engine = reward = Refilling(engine, reward, run.train, config.dynamic_sampling, run.draw)
 
-    for step, prompts in run.batches():
-        rollouts = engine.generate(policy, prompts, config.group_size)
-        rewards = reward(rollouts)  # (B,)
-        metrics = rollout_metrics(rollouts, rewards, reward)
-        if config.dynamic_sampling:
-            rollouts, rewards = run.refill(rollouts, rewards, step, engine, config.dynamic_sampling, metrics)
-        groups, old_logprobs = rollouts.groups, rollouts.logprobs  # (B, T)
-        ref_logprobs = old_logprobs  # (B, T)
-        if reference is not None:
-            ref_logprobs = in_microbatches(token_logprobs, reference, groups, budget, temperature=temperature)
-            if config.kl_in == "reward":  # by the same forward, so that what is charged is exactly 0 at first
-                old_logprobs = in_microbatches(token_logprobs, policy, groups, budget, temperature=temperature)
-        advantages = centered(shaped(rewards, old_logprobs, ref_logprobs, groups.mask, config), config)  # (B,)
+    for _, prompts in run.batches():
+        rollouts = engine.generate(policy, prompts, config.group_size)  # what does the policy say?
+        rewards, mask = reward(rollouts), rollouts.groups.mask  # (B,) what is good?
+        ref_logprobs = run.logprobs(reference, rollouts)  # (B, T)
+        trace = run.trace(rollouts, by=policy if objective.charges_kl else None)
+        advantages = objective.advantages(rewards, trace.start, ref_logprobs, mask)  # (B,)
+        teaches = objective.teaches(advantages, config.group_size)  # (P,) the other groups have no gradient
 
-        in_loss = config.beta if config.kl_in == "loss" else 0.0
-        teaches = advantages.view(-1, config.group_size).any(1) | (in_loss > 0)  # (P,) the others have no gradient
-        learner, latest = old_logprobs.clone(), old_logprobs.clone()  # (B, T) before the learner moves, as it moves on
-        gradient = latest.new_zeros(latest.shape)  # (B, T) of the loss by log pi
-        run.shares(latest, gradient)
-        for epoch in range(config.epochs_per_batch):
-            for rows, part in microbatches(groups, budget, only=teaches):
-                logprobs = token_logprobs(policy, part, temperature=temperature)  # (b, T)
-                old = learner[rows] if epoch else logprobs.detach()  # (b, T) so rho is exactly 1 at first
-                advantage = advantages[rows, None].expand_as(logprobs)  # (b, T)
-                if config.epochs_per_batch == 1:
-                    loss = policy_gradient_loss(logprobs, advantage)  # (b, T)
-                else:
-                    loss = surrogate(logprobs, old, advantage, part.mask, config)  # (b, T)
-                loss = loss + in_loss * kl_term(logprobs, old, ref_logprobs[rows], config)
-                if config.importance_cap and rollouts.versions:  # another engine, or earlier weights, wrote them
-                    cap = config.importance_cap
-                    loss = loss * truncated_importance_weights(old, rollouts.logprobs[rows], cap=cap)
-                logprobs.retain_grad()
-                step_mean(loss, part.mask, groups.mask, config).backward()
-                latest[rows], gradient[rows] = logprobs.detach(), logprobs.grad  # type: ignore[assignment]
-            learner = latest.clone() if epoch == 0 else learner
-            metrics |= optimizer.step()
+        for _ in range(config.epochs_per_batch):  # how does the policy change?
+            for rows, part in trace.microbatches(only=teaches):
+                logprobs, old = trace.logprobs(policy, rows, part)  # (b, T) now, and before the first update
+                loss = objective.policy_loss(logprobs, old, advantages[rows], part.mask)  # (b, T)
+                loss = loss + objective.beta * objective.kl(logprobs, old, ref_logprobs[rows])
+                objective.mean(trace.weights(rows, old) * loss, part.mask, mask).backward()
+            optimizer.step()
 
-        metrics |= policy_metrics(rollouts, learner, ref_logprobs, teaches)
-        metrics["tokens/trained"] = groups.lengths[teaches].sum() * config.epochs_per_batch
-        clipped = is_clipped(latest, learner, advantages[:, None], clip_low=config.clip_low, clip_high=config.clip_high)
-        if config.epochs_per_batch > 1:
-            metrics["clip_ratio"] = mean(clipped, groups.mask)
-        by_token = {"logprob": latest, "old_logprob": learner, "ref_logprob": ref_logprobs, "clipped": clipped}
-        run.keep(step, rollouts, reward=rewards, advantage=advantages, gradient=-gradient, **by_token)
-        if run.evaluates(step):
-            metrics |= evaluate(run, policy, reference, reward, engine, step)
-        yield reduced(metrics)
+        own = step_metrics(config, trace, advantages, mask)
+        yield sampled_result(rollouts, rewards, reward, ref_logprobs, trace, advantage=advantages, **own)
 
 
 PRESETS = {

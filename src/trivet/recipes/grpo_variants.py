@@ -1,8 +1,9 @@
-"""What the options of GRPO choose from: the baseline, the surrogate, the KL term, the mean. One function a choice.
+"""What the options of GRPO choose from: the baseline, the surrogate, the KL term, the mean. One line a choice, resolved before the loop.
 
 At their defaults they are group_advantages, clipped_surrogate_loss, k2 and token_mean. `config` is a grpo.Config.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,10 +12,13 @@ from torch import Tensor
 from trivet.errors import InputError
 from trivet.optimization.advantages import group_advantages, leave_one_out_advantages, scale_by_batch
 from trivet.optimization.kl import k1, k2, k3
-from trivet.optimization.policy import clipped_surrogate_loss
+from trivet.optimization.policy import clipped_surrogate_loss, is_clipped
 from trivet.optimization.ratio import cispo_loss, gspo_loss, weighted_kl
 from trivet.optimization.reduce import sequence_mean, sequence_sum, token_mean
+from trivet.recipes.objective import Objective
 from trivet.rewards.overlong import overlong_penalty
+from trivet.step.metrics import mean
+from trivet.step.trace import Trace
 
 OFF_POLICY = {"beta": 0.0, "scale_rewards": "group", "epochs_per_batch": 4}
 VARIANTS: dict[str, dict[str, Any]] = {  # published ones: what each changes, as presets
@@ -40,43 +44,56 @@ def check(config: Any) -> None:
         raise InputError("--kl-estimator chooses the term in the loss; --kl-in reward charges k1")
 
 
-def shaped(rewards: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, config: Any) -> Tensor:
-    """The reward of each completion after what --kl-in reward and --overlong-buffer take off. (B,)"""
+def objective_of(config: Any) -> Objective:
+    """The functions that --baseline, --loss, --kl-estimator and --loss-mean name."""
+    clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
+    dual = partial(clipped_surrogate_loss, **clip, clip_dual=config.clip_dual or torch.inf)
+    losses = {
+        "clip": lambda new, old, advantages, mask: dual(new, old, advantages),
+        "gspo": partial(gspo_loss, **clip),
+        "cispo": lambda new, old, advantages, mask: cispo_loss(new, old, advantages, **clip),
+    }
+    kl_terms = {
+        "k2": lambda new, old, ref: k2(new, ref),
+        "k3": lambda new, old, ref: k3(new, ref),
+        "weighted-k3": lambda new, old, ref: weighted_kl(k3(new, ref), new, old),
+    }
+    longest = config.max_completion_tokens
+    means = {
+        "token": lambda loss, mask, step: token_mean(loss, mask, total=step.sum()),
+        "sequence": lambda loss, mask, step: sequence_mean(loss, mask).sum() / len(step),
+        "constant": lambda loss, mask, step: token_mean(loss, mask, total=len(step) * longest),
+    }
+    charged = config.kl_in == "reward"
+    return Objective(
+        advantages=partial(_advantages, config),
+        policy_loss=losses[config.loss],
+        kl=kl_terms[config.kl_estimator],
+        mean=means[config.loss_mean],
+        beta=0.0 if charged else config.beta,
+        charges_kl=charged and config.beta > 0,
+    )
+
+
+def _advantages(config: Any, rewards: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Rewards less what --kl-in reward and --overlong-buffer take off, minus --baseline, in the units of --scale-rewards. (B,)"""
     if config.kl_in == "reward":
         rewards = rewards - config.beta * sequence_sum(k1(old_logprobs, ref_logprobs), mask)
-    if buffer := config.overlong_buffer:
-        rewards = rewards + overlong_penalty(mask.sum(1), longest=config.max_completion_tokens, buffer=buffer)
-    return rewards
-
-
-def centered(rewards: Tensor, config: Any) -> Tensor:
-    """Rewards minus --baseline, in the units of --scale-rewards. (B,)"""
-    size = len(rewards) if config.baseline == "batch" else config.group_size
-    advantages = group_advantages(rewards, size, normalize=config.scale_rewards == "group")
-    if config.baseline == "leave-one-out":
-        advantages = leave_one_out_advantages(rewards, size)
+    if config.overlong_buffer:
+        limits = {"longest": config.max_completion_tokens, "buffer": config.overlong_buffer}
+        rewards = rewards + overlong_penalty(mask.sum(1), **limits)
+    baselines = {
+        "group": lambda: group_advantages(rewards, config.group_size, normalize=config.scale_rewards == "group"),
+        "leave-one-out": lambda: leave_one_out_advantages(rewards, config.group_size),
+        "batch": lambda: group_advantages(rewards, len(rewards)),
+    }
+    advantages = baselines[config.baseline]()
     return scale_by_batch(advantages, rewards) if config.scale_rewards == "batch" else advantages
 
 
-def surrogate(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, config: Any) -> Tensor:
-    """What --loss says, (b, T); at rho = 1 all have the gradient of policy_gradient_loss."""
+def step_metrics(config: Any, trace: Trace, advantages: Tensor, mask: Tensor) -> dict[str, Any]:
+    """What GRPO adds to a result: the ratio's parts of the record, and clip_ratio where the ratio moves."""
     limits = {"clip_low": config.clip_low, "clip_high": config.clip_high}
-    if config.loss == "cispo":
-        return cispo_loss(logprobs, old_logprobs, advantages, **limits)
-    if config.loss == "gspo":
-        return gspo_loss(logprobs, old_logprobs, advantages, mask, **limits)
-    return clipped_surrogate_loss(logprobs, old_logprobs, advantages, **limits, clip_dual=config.clip_dual or torch.inf)
-
-
-def kl_term(logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, config: Any) -> Tensor:
-    """The estimate of KL(pi || pi_ref) that stands in the loss. (b, T)"""
-    estimate = (k2 if config.kl_estimator == "k2" else k3)(logprobs, ref_logprobs)
-    return weighted_kl(estimate, logprobs, old_logprobs) if config.kl_estimator == "weighted-k3" else estimate
-
-
-def step_mean(loss: Tensor, mask: Tensor, all_tokens: Tensor, config: Any) -> Tensor:
-    """This microbatch's share of the --loss-mean over the step. loss, mask: (b, T); all_tokens: (B, T), the step's mask."""
-    completions, longest = len(all_tokens), config.max_completion_tokens
-    if config.loss_mean == "sequence":
-        return sequence_mean(loss, mask).sum() / completions
-    return token_mean(loss, mask, total=all_tokens.sum() if config.loss_mean == "token" else completions * longest)
+    clipped = is_clipped(trace.latest, trace.first, advantages, **limits)  # (B, T)
+    metrics = {"clip_ratio": mean(clipped, mask)} if config.epochs_per_batch > 1 else {}
+    return {"metrics": metrics, "old_logprob": trace.first, "clipped": clipped}

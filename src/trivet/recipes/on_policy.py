@@ -1,21 +1,42 @@
-"""What PPO, GRPO and pairwise GRPO say of themselves: metrics of a step's rollouts, and the evaluation on held-out prompts."""
+"""Metrics, records and the held-out evaluation that PPO, GRPO and pairwise GRPO share."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from trivet.batch import Rollouts
-from trivet.generation.engine import Engine
-from trivet.model.forward import in_microbatches, token_logprobs
 from trivet.optimization.kl import k1
 from trivet.optimization.reduce import sequence_sum
-from trivet.rewards.reward import WeightedSum
-from trivet.run.loop import Run, Tally, mean
+from trivet.step.metrics import Tally, mean
+from trivet.step.result import Result
+from trivet.step.run import Run
+from trivet.step.trace import Trace
 from trivet.timing import timed
 
 
-def rollout_metrics(rollouts: Rollouts, rewards: Tensor, reward: WeightedSum) -> Tally:
+def sampled_result(
+    rollouts: Rollouts,
+    rewards: Tensor,
+    reward: Any,
+    ref_logprobs: Tensor,
+    trace: Trace,
+    *,
+    metrics: Mapping[str, Any] | None = None,
+    **numbers: Tensor,
+) -> Result:
+    """The result of a step on sampled completions: the metrics that all such steps have, more of the recipe's own, and the record.
+
+    rewards: (B,), and reward, which gave them. ref_logprobs: (B, T). numbers: (B,) or (B, T) each, by the names that the record uses.
+    """
+    tally = rollout_metrics(rollouts, rewards, reward) | policy_metrics(rollouts, trace.first, ref_logprobs, trace.seen)
+    own = {"reward": rewards, "gradient": -trace.slope, "logprob": trace.latest, "ref_logprob": ref_logprobs}
+    tally |= {"tokens/trained": trace.tokens, **(metrics or {})}
+    return Result(metrics=tally, completions=rollouts, numbers=own | numbers)
+
+
+def rollout_metrics(rollouts: Rollouts, rewards: Tensor, reward: Any) -> Tally:
     """The step's rollouts in the field's names: reward, lengths, how many were cut, groups that teach nothing."""
     groups, grouped = rollouts.groups, rewards.view(len(rollouts.rows), -1)  # (P, G)
     return {
@@ -42,14 +63,14 @@ def policy_metrics(rollouts: Rollouts, logprobs: Tensor, ref_logprobs: Tensor, s
 
 
 @timed("evaluation")
-def evaluate(run: Run, policy: Any, reference: Any, reward: WeightedSum, engine: Engine, step: int) -> Tally:
+def evaluate(run: Run) -> Result:
     """One completion for each held-out prompt: reward, KL to the reference (nats per completion), length."""
-    rollouts = engine.generate(policy, run.heldout, 1)
-    rewards = reward(rollouts)  # (B,)
-    metrics = rollout_metrics(rollouts, rewards, reward)
-    run.keep(step, rollouts, heldout=True, reward=rewards)
+    engine, reference = run.parts["engine"], run.parts.get("reference")
+    rollouts = engine.generate(run.model, run.heldout, 1)
+    rewards = run.reward(rollouts)  # (B,)
+    metrics = rollout_metrics(rollouts, rewards, run.reward)
     if reference is not None:
-        groups, budget = rollouts.groups, run.config.microbatch_tokens
-        ref_logprobs = in_microbatches(token_logprobs, reference, groups, budget, temperature=engine.temperature)
-        metrics["kl"] = mean(sequence_sum(k1(rollouts.logprobs, ref_logprobs), groups.mask))
-    return {f"eval/{key}": value for key, value in metrics.items() if not key.startswith(("tokens/", "frac_"))}
+        kl = k1(rollouts.logprobs, run.logprobs(reference, rollouts))  # (B, T)
+        metrics["kl"] = mean(sequence_sum(kl, rollouts.groups.mask))
+    metrics = {key: value for key, value in metrics.items() if not key.startswith(("tokens/", "frac_"))}
+    return Result(metrics=metrics, completions=rollouts, numbers={"reward": rewards})

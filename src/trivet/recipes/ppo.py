@@ -4,39 +4,38 @@ reward signal   a reward model (or any reward) on the last token, minus a KL cha
 generation      completions from the policy itself
 optimization    clipped surrogate on advantages from GAE; a critic of its own learns the returns
 
-    r_t = [t is last] R - beta (log pi_old - log pi_ref)        A_t = sum_l (gamma lam)^l (r_{t+l} + gamma V_{t+l+1} - V_{t+l})
-    L_policy = -min(rho A, clip(rho, 1-eps, 1+eps) A)            L_value = 1/2 max((V - R)^2, (clip(V) - R)^2)
+    r_t = [t is last] R - beta (log pi_old - log pi_ref)
+    A_t = sum_l (gamma lam)^l (r_{t+l} + gamma V_{t+l+1} - V_{t+l}),  R_t = A_t + V_t
+    L_policy = -min(rho A, clip(rho, 1-eps, 1+eps) A),  rho = pi / pi_old
+    L_value = 1/2 max((V - R_t)^2, (clip(V) - R_t)^2)
 
-The critic is a second model: a copy of the reward model where one that shares the policy's tokens is given, else the policy's
-trunk with a zero head; or, with --shared-critic, that head on the policy's own trunk. --kl-in loss puts beta KL(pi || pi_ref)
-(k2) into the loss instead of the reward. Differs from InstructGPT: no pretraining term, and V is not normalized.
+The critic is a second model: a copy of the reward model if one is given that shares the policy's
+tokens, else the policy's trunk with a zero head; with --shared-critic it is that head on the policy's
+own trunk. --kl-in loss puts beta KL(pi || pi_ref) (k2) into the loss instead of the reward. Differs
+from InstructGPT: no pretraining term, and V is not normalized.
 
     trivet ppo --model Qwen/Qwen3-0.6B --data questions.jsonl --reward runs/reward-model
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
-from trivet.batch import microbatches
-from trivet.generation.engine import Engine
-from trivet.model.copies import frozen_copy
-from trivet.model.forward import in_microbatches, token_logprobs
-from trivet.model.scalar import values, with_scalar_head
-from trivet.optimization.control import adapted_beta
+from trivet.batch import Rollouts
+from trivet.model.scalar import values
 from trivet.optimization.kl import k1, k2
-from trivet.optimization.normalize import scale_to_unit_variance, whiten
-from trivet.optimization.policy import clipped_surrogate_loss, is_clipped, truncated_importance_weights
+from trivet.optimization.policy import clipped_surrogate_loss, is_clipped
 from trivet.optimization.reduce import sequence_sum, token_mean
-from trivet.optimization.value import clipped_value_loss, explained_variance, gae
-from trivet.recipes.on_policy import evaluate, policy_metrics, rollout_metrics
-from trivet.rewards.reward import WeightedSum
-from trivet.rewards.shaping import kl_charged_rewards
-from trivet.run.loop import Metrics, Optimizer, Run, mean, reduced
-from trivet.run.options import SamplingOptions
+from trivet.optimization.value import clipped_value_loss, explained_variance
+from trivet.recipes.on_policy import evaluate as evaluate  # on held-out prompts, by launch
+from trivet.recipes.on_policy import sampled_result
+from trivet.recipes.ppo_parts import AdaptiveKL, Critic, advantages_and_returns, token_rewards_of
+from trivet.step.metrics import mean
+from trivet.step.options import SamplingOptions
+from trivet.step.result import Result
+from trivet.step.run import Run
 from trivet.toy import ARITHMETIC, STORIES
 
 ROWS, TRAINS = "prompts", "policy"  # what the data must hold, and what kind of model is trained
@@ -82,89 +81,58 @@ class Config(SamplingOptions):
     """Take this from the reward of a completion that was cut at the length limit."""
 
 
-def train(config: Config, run: Run) -> Iterator[Metrics]:
-    """Yield the metrics of each step; the policy is run.model."""
-    policy, reward = run.model, run.reward
-    reference = frozen_copy(policy)
-    critic = with_scalar_head(policy, share=True) if config.shared_critic else critic_from(reward, policy)
-    value_coef, value_clip = config.value_coef if config.shared_critic else 1.0, config.value_clip or math.inf
-    engine = run.engine(Engine(run.decode, run.stops, config.max_completion_tokens, config.temperature, run.generator))
+def train(config: Config, run: Run) -> Iterator[Result]:
+    """Train run.model and a critic, a step at a time."""
+    policy, reward, engine = run.model, run.reward, run.engine()
+    reference, critic = run.reference(), Critic(config, run)
     updates = config.epochs_per_batch * config.minibatches
-    optimizer = Optimizer(policy, config, run.steps * updates)
-    head_or_all = critic.score if config.shared_critic else critic
-    critic_optimizer = Optimizer(head_or_all, config, run.steps * updates, lr=config.critic_lr)
-    beta = torch.tensor(config.beta, dtype=torch.float64)
-    trained = {"critic": critic, "optimizer": optimizer, "critic_optimizer": critic_optimizer, "beta": beta}
-    run.holds(reference=reference, engine=engine, **trained)
-    budget, temperature = config.microbatch_tokens, config.temperature
+    optimizer = run.optimizer(policy, updates=updates)
+    critic_optimizer = run.optimizer(critic.trained, updates=updates, lr=config.critic_lr, name="critic_optimizer")
+    kl_weight = run.holds(beta=AdaptiveKL(config))
     clip = {"clip_low": config.clip_low, "clip_high": config.clip_high}
 
-    for step, prompts in run.batches():
-        rollouts = engine.generate(policy, prompts, config.group_size)
-        groups, mask, old_logprobs = rollouts.groups, rollouts.groups.mask, rollouts.logprobs  # (B, T)
-        rewards = reward(rollouts)  # (B,)
+    for _, prompts in run.batches():
+        rollouts = engine.generate(policy, prompts, config.group_size)  # what does the policy say?
+        mask, rewards = rollouts.groups.mask, reward(rollouts)  # (B,) what is good?
         rewards = rewards.where(~rewards.isnan(), rewards.nanmean().nan_to_num())  # unscored ones count as average
-        scores = rewards - config.missing_eos_penalty * ~rollouts.finished  # (B,)
-        ref_logprobs = in_microbatches(token_logprobs, reference, groups, budget, temperature=temperature)  # (B, T)
-        weights = torch.ones_like(old_logprobs)  # (B, T)
-        if config.importance_cap and rollouts.versions:  # another engine, or earlier weights, wrote them
-            old_logprobs = in_microbatches(token_logprobs, policy, groups, budget, temperature=temperature)  # (B, T)
-            weights = truncated_importance_weights(old_logprobs, rollouts.logprobs, cap=config.importance_cap)
-        old_values = in_microbatches(values, critic, groups, budget)  # (B, T)
-        kl, charge = k1(old_logprobs, ref_logprobs), beta if config.kl_in == "reward" else 0.0  # (B, T)
-        token_rewards = kl_charged_rewards(scores, kl, mask, beta=charge)  # (B, T)
-        if config.whiten_rewards:
-            token_rewards = scale_to_unit_variance(token_rewards, mask)
-        advantages, returns = gae(token_rewards, old_values, mask, gamma=config.gamma, lam=config.lam)  # (B, T) each
-        if config.whiten_advantages:
-            advantages = whiten(advantages, mask)
+        ref_logprobs = run.logprobs(reference, rollouts)  # (B, T)
+        trace = run.trace(rollouts, by=learner_of(config, policy, rollouts))
+        old_logprobs, old_values = trace.start, run.passes(values, critic.model, rollouts)  # (B, T) each
+        kl = k1(old_logprobs, ref_logprobs)  # (B, T)
+        token_rewards = token_rewards_of(config, rollouts, rewards, kl, kl_weight.charge)  # (B, T)
+        advantages, returns = advantages_and_returns(config, token_rewards, old_values, mask)  # (B, T) each
 
-        learner, latest = old_logprobs.clone(), old_logprobs.clone()  # (B, T) before the policy moves, as it moves on
-        gradient, update, critic_update = torch.zeros_like(latest), Metrics(), Metrics()  # (B, T) of the loss by log pi
-        run.shares(learner, latest, gradient)
-        for chosen in (order := list(minibatches(mask, len(prompts), config))):  # (P,)
-            total = mask.view(len(prompts), -1)[chosen].sum()
-            for rows, part in microbatches(groups, budget, only=chosen):
-                logprobs = token_logprobs(policy, part, temperature=temperature)  # (b, T)
+        for chosen in minibatches(
+            mask, len(prompts), config
+        ):  # (P,) the prompts of one update: how does the policy change?
+            total = mask.view(len(prompts), -1)[chosen].sum()  # tokens
+            for rows, part in trace.microbatches(only=chosen):
+                logprobs, _ = trace.logprobs(policy, rows, part)  # (b, T)
                 loss = clipped_surrogate_loss(logprobs, old_logprobs[rows], advantages[rows], **clip)  # (b, T)
-                if config.kl_in == "loss":
-                    loss = loss + beta * k2(logprobs, ref_logprobs[rows])
-                logprobs.retain_grad()
-                token_mean(weights[rows] * loss, part.mask, total=total).backward()
-                value = values(critic, part)  # (b, T)
-                value_loss = clipped_value_loss(value, old_values[rows], returns[rows], clip=value_clip)  # (b, T)
-                (value_coef * token_mean(value_loss, part.mask, total=total)).backward()
-                latest[rows], gradient[rows] = logprobs.detach(), logprobs.grad  # type: ignore[assignment]
-                if not update:
-                    learner[rows] = latest[rows]
-            update, critic_update = optimizer.step(), critic_optimizer.step()
+                loss = loss + kl_weight.in_loss * k2(logprobs, ref_logprobs[rows])
+                token_mean(trace.weights(rows, old_logprobs[rows]) * loss, part.mask, total=total).backward()
+                value = values(critic.model, part)  # (b, T)
+                value_loss = clipped_value_loss(value, old_values[rows], returns[rows], clip=critic.clip)  # (b, T)
+                (critic.loss_weight * token_mean(value_loss, part.mask, total=total)).backward()
+            optimizer.step()
+            critic_optimizer.step()
 
-        metrics = rollout_metrics(rollouts, rewards, reward) | policy_metrics(rollouts, learner, ref_logprobs, order[0])
-        clipped = is_clipped(latest, old_logprobs, advantages, **clip)  # (B, T)
-        metrics |= update | {
+        clipped = is_clipped(trace.latest, old_logprobs, advantages, **clip)  # (B, T)
+        metrics = {
             "clip_ratio": mean(clipped, mask),
             "objective/rlhf_reward": mean(token_rewards.sum(1)),
             "value/explained_variance": explained_variance(old_values, returns, mask),
-            "value/grad_norm": critic_update["grad_norm"],
-            "tokens/trained": 2 * groups.lengths.sum() * config.epochs_per_batch,
-        }
-        if config.kl_target:
-            metrics["objective/kl_coef"] = float(beta)
-            beta.copy_(adapted_beta(beta, sequence_sum(kl, mask).mean(), target=config.kl_target))
-        by_token = {"logprob": latest, "old_logprob": old_logprobs, "ref_logprob": ref_logprobs, "clipped": clipped}
-        by_token |= {"advantage": advantages, "value": old_values, "return": returns, "token_reward": token_rewards}
-        run.keep(step, rollouts, reward=rewards, gradient=-gradient, **by_token)
-        if run.evaluates(step):
-            metrics |= evaluate(run, policy, reference, reward, engine, step)
-        yield reduced(metrics)
+            "value/grad_norm": critic_optimizer.metrics["grad_norm"],
+            "tokens/trained": 2 * trace.tokens,  # policy and critic
+        } | kl_weight.update(sequence_sum(kl, mask).mean())
+        numbers = {"old_logprob": old_logprobs, "clipped": clipped, "advantage": advantages}
+        numbers |= {"value": old_values, "return": returns, "token_reward": token_rewards}
+        yield sampled_result(rollouts, rewards, reward, ref_logprobs, trace, metrics=metrics, **numbers)
 
 
-def critic_from(reward: WeightedSum, policy: Any) -> Any:
-    """A copy of the first reward model that reads the policy's tokens, else the policy's trunk with a zero head."""
-    for part in reward.rewards.values():
-        if getattr(part, "same_tokens", False):
-            return part.critic()  # type: ignore[attr-defined]
-    return with_scalar_head(policy)
+def learner_of(config: Config, policy: Any, rollouts: Rollouts) -> Any:
+    """The policy, where its own pass must say pi_old because another engine, or earlier weights, have sampled; else None."""
+    return policy if config.importance_cap and rollouts.versions else None
 
 
 def minibatches(mask: torch.Tensor, prompts: int, config: Config) -> Iterator[torch.Tensor]:

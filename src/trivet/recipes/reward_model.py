@@ -4,29 +4,30 @@ reward signal   preference pairs
 generation      none
 optimization    Bradley-Terry on the scores of the two sides
 
-    L = mean over pairs of  -log sigmoid(r(x, y_w) - r(x, y_l) - margin) + center (r(x, y_w) + r(x, y_l))^2
+    L = mean over pairs of  -log sigmoid(r_w - r_l - margin) + center (r_w + r_l)^2
+    r_w = r(x, y_w) of the chosen side, r_l = r(x, y_l) of the rejected one
 
-The score is read at the last real token, EOS included. The head starts at zero, so the first loss is log 2. Saved as a
-sequence-classification model that transformers loads and that --reward takes.
+The score is read at the last real token, EOS included. The head starts at zero, so the first loss is
+log 2. The model is saved as a sequence classifier that transformers loads and that --reward takes.
 
     trivet reward-model --model Qwen/Qwen3-0.6B --data preferences.jsonl
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from trivet.batch import Example, microbatches
+from trivet.batch import Example
 from trivet.errors import InputError
-from trivet.model.forward import in_microbatches
 from trivet.model.scalar import scores
 from trivet.optimization.preference import bradley_terry_loss, centering_loss
-from trivet.recipes.offline import to_groups
-from trivet.run.loop import Metrics, Optimizer, Run, Tally, mean, reduced
-from trivet.run.options import Options
+from trivet.recipes.offline import rows_of, to_groups
+from trivet.step.metrics import Tally, mean
+from trivet.step.options import Options
+from trivet.step.result import Result
+from trivet.step.run import Run
 from trivet.timing import timed
 from trivet.toy import ARITHMETIC, STORIES
 
@@ -43,29 +44,24 @@ class Config(Options):
     """Weight of the squared sum of the two scores, which keeps them around 0; 0.01 in the literature."""
 
 
-def train(config: Config, run: Run) -> Iterator[Metrics]:
-    """Yield the metrics of each step; the reward model is run.model."""
-    model = run.model
-    optimizer = Optimizer(model, config, run.steps)
-    run.holds(optimizer=optimizer)
+def train(config: Config, run: Run) -> Iterator[Result]:
+    """Train run.model, the reward model, a step at a time."""
+    model, optimizer = run.model, run.optimizer(run.model)
 
-    for step, examples in run.batches():
-        groups = to_groups(examples, run.device)
-        margin = margins(examples, config, run.device)  # (P,)
-        result = torch.zeros(2 * len(examples), device=run.device)  # (B,)
-        run.shares(result)
-        for rows, part in microbatches(groups, config.microbatch_tokens, whole=True):
-            score = scores(model, part)  # (b,)
-            chosen, rejected = score.view(-1, 2).unbind(1)
+    for _, pairs in run.batches():
+        groups = to_groups(pairs, run.device)  # rows 2p, 2p + 1: chosen, rejected
+        margin = margins(pairs, config, run.device)  # (P,)
+
+        trace = run.trace(groups)
+        for rows, part in trace.microbatches(whole=True):  # a pair is never split
+            chosen, rejected = trace.scores(model, rows, part).view(-1, 2).unbind(1)  # (p,) each
             loss = bradley_terry_loss(chosen, rejected, margin=margin[rows[::2] // 2])  # (p,)
             loss = loss + config.center * centering_loss(chosen, rejected)
-            (loss.sum() / len(examples)).backward()
-            result[rows] = score.detach()
-        metrics = pair_metrics(result, margin, config) | {"tokens/trained": groups.lengths.sum()} | optimizer.step()
-        run.keep(step, groups, rows=[example.row for example in examples], reward=result)
-        if run.evaluates(step):
-            metrics |= evaluate(model, run.heldout, config, run.device)
-        yield reduced(metrics)
+            (loss.sum() / len(pairs)).backward()
+        optimizer.step()
+
+        metrics = pair_metrics(trace.score, margin, config) | {"tokens/trained": trace.tokens}
+        yield Result(metrics=metrics, completions=groups, rows=rows_of(pairs), numbers={"reward": trace.score})
 
 
 def margins(examples: Sequence[Example], config: Config, device: str) -> Tensor:
@@ -90,12 +86,11 @@ def pair_metrics(score: Tensor, margin: Tensor, config: Config) -> Tally:
 
 
 @timed("evaluation")
-def evaluate(model: Any, examples: Sequence[Example], config: Config, device: str) -> Tally:
-    """The same on the held-out pairs."""
-    score = in_microbatches(scores, model, to_groups(examples, device), config.microbatch_tokens)  # (B,)
-    return {
-        f"eval/{key}": value for key, value in pair_metrics(score, margins(examples, config, device), config).items()
-    }
+def evaluate(run: Run) -> Result:
+    """The same metrics on the held-out pairs."""
+    config: Config = run.config  # type: ignore[assignment]
+    score = run.passes(scores, run.model, to_groups(run.heldout, run.device))  # (B,)
+    return Result(metrics=pair_metrics(score, margins(run.heldout, config, run.device), config))
 
 
 PRESETS = {

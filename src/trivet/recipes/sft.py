@@ -12,19 +12,17 @@ read too: their chosen side is the answer.
     trivet sft --model Qwen/Qwen3-0.6B --data conversations.jsonl
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-
-from trivet.batch import Example, microbatches
-from trivet.model.forward import in_microbatches, token_logprobs
+from trivet.model.forward import token_logprobs
 from trivet.optimization.reduce import token_mean
 from trivet.optimization.supervised import nll_loss
-from trivet.recipes.offline import to_groups
-from trivet.run.loop import Metrics, Optimizer, Run, Tally, mean, reduced
-from trivet.run.options import Options
+from trivet.recipes.offline import rows_of, to_groups
+from trivet.step.metrics import mean
+from trivet.step.options import Options
+from trivet.step.result import Result
+from trivet.step.run import Run
 from trivet.timing import timed
 from trivet.toy import ARITHMETIC, STORIES
 
@@ -36,37 +34,31 @@ class Config(Options):
     """Supervised fine-tuning: maximize the likelihood of the given answers."""
 
 
-def train(config: Config, run: Run) -> Iterator[Metrics]:
-    """Yield the metrics of each step; the policy is run.model."""
-    policy = run.model
-    optimizer = Optimizer(policy, config, run.steps)
-    run.holds(optimizer=optimizer)
+def train(config: Config, run: Run) -> Iterator[Result]:
+    """Train run.model, a step at a time."""
+    policy, optimizer = run.model, run.optimizer(run.model)
 
-    for step, examples in run.batches():
+    for _, examples in run.batches():
         groups = to_groups(examples, run.device)
-        total, latest = groups.mask.sum(), torch.zeros(groups.mask.shape, device=run.device)  # (B, T)
-        run.shares(latest)
-        for rows, part in microbatches(groups, config.microbatch_tokens):
-            logprobs = token_logprobs(policy, part)  # (b, T)
-            loss = token_mean(nll_loss(logprobs), part.mask, total=total)
-            loss.backward()
-            latest[rows] = logprobs.detach()
-        metrics = {
-            "loss": mean(nll_loss(latest), groups.mask),
-            "tokens/trained": groups.lengths.sum(),
-        } | optimizer.step()
-        run.keep(step, groups, rows=[example.row for example in examples], logprob=latest)
-        if run.evaluates(step):
-            metrics |= evaluate(policy, run.heldout, config, run.device)
-        yield reduced(metrics)
+        total = groups.mask.sum()  # tokens of all answers
+
+        trace = run.trace(groups)
+        for rows, part in trace.microbatches():
+            logprobs, _ = trace.logprobs(policy, rows, part)  # (b, T)
+            token_mean(nll_loss(logprobs), part.mask, total=total).backward()
+        optimizer.step()
+
+        metrics = {"loss": mean(nll_loss(trace.latest), groups.mask), "tokens/trained": trace.tokens}
+        numbers = {"logprob": trace.latest}
+        yield Result(metrics=metrics, completions=groups, rows=rows_of(examples), numbers=numbers)
 
 
 @timed("evaluation")
-def evaluate(policy: Any, examples: Sequence[Example], config: Config, device: str) -> Tally:
+def evaluate(run: Run) -> Result:
     """Mean negative log-likelihood per token of the held-out answers."""
-    groups = to_groups(examples, device)
-    logprobs = in_microbatches(token_logprobs, policy, groups, config.microbatch_tokens)  # (B, T)
-    return {"eval/loss": mean(nll_loss(logprobs), groups.mask)}
+    groups = to_groups(run.heldout, run.device)
+    logprobs = run.passes(token_logprobs, run.model, groups)  # (B, T)
+    return Result(metrics={"loss": mean(nll_loss(logprobs), groups.mask)})
 
 
 PRESETS = {

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from trivet.errors import InputError
-from trivet.run.reading import common_folder, require_run
+from trivet.store.reading import common_folder, require_run
 
 METHODS = {  # method: objective, reward model needed, stages, best for
     "sft": ("-log π(y_w)", "no", "SFT", "answers worth copying"),

@@ -16,12 +16,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from trivet.help import options_of
-from trivet.recipes import RECIPES
+from trivet.recipes import METHODS
 from trivet.report import compare
 from trivet.report.plots import run_colors
-from trivet.run.reading import require_run, run_names, state
-from trivet.run.warnings import Warning, warnings
+from trivet.report.warnings import Warning, warnings
+from trivet.step.option_texts import PACKAGE, Option, file_of, options_of
+from trivet.store.reading import require_run, run_names, state
 
 POINTS = 600  # of a line in a chart; more are averaged
 TEXT, TOKENS = 5_000, 2_000  # characters of a text, tokens of a completion; more are cut
@@ -103,8 +103,7 @@ def _read(run: Path) -> dict[str, Any]:
     status = state(run, record.get("pid"), [b["seconds"] - a["seconds"] for a, b in pairwise(recent)])
     pace = (recent[-1]["seconds"] - recent[0]["seconds"]) / (len(recent) - 1) if len(recent) > 1 else None
     began = record.get("began") or ((run / "config.toml").stat().st_mtime if toml else None)
-    known = (f"recipes/{method.replace('-', '_')}.py",) if method in RECIPES else ("run/options.py", "SamplingOptions")
-    explained, true = options_of(*known), _true(record, options, lines, judged)
+    explained, true = _options_of(record, method), _true(record, options, lines, judged)
     warned = warnings(options, lines)
     if true and true["turn"] and true["turn"]["turns"]:
         reason = f"the {true['name']} reward was {true['turn']['peak']:.3g} around step {true['turn']['step']:g} and fell by "
@@ -148,6 +147,15 @@ def _read(run: Path) -> dict[str, Any]:
             "samples": [_cut(sample) for sample in judged.get("samples") or []],
         },
     }
+
+
+def _options_of(record: Line, method: str) -> dict[str, Option]:
+    """What the options of the run's recipe mean; of a recipe that is not there any more, those that all recipes have."""
+    source = str(record.get("recipe") or method)
+    try:
+        return options_of(file_of(METHODS[source]) if source in METHODS else Path(source).with_suffix(".py"))
+    except (OSError, ValueError, SyntaxError):
+        return options_of(PACKAGE / "step" / "options.py", "SamplingOptions")
 
 
 def _true(record: Line, options: Line, lines: list[Line], judged: Line) -> dict[str, Any] | None:

@@ -12,14 +12,16 @@ from trivet.report.compare import place_of, runs_in
 from trivet.report.gather import gather
 
 PARTS = Path(__file__).parent / "page"
+# The files of the page's own script, in the order in which page_script joins them.
+SCRIPTS = ("base", "charts", "overview", "curves", "samples", "tokens", "cost", "render")
 HELP = """trivet report RUN [RUN ...] [--out FILE.html]
 
 One page for one run, or for several side by side: what was run, warnings, the comparison, samples, curves, the token view, cost.
-It is a single file that needs no network. RUN is a run directory, or a folder of them (runs/quickstart). It also reads a run that
-goes on, or was stopped.
+It is a single file that works offline. RUN is a run directory, or a folder of run directories (runs/quickstart). Runs that are still
+going or were stopped can be shown too.
 
---out FILE.html   where to; default RUN/report.html, for all runs of a folder FOLDER/report.html, for others the same with their names:
-                  runs/report-grpo-ppo.html"""
+--out FILE.html   output file. Default: RUN/report.html; for all runs of a folder, FOLDER/report.html; for several other runs, a file
+                  with their names, such as runs/report-grpo-ppo.html"""
 
 
 def report(args: list[str]) -> None:
@@ -27,7 +29,7 @@ def report(args: list[str]) -> None:
     if not args or {"-h", "--help"} & set(args):
         print(HELP)
         return
-    from trivet.run.arguments import read_flags
+    from trivet.arguments import read_flags
 
     flags = next((i for i, arg in enumerate(args) if arg.startswith("--")), len(args))
     if not flags:
@@ -47,13 +49,12 @@ def write_page(runs: list[Path], out: Path) -> Path:
 
 
 def build_page(payload: dict[str, Any], *, live: bool = False) -> str:
-    """The payload of gather as one HTML file; live: it asks data.json beside it for a new payload every two seconds.
+    """The payload of gather as one HTML file; live: it polls data.json beside it for a new payload every two seconds.
 
     The page may run the scripts it was built with, named by their hashes, and nothing else: no network, no inline handlers.
     """
-    scripts = {
-        name: (PARTS / name).read_text("utf-8") for name in ("vendor/d3.min.js", "vendor/plot.umd.min.js", "page.js")
-    }
+    scripts = {name: (PARTS / name).read_text("utf-8") for name in ("vendor/d3.min.js", "vendor/plot.umd.min.js")}
+    scripts["script"] = page_script()
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts.values()]
     policy = "default-src 'none'; script-src " + " ".join(f"'sha256-{digest}'" for digest in hashes)
     policy += "; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
@@ -64,10 +65,16 @@ def build_page(payload: dict[str, Any], *, live: bool = False) -> str:
         "live": "live" if live else "",
         "css": (PARTS / "page.css").read_text("utf-8"),
         "data": as_json(payload),
-        "licences": "\n".join((PARTS / f"vendor/{name}.LICENSE").read_text("utf-8") for name in ("d3", "plot")),
+        "licenses": "\n".join((PARTS / f"vendor/{name}.LICENSE").read_text("utf-8") for name in ("d3", "plot")),
         **scripts,
     }
     return re.sub(r"\{\{(\S+?)\}\}", lambda slot: slots[slot[1]], (PARTS / "page.html").read_text("utf-8"))
+
+
+def page_script() -> str:
+    """The page's own files as one script: they share the scope of one function, and leave only window.trivet behind."""
+    files = "\n".join((PARTS / f"{name}.js").read_text("utf-8") for name in SCRIPTS)
+    return f'"use strict";\n(() => {{\n{files}}})();\n'
 
 
 def as_json(payload: dict[str, Any]) -> str:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trivet.arguments import runs_and_options
 from trivet.dependencies import require_extra
 from trivet.errors import InputError
 from trivet.report.compare import place_of, runs_in
-from trivet.run.arguments import runs_and_options
-from trivet.run.reading import method_of, read_metrics, require_run, run_names
+from trivet.store.reading import method_of, read_metrics, require_run, run_names
 
 COLORS = {  # Okabe and Ito's palette, told apart by color-blind readers too
     "sft": "#000000",

@@ -19,12 +19,12 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from trivet.arguments import runs_and_options
 from trivet.errors import InputError
 from trivet.report.compare import runs_in
 from trivet.report.gather import gather
 from trivet.report.page import as_json, build_page
-from trivet.run.arguments import runs_and_options
-from trivet.run.reading import lives, read_object, require_run
+from trivet.store.reading import lives, read_object, require_run
 
 HOSTS = ("127.0.0.1", "localhost", "[::1]")
 FILES = ("config.toml", "run.json", "metrics.jsonl", "samples.jsonl", "summary.json", "judged.json")

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from trivet.batch import Rollouts
-from trivet.calls import pause, settled
 from trivet.errors import InputError
+from trivet.http import pause, settled
 from trivet.places import require_reward
 from trivet.rewards.guard import Heard, OutOfTime, within
 from trivet.rewards.learned import load_learned_reward

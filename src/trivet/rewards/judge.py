@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from trivet.batch import Rollouts
-from trivet.calls import NoAnswerError, RefusedError, answered, pause, settled
 from trivet.errors import InputError, first_line
+from trivet.http import NoAnswerError, RefusedError, answered, pause, settled
 from trivet.rewards.pairwise import matches, win_rates
 
 SCORE = re.compile(r"score\W{0,6}?(-?\d+(?:\.\d+)?)", re.IGNORECASE)

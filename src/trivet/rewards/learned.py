@@ -13,6 +13,7 @@ from trivet.model.forward import in_microbatches
 from trivet.model.load import is_scorer, load_scorer
 from trivet.model.scalar import scores
 from trivet.model.text import encode_completion, encode_prompt, load_tokenizer, stop_ids
+from trivet.model.weights import load_beside
 from trivet.places import model_folder
 
 
@@ -57,6 +58,6 @@ def load_learned_reward(name: str, tokenizer: Any, *, like: Any) -> LearnedRewar
     if own.chat_template is None:
         own.chat_template = tokenizer.chat_template
     how = {"device": str(like.device), "merge": not hasattr(like, "peft_config")}
-    model = scorer_over(like, folder) or load_scorer(folder, **how)
+    model = scorer_over(like, folder) or load_beside(like, load_scorer, folder, **how)
     model.requires_grad_(False).compute_dtype = like.compute_dtype
     return LearnedReward(model, own, stop_ids(folder, own), own.get_vocab() == tokenizer.get_vocab(), like)
