@@ -28,7 +28,13 @@ def main() -> None:
     parser.add_argument(
         "--ways",
         nargs="+",
-        default=["adapters", "all weights", "adapters, 8bit", "adapters, 4bit", "adapters, bfloat16"],
+        default=[
+            "adapters",
+            "all weights",
+            "adapters, 8bit",
+            "adapters, 4bit",
+            "adapters, bfloat16",
+        ],
     )
     chosen = parser.parse_args()
     base = chosen.out / "base"
@@ -48,19 +54,32 @@ def main() -> None:
             "ppo",
             run,
             base,
-            [*options, *sampling, "--reward", str(judge), "--steps", "2", "--microbatch-tokens", "128"],
+            [
+                *options,
+                *sampling,
+                "--reward",
+                str(judge),
+                "--steps",
+                "2",
+                "--microbatch-tokens",
+                "128",
+            ],
         )
         summary = json.loads((run / "summary.json").read_text())
         memory, peak = summary["memory"], summary["peak_memory_bytes"]
         held = sum(
-            size for part, size in memory.items() if part not in ("program", "activations and the rest", "cache")
+            size
+            for part, size in memory.items()
+            if part not in ("program", "activations and the rest", "cache")
         )
         found[way] = memory | {
             "peak": peak,
             "models and optimizers": held,
             "multiple of one copy": round(held / weights, 3),
         }
-        print(f"{way}: {held / weights:.2f} copies in models and optimizers; peak {peak / 1e9:.2f} GB")
+        print(
+            f"{way}: {held / weights:.2f} copies in models and optimizers; peak {peak / 1e9:.2f} GB"
+        )
         for part, size in memory.items():
             print(f"    {part:28}{size / 1e6:10.1f} MB{size / weights:8.3f}", flush=True)
     (chosen.out / "adapters.json").write_text(json.dumps(found, indent=1) + "\n")
@@ -83,7 +102,9 @@ def train(method: str, out: Path, base: Path, options: list[str]) -> None:
         str(out),
     ]
     subprocess.run(
-        [*command, *options, "--quiet", "--eval-limit", "4"], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        [*command, *options, "--quiet", "--eval-limit", "4"],
+        check=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
 
 
@@ -93,8 +114,16 @@ def make_base(folder: Path, size: str) -> None:
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     hidden, layers, heads, kv_heads, feed_forward, vocabulary = workloads.SHAPES[size]
-    shape: dict[str, Any] = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
-    shape |= {"num_key_value_heads": kv_heads, "intermediate_size": feed_forward, "vocab_size": vocabulary}
+    shape: dict[str, Any] = {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }
+    shape |= {
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": feed_forward,
+        "vocab_size": vocabulary,
+    }
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True)).save_pretrained(folder)
     AutoTokenizer.from_pretrained(STORIES["model"]).save_pretrained(folder)

@@ -26,7 +26,14 @@ HERE = Path(__file__).resolve().parent
 PPO_PEER = Path(sys.prefix) / "trl-1.12.0"  # beside the environment, not in it
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
 VARIANTS = ("trivet", "trl", "trl, allocator")
-WORKLOADS = [("sft", ""), ("reward-model", ""), ("dpo", ""), ("grpo", "full"), ("grpo", "len40"), ("ppo", "full")]
+WORKLOADS = [
+    ("sft", ""),
+    ("reward-model", ""),
+    ("dpo", ""),
+    ("grpo", "full"),
+    ("grpo", "len40"),
+    ("ppo", "full"),
+]
 COLUMNS = ("", "TRL, s · MB", "TRL + allocator", "Trivet", "times faster", "memory", "of the floor")
 Cell = tuple[str, str, str]  # method, lengths, size
 Result = dict[str, Any]
@@ -35,17 +42,32 @@ Result = dict[str, Any]
 def main() -> None:
     """Run, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--quick", action="store_true", help="T and S, one round, TRL with the allocator setting only")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="T and S, one round, TRL with the allocator setting only",
+    )
     parser.add_argument("--sizes", nargs="+", help="T S M")
-    parser.add_argument("--methods", nargs="+", help="of sft reward-model dpo grpo ppo; all of them otherwise")
-    parser.add_argument("--rounds", type=int, default=0, help="processes of each side; 1 if quick, else 3")
-    parser.add_argument("--variants", nargs="+", help=f"of {', '.join(map(repr, VARIANTS))}; as --quick says otherwise")
+    parser.add_argument(
+        "--methods", nargs="+", help="of sft reward-model dpo grpo ppo; all of them otherwise"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=0, help="processes of each side; 1 if quick, else 3"
+    )
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        help=f"of {', '.join(map(repr, VARIANTS))}; as --quick says otherwise",
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     chosen = parser.parse_args()
     sizes = chosen.sizes or (["T", "S"] if chosen.quick else ["T", "S", "M"])
     variants = chosen.variants or (("trivet", "trl, allocator") if chosen.quick else VARIANTS)
     cells = [
-        (method, lengths, size) for method, lengths in WORKLOADS for size in sizes if (method, size) != ("ppo", "M")
+        (method, lengths, size)
+        for method, lengths in WORKLOADS
+        for size in sizes
+        if (method, size) != ("ppo", "M")
     ]
     cells = [cell for cell in cells if not chosen.methods or cell[0] in chosen.methods]
     if not PPO_PEER.exists():
@@ -61,7 +83,9 @@ def main() -> None:
                 write(results, chosen.out)
     peak = measured_peak()
     print(f"this machine's bf16 matrix products: {peak / 1e12:.2f} TFLOP/s")
-    everything = [(method, lengths, size) for method, lengths in WORKLOADS for size in workloads.SHAPES]
+    everything = [
+        (method, lengths, size) for method, lengths in WORKLOADS for size in workloads.SHAPES
+    ]
     summary = [row for cell in everything if (row := summed_up(cell, results, peak))]
     write(results, chosen.out, summary)
     show(summary)
@@ -94,7 +118,10 @@ def measure(cell: Cell, variant: str) -> Result:
 
 def measured_peak() -> float:
     """The bf16 matrix products of this machine, FLOP/s: the best of a few large ones."""
-    a, b = (torch.randn(shape, device=workloads.DEVICE).bfloat16() for shape in ((2048, 1024), (1024, 4096)))
+    a, b = (
+        torch.randn(shape, device=workloads.DEVICE).bfloat16()
+        for shape in ((2048, 1024), (1024, 4096))
+    )
     seconds = []
     for _ in range(20):
         began = time.perf_counter()
@@ -123,7 +150,10 @@ def summed_up(cell: Cell, results: list[Result], peak: float) -> Result:
             }
             if variant == "trivet":
                 row["parts"] = rounds[0]["parts"]
-                flops = statistics.median(r["floor_seconds"] for r in rounds) * workloads.FLOPS_PER_SECOND
+                flops = (
+                    statistics.median(r["floor_seconds"] for r in rounds)
+                    * workloads.FLOPS_PER_SECOND
+                )
                 row["floor_seconds"] = flops / peak
     row["versions"] = {
         (f"{name} (PPO)" if name == "trl" and method == "ppo" else name): version
@@ -145,7 +175,10 @@ def name_of(row: Result) -> str:
 def cells_of(row: Result) -> list[str]:
     """Seconds and megabytes of each side, the ratios, the fraction of the floor."""
     sides = [row.get(variant) for variant in ("trl", "trl, allocator", "trivet")]
-    ratios = [" · ".join(f"{ratio:.2f}" for ratio in row[key].values()) for key in ("times_faster", "memory_ratio")]
+    ratios = [
+        " · ".join(f"{ratio:.2f}" for ratio in row[key].values())
+        for key in ("times_faster", "memory_ratio")
+    ]
     return [f"{p['seconds']:.2f} · {p['megabytes']:.0f}" if p else "" for p in sides] + [
         *ratios,
         f"{row['floor_fraction']:.0%}",
@@ -188,14 +221,27 @@ def plot(summary: list[Result], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, panels = plt.subplots(1, 2, figsize=(11, 1.2 + 0.42 * len(summary)), sharey=True)
-    titles = {"times_faster": "TRL's seconds / Trivet's", "memory_ratio": "Trivet's peak memory / TRL's"}
-    labels = {"trl": "TRL as it is", "trl, allocator": "TRL with the allocator setting that helps it"}
+    titles = {
+        "times_faster": "TRL's seconds / Trivet's",
+        "memory_ratio": "Trivet's peak memory / TRL's",
+    }
+    labels = {
+        "trl": "TRL as it is",
+        "trl, allocator": "TRL with the allocator setting that helps it",
+    }
     for panel, (key, title) in zip(panels, titles.items(), strict=True):
         for i, (peer, label) in enumerate(labels.items()):
-            known = [(y + 0.38 * i - 0.19, row[key][peer]) for y, row in enumerate(summary) if peer in row[key]]
+            known = [
+                (y + 0.38 * i - 0.19, row[key][peer])
+                for y, row in enumerate(summary)
+                if peer in row[key]
+            ]
             if known:
                 bars = panel.barh(
-                    *zip(*known, strict=True), height=0.36, color=("tab:blue", "tab:cyan")[i], label=label
+                    *zip(*known, strict=True),
+                    height=0.36,
+                    color=("tab:blue", "tab:cyan")[i],
+                    label=label,
                 )
                 panel.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
         panel.axvline(1, color="black", linewidth=0.8)
@@ -211,7 +257,11 @@ def plot(summary: list[Result], path: Path) -> None:
 
 def write(results: list[Result], out: Path, summary: list[Result] | None = None) -> None:
     """Everything so far as bench.json."""
-    machine = {"machine": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
+    machine = {
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+    }
     cpu = [line.split(":")[1].strip() for line in _cpu_lines() if line.startswith("model name")]
     about = {"date": time.strftime("%Y-%m-%d"), "load": os.getloadavg(), "cpu": cpu[:1]} | machine
     text = json.dumps({"about": about, "summary": summary or [], "runs": results}, indent=1)

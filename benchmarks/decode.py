@@ -34,7 +34,9 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=1, help="processes of each peer, in turn")
     parser.add_argument(
-        "--vllm-python", default="", help="Python of an environment with vLLM; without it vLLM is left out"
+        "--vllm-python",
+        default="",
+        help="Python of an environment with vLLM; without it vLLM is left out",
     )
     chosen = parser.parse_args()
     if chosen.peer:
@@ -53,7 +55,10 @@ def main() -> None:
             command = [python, __file__, chosen.size, peer, "--runs", str(chosen.runs)]
             own = environment | (of_vllm if peer == "vllm" else {})
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=own, check=True)
-            print(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")), flush=True)
+            print(
+                next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")),
+                flush=True,
+            )
 
 
 def measure(peer: str, size: str, runs: int) -> dict[str, Any]:
@@ -89,10 +94,18 @@ def trivet(size: str) -> Sampler:
     from trivet.model.text import decode_completion, load_tokenizer
 
     folder = str(workloads.model_folder(size))
-    tokenizer, policy = load_tokenizer(folder), load_policy(folder, device=workloads.DEVICE, precision="bfloat16")
+    tokenizer, policy = (
+        load_tokenizer(folder),
+        load_policy(folder, device=workloads.DEVICE, precision="bfloat16"),
+    )
     workloads.set_lengths(policy, "full")
-    prompts = [as_example(row) for row in workloads.load_rows("grpo", tokenizer, workloads.EXAMPLES, size)]
-    decode, generator = partial(decode_completion, tokenizer), torch.Generator(workloads.DEVICE).manual_seed(0)
+    prompts = [
+        as_example(row) for row in workloads.load_rows("grpo", tokenizer, workloads.EXAMPLES, size)
+    ]
+    decode, generator = (
+        partial(decode_completion, tokenizer),
+        torch.Generator(workloads.DEVICE).manual_seed(0),
+    )
     engine = Engine(decode, [workloads.EOS], workloads.ROOM[size], 1.0, generator)
     return lambda: int(engine.generate(policy, prompts, workloads.COMPLETIONS).groups.present.sum())
 
@@ -103,10 +116,14 @@ def transformers(size: str, dtype: torch.dtype = torch.float32) -> Sampler:
 
     folder = workloads.model_folder(size)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
     workloads.set_lengths(model, "full")
     model.to(workloads.DEVICE, dtype)
-    prompts = [row.prompt for row in workloads.load_rows("grpo", tokenizer, workloads.EXAMPLES, size)]
+    prompts = [
+        row.prompt for row in workloads.load_rows("grpo", tokenizer, workloads.EXAMPLES, size)
+    ]
     batch = tokenizer(prompts, padding=True, return_tensors="pt").to(workloads.DEVICE)
 
     def sample() -> int:
@@ -135,10 +152,16 @@ def vllm(size: str) -> Sampler:
     from vllm import LLM, SamplingParams
 
     folder = workloads.model_folder(size)
-    rows = workloads.load_rows("grpo", AutoTokenizer.from_pretrained(folder), workloads.EXAMPLES, size)
-    engine = LLM(str(folder), dtype="bfloat16", enforce_eager=True, max_model_len=1024, max_num_seqs=64)
+    rows = workloads.load_rows(
+        "grpo", AutoTokenizer.from_pretrained(folder), workloads.EXAMPLES, size
+    )
+    engine = LLM(
+        str(folder), dtype="bfloat16", enforce_eager=True, max_model_len=1024, max_num_seqs=64
+    )
     room = workloads.ROOM[size]
-    how = SamplingParams(n=workloads.COMPLETIONS, temperature=1.0, max_tokens=room, ignore_eos=True, logprobs=0)
+    how = SamplingParams(
+        n=workloads.COMPLETIONS, temperature=1.0, max_tokens=room, ignore_eos=True, logprobs=0
+    )
     prompts = [{"prompt_token_ids": row.prompt_ids} for row in rows]
 
     def sample() -> int:
@@ -148,7 +171,12 @@ def vllm(size: str) -> Sampler:
     return sample
 
 
-PEERS = {"trivet": trivet, "transformers": transformers, "transformers-bf16": transformers_bf16, "vllm": vllm}
+PEERS = {
+    "trivet": trivet,
+    "transformers": transformers,
+    "transformers-bf16": transformers_bf16,
+    "vllm": vllm,
+}
 
 
 if __name__ == "__main__":

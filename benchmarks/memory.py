@@ -32,7 +32,12 @@ CASES: dict[str, dict[str, Any]] = {  # name: method and options beyond those of
     "grpo, no reference": {"method": "grpo", **SAMPLED, "beta": 0.0},
     "ppo, reward model": {"method": "ppo", **SAMPLED, "epochs_per_batch": 1, "reward": ["RM"]},
     "grpo, reward model": {"method": "grpo", **SAMPLED, "reward": ["RM"]},
-    "ppo, shared critic": {"method": "ppo", **SAMPLED, "epochs_per_batch": 1, "shared_critic": True},
+    "ppo, shared critic": {
+        "method": "ppo",
+        **SAMPLED,
+        "epochs_per_batch": 1,
+        "shared_critic": True,
+    },
     "ppo, float32": {"method": "ppo", **SAMPLED, "epochs_per_batch": 1, "precision": "float32"},
     "grpo, float32": {"method": "grpo", **SAMPLED, "precision": "float32"},
 }
@@ -44,8 +49,12 @@ def main() -> None:
     parser.add_argument("sizes", nargs="+", choices=tuple(workloads.SHAPES))
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=tuple(CASES))
     parser.add_argument("--out", type=Path, default=Path("runs/memory"))
-    parser.add_argument("--compare", action="store_true", help="only set what was measured against the plan")
-    parser.add_argument("--here", action="store_true", help="one case in this process; prints one JSON line")
+    parser.add_argument(
+        "--compare", action="store_true", help="only set what was measured against the plan"
+    )
+    parser.add_argument(
+        "--here", action="store_true", help="one case in this process; prints one JSON line"
+    )
     chosen = parser.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
     if chosen.here:
@@ -61,8 +70,19 @@ def main() -> None:
     for size in chosen.sizes:
         for case in chosen.cases:
             if (size, case) not in done:
-                command = [sys.executable, __file__, size, "--cases", case, "--out", str(chosen.out), "--here"]
-                found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+                command = [
+                    sys.executable,
+                    __file__,
+                    size,
+                    "--cases",
+                    case,
+                    "--out",
+                    str(chosen.out),
+                    "--here",
+                ]
+                found = subprocess.run(
+                    command, stdout=subprocess.PIPE, text=True, check=True
+                ).stdout
                 with results.open("a") as file:
                     file.write(found)
                 print(f"{size} {case:20} {json.loads(found)['peak'] / 2**20:8,.0f} MiB", flush=True)
@@ -85,11 +105,22 @@ def measure(size: str, case: str, out: Path) -> dict[str, Any]:
         data = Path(scratch) / "rows.jsonl"
         data.write_text("".join(json.dumps(as_row(row)) + "\n" for row in rows))
         if "reward" in options:
-            options |= {"reward": tuple(options["reward"]), "max_completion_tokens": workloads.ROOM[size]}
+            options |= {
+                "reward": tuple(options["reward"]),
+                "max_completion_tokens": workloads.ROOM[size],
+            }
         else:
             options |= {"max_completion_tokens": 512}
-        common = {"model": folder, "data": str(data), "out": f"{scratch}/run", "steps": STEPS, "eval_fraction": 0.0}
-        prompts = PROMPTS.get(size, workloads.EXAMPLES) if "reward" in options else workloads.EXAMPLES
+        common = {
+            "model": folder,
+            "data": str(data),
+            "out": f"{scratch}/run",
+            "steps": STEPS,
+            "eval_fraction": 0.0,
+        }
+        prompts = (
+            PROMPTS.get(size, workloads.EXAMPLES) if "reward" in options else workloads.EXAMPLES
+        )
         common |= {"precision": "bfloat16", "prompts_per_step": prompts, "keep_tokens_every": 0}
         recipe = import_module(f"trivet.recipes.{method.replace('-', '_')}")
         ran = launch(recipe.Config(**common | options))
@@ -120,13 +151,24 @@ def compare(row: dict[str, Any]) -> None:
     from trivet.plan.shapes import Machine, shape_of
     from trivet.plan.step import SAMPLES, Step
 
-    shape = shape_of(AutoConfig.from_pretrained(workloads.model_folder(row["size"])), row["size"], "benchmark")
+    shape = shape_of(
+        AutoConfig.from_pretrained(workloads.model_folder(row["size"])), row["size"], "benchmark"
+    )
     samples = row["method"] in SAMPLES
     written = [n for _, lengths in row["lengths"] for n in lengths]
-    options = {key: row["options"][key] for key in ("shared_critic", "epochs_per_batch") if key in row["options"]}
-    options |= {"precision": row["options"].get("precision", "bfloat16"), "reference": row["options"].get("beta") != 0}
+    options = {
+        key: row["options"][key]
+        for key in ("shared_critic", "epochs_per_batch")
+        if key in row["options"]
+    }
+    options |= {
+        "precision": row["options"].get("precision", "bfloat16"),
+        "reference": row["options"].get("beta") != 0,
+    }
     options |= {"prompt_tokens": round(mean(prompt for prompt, _ in row["lengths"]))}
-    options |= {"completion_tokens": workloads.ROOM[row["size"]] if samples else round(mean(written))}
+    options |= {
+        "completion_tokens": workloads.ROOM[row["size"]] if samples else round(mean(written))
+    }
     options |= {
         "prompts_per_step": row.get("prompts", workloads.EXAMPLES),
         "group_size": samples * workloads.COMPLETIONS,
@@ -134,7 +176,9 @@ def compare(row: dict[str, Any]) -> None:
     cpu = Machine("a CPU", True, 1, 1, 1, 1, 1, 1, row["memory"]["program"])
     scorer = shape if "reward model" in row["case"] else None
     planned = Step(row["method"], shape, scorer, Config(**options), cpu).peak
-    numbers = f"{row['peak'] / 2**20:7,.0f} {planned / 2**20:7,.0f} MiB {planned / row['peak'] - 1:+6.1%}"
+    numbers = (
+        f"{row['peak'] / 2**20:7,.0f} {planned / 2**20:7,.0f} MiB {planned / row['peak'] - 1:+6.1%}"
+    )
     print(f"{row['size']} {row['case']:20} measured, planned {numbers}")
 
 
@@ -143,10 +187,14 @@ def reward_model(size: str, out: Path) -> Path:
     folder = out / f"reward-model-{size}"
     if not (folder / "done").exists():
         code = "import sys; from trivet.model.load import load_scorer, save_model; "
-        code += "from trivet.model.text import load_tokenizer; from pathlib import Path; import torch; "
+        code += (
+            "from trivet.model.text import load_tokenizer; from pathlib import Path; import torch; "
+        )
         code += "m = load_scorer(sys.argv[1]); torch.nn.init.normal_(m.score.weight, std=0.02); "
         code += "m.config.pad_token_id = 0; save_model(m, load_tokenizer(sys.argv[1]), Path(sys.argv[2]))"
-        subprocess.run([sys.executable, "-c", code, str(workloads.model_folder(size)), str(folder)], check=True)
+        subprocess.run(
+            [sys.executable, "-c", code, str(workloads.model_folder(size)), str(folder)], check=True
+        )
         (folder / "done").touch()
     return folder
 

@@ -31,9 +31,18 @@ def slow(prompts: list[str], completions: list[str], **_: object) -> list[float]
 
 def seconds_per_step(folder: Path, ahead: int) -> float:
     """Of the steps between the first and the last, for which nothing is left to generate."""
-    stub, out = Stub(str(folder / "model"), latency=LATENCY), Path(tempfile.mkdtemp(dir=folder)) / "run"
-    options = dict(ARITHMETIC, group_size=2, prompts_per_step=8, steps=STEPS, eval_data="", eval_fraction=0.0)
-    options |= {"reward": (f"{__file__}:slow",), "generate_with": (stub.url,), "max_staleness": ahead}
+    stub, out = (
+        Stub(str(folder / "model"), latency=LATENCY),
+        Path(tempfile.mkdtemp(dir=folder)) / "run",
+    )
+    options = dict(
+        ARITHMETIC, group_size=2, prompts_per_step=8, steps=STEPS, eval_data="", eval_fraction=0.0
+    )
+    options |= {
+        "reward": (f"{__file__}:slow",),
+        "generate_with": (stub.url,),
+        "max_staleness": ahead,
+    }
     launch(grpo.Config(**options, out=str(out)), lambda launched, step, metrics: None)
     stub.close()
     at = [json.loads(line)["seconds"] for line in (out / "metrics.jsonl").read_text().splitlines()]

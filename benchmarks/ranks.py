@@ -18,7 +18,7 @@ from adapters import make_base
 
 from trivet.recipes import grpo
 from trivet.runner import launch as launching
-from trivet.runner.memory import by_part
+from trivet.runner.memory import bytes_by_part
 from trivet.toy import STORIES
 
 
@@ -37,11 +37,27 @@ def main() -> None:
     for rank in (0, chosen.rank):
         for size in chosen.processes:
             out = chosen.out / f"{'lora' if rank else 'all weights'} on {size}"
-            torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size)]
-            subprocess.run([*torchrun, __file__, "--out", str(out), "--rank", str(rank)], check=True)
+            torchrun = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--nproc-per-node",
+                str(size),
+            ]
+            subprocess.run(
+                [*torchrun, __file__, "--out", str(out), "--rank", str(rank)], check=True
+            )
             for file in sorted(out.glob("rank-*.json")):
-                found = {name: f"{size / 2**20:,.0f}" for name, size in json.loads(file.read_text()).items()}
-                print(out.name, file.stem, *(f"{name} {size}" for name, size in found.items()), flush=True)
+                found = {
+                    name: f"{size / 2**20:,.0f}"
+                    for name, size in json.loads(file.read_text()).items()
+                }
+                print(
+                    out.name,
+                    file.stem,
+                    *(f"{name} {size}" for name, size in found.items()),
+                    flush=True,
+                )
     return None
 
 
@@ -49,16 +65,33 @@ def measure(out: Path, rank: int) -> None:
     """One run as this rank."""
 
     def noted(model: Any, parts: Any, rewards: Any, program: int, peak: int) -> dict[str, int]:
-        found = by_part(model, parts, rewards, program, peak)
+        found = bytes_by_part(model, parts, rewards, program, peak)
         out.mkdir(parents=True, exist_ok=True)
         (out / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(found | {"peak": peak}))
         return found
 
-    launching.by_part = noted
-    sizes: dict[str, Any] = {"steps": 2, "prompts_per_step": 4, "group_size": 4, "max_completion_tokens": 8}
-    sizes |= {"max_prompt_tokens": 16, "truncate_prompts": True, "microbatch_tokens": 64, "eval_fraction": 0.0}
-    given = {"model": str(out.parent / "base"), "data": STORIES["data"], "out": str(out / "run"), "lora": rank}
-    launching.launch(grpo.Config(**given, **sizes, reward=("trivet.toy.stories:gold",), quiet=True, device="cpu"))
+    launching.bytes_by_part = noted
+    sizes: dict[str, Any] = {
+        "steps": 2,
+        "prompts_per_step": 4,
+        "group_size": 4,
+        "max_completion_tokens": 8,
+    }
+    sizes |= {
+        "max_prompt_tokens": 16,
+        "truncate_prompts": True,
+        "microbatch_tokens": 64,
+        "eval_fraction": 0.0,
+    }
+    given = {
+        "model": str(out.parent / "base"),
+        "data": STORIES["data"],
+        "out": str(out / "run"),
+        "lora": rank,
+    }
+    launching.launch(
+        grpo.Config(**given, **sizes, reward=("trivet.toy.stories:gold",), quiet=True, device="cpu")
+    )
 
 
 if __name__ == "__main__":

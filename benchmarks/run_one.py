@@ -24,14 +24,21 @@ def main() -> None:
     parser.add_argument("side", choices=("trivet", "trl"))
     parser.add_argument("method", choices=workloads.METHODS)
     parser.add_argument("size", choices=tuple(workloads.SHAPES))
-    parser.add_argument("--lengths", choices=tuple(workloads.MEAN_LENGTH), default="full", help="of completions")
+    parser.add_argument(
+        "--lengths", choices=tuple(workloads.MEAN_LENGTH), default="full", help="of completions"
+    )
     parser.add_argument("--steps", type=int, default=3, help="timed steps")
     parser.add_argument("--warmup", type=int, default=1, help="steps before them")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument(
-        "--microbatch", type=int, default=0, help="tokens (trivet) or sequences (trl); 0: as configured"
+        "--microbatch",
+        type=int,
+        default=0,
+        help="tokens (trivet) or sequences (trl); 0: as configured",
     )
-    parser.add_argument("--precompute", action="store_true", help="DPO of TRL: precompute_ref_log_probs")
+    parser.add_argument(
+        "--precompute", action="store_true", help="DPO of TRL: precompute_ref_log_probs"
+    )
     chosen = parser.parse_args()
     with redirect_stdout(sys.stderr):
         result = run(chosen)
@@ -41,7 +48,14 @@ def main() -> None:
 def run(chosen: argparse.Namespace) -> dict[str, Any]:
     """Take the steps and sum up the timed ones."""
     count = chosen.warmup + chosen.steps
-    workload = (chosen.method, chosen.size, chosen.lengths, count, chosen.precision, chosen.microbatch)
+    workload = (
+        chosen.method,
+        chosen.size,
+        chosen.lengths,
+        count,
+        chosen.precision,
+        chosen.microbatch,
+    )
     if chosen.side == "trivet":
         import trivet_side
 
@@ -56,7 +70,9 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     tokens = [tokens_of(chosen, step, rows[8 * k : 8 * k + 8]) for k, step in enumerate(taken)]
     timed, counted = taken[chosen.warmup :], tokens[chosen.warmup :]
     seconds = [step["seconds"] for step in timed]
-    table = taken[0]["parts"].get("reference table", 0.0) / count  # a step's share of a pass made once before the first
+    table = (
+        taken[0]["parts"].get("reference table", 0.0) / count
+    )  # a step's share of a pass made once before the first
     floors = [workloads.floor_seconds(chosen.method, chosen.size, step) for step in counted]
     return {
         "side": chosen.side,
@@ -69,7 +85,9 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
         "reference_seconds": round(table, 4),
         "median_seconds_with_reference": round(statistics.median(seconds) + table, 4),
         "first_step_seconds": round(taken[0]["seconds"], 3),
-        "tokens_per_second": round(sum(step.sequences for step in counted) / (sum(seconds) + table * len(seconds)), 1),
+        "tokens_per_second": round(
+            sum(step.sequences for step in counted) / (sum(seconds) + table * len(seconds)), 1
+        ),
         "tokens": [vars(step) | {"unique": step.unique} for step in counted],
         "floor_seconds": round(statistics.median(floors), 4),
         "parts": median_parts(timed),
@@ -78,11 +96,15 @@ def run(chosen: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def tokens_of(chosen: argparse.Namespace, step: dict[str, Any], rows: list[workloads.Row]) -> workloads.Tokens:
+def tokens_of(
+    chosen: argparse.Namespace, step: dict[str, Any], rows: list[workloads.Row]
+) -> workloads.Tokens:
     """The tokens of a step, with the completions as long as they were sampled."""
     lengths = step["lengths"]
     if chosen.side == "trl" and chosen.method == "ppo":  # its reward saw prompts too
-        lengths = [n - len(rows[b // workloads.COMPLETIONS].prompt_ids) for b, n in enumerate(lengths)]
+        lengths = [
+            n - len(rows[b // workloads.COMPLETIONS].prompt_ids) for b, n in enumerate(lengths)
+        ]
     return workloads.count(rows, lengths)
 
 
@@ -91,8 +113,12 @@ def median_parts(timed: list[dict[str, Any]]) -> dict[str, float]:
     names = list(dict.fromkeys(name for step in timed for name in step["parts"]))
     if not names:
         return {}
-    parts = {name: statistics.median(step["parts"].get(name, 0.0) for step in timed) for name in names}
-    parts["rest"] = statistics.median(step["seconds"] - sum(step["parts"].values()) for step in timed)
+    parts = {
+        name: statistics.median(step["parts"].get(name, 0.0) for step in timed) for name in names
+    }
+    parts["rest"] = statistics.median(
+        step["seconds"] - sum(step["parts"].values()) for step in timed
+    )
     return {name: round(value, 4) for name, value in parts.items()}
 
 

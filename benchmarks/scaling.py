@@ -28,7 +28,11 @@ AXES: dict[str, list[Any]] = {
     "size": ["T", "S", "M"],
 }
 SHARED_PROMPT = BASE | {"prompt": 2048, "group": 16}  # where sharing has to show
-NAMES = {"group": "completions of a prompt", "prompt": "tokens of a prompt", "completion": "tokens of a completion"}
+NAMES = {
+    "group": "completions of a prompt",
+    "prompt": "tokens of a prompt",
+    "completion": "tokens of a completion",
+}
 NAMES |= {"vocabulary": "vocabulary", "size": "shape"}
 
 
@@ -55,7 +59,10 @@ def main() -> None:
         results.setdefault(axis, []).append(found)
         (chosen.out / "scaling.json").write_text(json.dumps(results, indent=1) + "\n")
         where = f"{axis} {point.get(axis, '2048 + 16 x 64')}"
-        times = [f"{found[f'{way} seconds']:.2f} s, {found[f'{way} mb']:.0f} MB" for way in ("shared", "copied")]
+        times = [
+            f"{found[f'{way} seconds']:.2f} s, {found[f'{way} mb']:.0f} MB"
+            for way in ("shared", "copied")
+        ]
         ratio = found["copied seconds"] / found["shared seconds"]
         print(f"{where:32} shared {times[0]:18} copied {times[1]:18} {ratio:.1f} times", flush=True)
     plot(results, chosen.out / "scaling.png")
@@ -72,12 +79,24 @@ def measure(point: dict[str, Any]) -> dict[str, float]:
     hidden, layers, heads, kv_heads, feed_forward, _ = workloads.SHAPES[point["size"]]
     vocabulary = point["vocabulary"] if point["size"] != "T" else min(point["vocabulary"], 2048)
     torch.manual_seed(0)
-    shape: dict[str, Any] = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
-    shape |= {"num_key_value_heads": kv_heads, "intermediate_size": feed_forward, "vocab_size": vocabulary}
-    model: Any = LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=8192, tie_word_embeddings=True)).eval()
+    shape: dict[str, Any] = {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }
+    shape |= {
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": feed_forward,
+        "vocab_size": vocabulary,
+    }
+    model: Any = LlamaForCausalLM(
+        LlamaConfig(**shape, max_position_embeddings=8192, tie_word_embeddings=True)
+    ).eval()
     model.compute_dtype = torch.bfloat16
     shares_prefix(model)
-    ids = torch.randint(vocabulary, (point["prompts"], point["prompt"] + point["group"] * point["completion"])).tolist()
+    ids = torch.randint(
+        vocabulary, (point["prompts"], point["prompt"] + point["group"] * point["completion"])
+    ).tolist()
     prompts = [row[: point["prompt"]] for row in ids]
     rows = [torch.tensor(row[point["prompt"] :]).view(point["group"], -1).tolist() for row in ids]
     groups = collate(prompts, [completion for written in rows for completion in written])
@@ -103,14 +122,21 @@ def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     axes = [axis for axis in AXES if axis in results]
-    figure, panels = plt.subplots(2, len(axes), figsize=(3.4 * len(axes), 5.6), squeeze=False, sharex="col")
+    figure, panels = plt.subplots(
+        2, len(axes), figsize=(3.4 * len(axes), 5.6), squeeze=False, sharex="col"
+    )
     for column, axis in enumerate(axes):
         points = results[axis]
         places = [point[axis] if axis != "size" else i for i, point in enumerate(points)]
         for row, key in enumerate(("seconds", "mb")):
             panel = panels[row][column]
             for way, style in (("copied", "o--"), ("shared", "o-")):
-                panel.plot(places, [point[f"{way} {key}"] for point in points], style, label=f"prompts {way}")
+                panel.plot(
+                    places,
+                    [point[f"{way} {key}"] for point in points],
+                    style,
+                    label=f"prompts {way}",
+                )
             if key == "seconds" and axis not in ("size", "vocabulary"):
                 first = points[0]
                 unit = first["shared seconds"] / first["shared tokens"]

@@ -27,7 +27,9 @@ from trivet.step import trace
 from trivet.step.optimizer import Optimizer
 from trivet.step.run import Run
 
-Step = dict[str, Any]  # seconds, lengths of the sampled completions where there are any, and seconds of each part
+Step = dict[
+    str, Any
+]  # seconds, lengths of the sampled completions where there are any, and seconds of each part
 
 
 def steps(
@@ -36,7 +38,11 @@ def steps(
     """Take `count` steps; yield each as it is done, with its rows."""
     recipe = import_module(f"trivet.recipes.{method.replace('-', '_')}")
     folder, sampling = str(workloads.model_folder(size)), method in ("grpo", "ppo")
-    options: dict[str, Any] = {"prompts_per_step": workloads.EXAMPLES, "precision": precision, "lr": 1e-5}
+    options: dict[str, Any] = {
+        "prompts_per_step": workloads.EXAMPLES,
+        "precision": precision,
+        "lr": 1e-5,
+    }
     options["microbatch_tokens"] = microbatch or microbatch_that_fits(workloads.DEVICE)
     if sampling:
         options |= {
@@ -71,11 +77,19 @@ def steps(
     batches = [(k + 1, examples[8 * k : 8 * k + 8]) for k in range(count)]
     run.order = lambda done=0: iter(batches)  # type: ignore[method-assign]  in this order
     spent: dict[str, float] = {}
-    with timed_parts(recipe, spent), TemporaryDirectory() as fresh, patch.dict(os.environ, XDG_CACHE_HOME=fresh):
+    with (
+        timed_parts(recipe, spent),
+        TemporaryDirectory() as fresh,
+        patch.dict(os.environ, XDG_CACHE_HOME=fresh),
+    ):
         began = time.perf_counter()
         for k, _ in enumerate(recipe.train(config, run)):
             workloads.wait()
-            step = {"seconds": time.perf_counter() - began, "lengths": reward.lengths, "parts": dict(spent)}
+            step = {
+                "seconds": time.perf_counter() - began,
+                "lengths": reward.lengths,
+                "parts": dict(spent),
+            }
             yield step, data[8 * k : 8 * k + 8]
             spent.clear()
             began = time.perf_counter()
@@ -85,7 +99,9 @@ def as_example(row: workloads.Row) -> Example:
     """The row in ids, every completion token learned."""
     completions = [list(ids) for ids in row.completion_ids]
     learned = [[True] * len(ids) for ids in completions]
-    return Example(prompt=row.prompt_ids, completions=completions, learned=learned, row={"prompt": row.prompt})
+    return Example(
+        prompt=row.prompt_ids, completions=completions, learned=learned, row={"prompt": row.prompt}
+    )
 
 
 class LetterReward:
@@ -118,7 +134,11 @@ def timed_parts(recipe: Any, spent: dict[str, float]) -> ExitStack:
 
         return call
 
-    parts = [("backward", Tensor, "backward"), ("optimizer", Optimizer, "step"), ("reward", WeightedSum, "__call__")]
+    parts = [
+        ("backward", Tensor, "backward"),
+        ("optimizer", Optimizer, "step"),
+        ("reward", WeightedSum, "__call__"),
+    ]
     parts += [("generation", Engine, "generate"), ("no-grad passes", step_run, "in_microbatches")]
     parts += [("forward", trace, name) for name in ("token_logprobs", "scores")]
     parts += [("forward", recipe, "values")] if hasattr(recipe, "values") else []  # of PPO's critic

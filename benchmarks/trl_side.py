@@ -50,7 +50,13 @@ class StepClock(TrainerCallback):
 
 
 def steps(
-    method: str, size: str, lengths: str, count: int, precision: str, microbatch: int, precompute: bool
+    method: str,
+    size: str,
+    lengths: str,
+    count: int,
+    precision: str,
+    microbatch: int,
+    precompute: bool,
 ) -> tuple[list[dict[str, Any]], list[workloads.Row]]:
     """Take `count` steps; returns what each took, with all rows. precompute: DPO's reference before training."""
     folder = workloads.model_folder(size)
@@ -96,12 +102,18 @@ def common(precision: str, microbatch: int, count: int, method: str) -> dict[str
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
     }
-    return options if method in ("grpo", "ppo") else options | {"train_sampling_strategy": "sequential"}
+    return (
+        options
+        if method in ("grpo", "ppo")
+        else options | {"train_sampling_strategy": "sequential"}
+    )
 
 
 def policy_from(folder: Any) -> Any:
     """float32 weights, sdpa attention. (Llama has no dropout unless asked.)"""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa"
+    )
 
 
 def sft(folder: Any, tokenizer: Any, data: Any, arguments: Any, lengths: str, sampled: Any) -> Any:
@@ -121,7 +133,9 @@ def sft(folder: Any, tokenizer: Any, data: Any, arguments: Any, lengths: str, sa
     )
 
 
-def reward_model(folder: Any, tokenizer: Any, data: Any, arguments: Any, lengths: str, sampled: Any) -> Any:
+def reward_model(
+    folder: Any, tokenizer: Any, data: Any, arguments: Any, lengths: str, sampled: Any
+) -> Any:
     """Bradley-Terry on a new scalar head."""
     from trl import RewardConfig, RewardTrainer
 
@@ -148,7 +162,10 @@ def dpo(folder: Any, tokenizer: Any, data: Any, arguments: Any, lengths: str, sa
     """Given text: it tokenizes itself, to the same ids."""
     from trl import DPOConfig, DPOTrainer
 
-    rows = [{"prompt": row.prompt, "chosen": row.completions[0], "rejected": row.completions[1]} for row in data]
+    rows = [
+        {"prompt": row.prompt, "chosen": row.completions[0], "rejected": row.completions[1]}
+        for row in data
+    ]
     trainer = DPOTrainer(
         model=policy_from(folder),
         ref_model=None if arguments.get("precompute_ref_log_probs") else policy_from(folder),
@@ -157,7 +174,8 @@ def dpo(folder: Any, tokenizer: Any, data: Any, arguments: Any, lengths: str, sa
         processing_class=tokenizer,
     )
     assert all(
-        (seen["prompt_ids"], seen["chosen_ids"], seen["rejected_ids"]) == (row.prompt_ids, *row.completion_ids)
+        (seen["prompt_ids"], seen["chosen_ids"], seen["rejected_ids"])
+        == (row.prompt_ids, *row.completion_ids)
         for seen, row in zip(trainer.train_dataset, data, strict=True)
     ), "both sides train on the same ids"
     return trainer
@@ -196,7 +214,9 @@ def grpo(folder: Any, tokenizer: Any, data: Any, arguments: Any, lengths: str, s
 
 def ppo(folder: Any, tokenizer: Any, data: Any, arguments: Any, lengths: str, sampled: Any) -> Any:
     """TRL 1.12.0. One epoch and one minibatch on 64 completions. It has no autocast outside its update, so it is given one."""
-    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if arguments["bf16"] else "no"  # its Accelerator looks only there
+    os.environ["ACCELERATE_MIXED_PRECISION"] = (
+        "bf16" if arguments["bf16"] else "no"
+    )  # its Accelerator looks only there
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     policy = policy_from(folder)
@@ -229,11 +249,15 @@ def ppo(folder: Any, tokenizer: Any, data: Any, arguments: Any, lengths: str, sa
         processing_class=tokenizer,
         model=policy,
         ref_model=reference,
-        reward_model=LetterModel(workloads.letter_table(tokenizer, policy.config.vocab_size), sampled),
+        reward_model=LetterModel(
+            workloads.letter_table(tokenizer, policy.config.vocab_size), sampled
+        ),
         train_dataset=Dataset.from_list(rows),
         value_model=critic,
     )
-    in_order = torch.utils.data.DataLoader(trainer.train_dataset, batch_size=batch, collate_fn=trainer.data_collator)
+    in_order = torch.utils.data.DataLoader(
+        trainer.train_dataset, batch_size=batch, collate_fn=trainer.data_collator
+    )
     trainer.dataloader = in_order
     return trainer
 

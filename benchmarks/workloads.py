@@ -20,7 +20,10 @@ import torch
 from torch import Tensor, nn
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-FILES = {"gsm8k": "data/math/gsm8k_train.jsonl.gz", "hh": "data/preference/hh_harmless_base_test.jsonl.gz"}
+FILES = {
+    "gsm8k": "data/math/gsm8k_train.jsonl.gz",
+    "hh": "data/preference/hh_harmless_base_test.jsonl.gz",
+}
 SHAPES = {  # hidden, layers, heads, key-value heads, feed-forward, vocabulary
     "T": (128, 4, 4, 2, 384, 2048),
     "S": (384, 8, 6, 2, 1024, 32768),
@@ -32,7 +35,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 METHODS = ("sft", "reward-model", "dpo", "grpo", "ppo")
 EXAMPLES, COMPLETIONS, BETA = 8, 8, 0.04  # of one step: rows or prompts, completions of each
 ROOM = {"T": 128, "S": 128, "M": 128, "Q": 1024}  # the longest completion that is sampled
-QUESTIONS = {"T": (64, 128), "S": (64, 128), "M": (64, 128), "Q": (448, 512)}  # tokens of a prompt to sample from
+QUESTIONS = {
+    "T": (64, 128),
+    "S": (64, 128),
+    "M": (64, 128),
+    "Q": (448, 512),
+}  # tokens of a prompt to sample from
 PAD, EOS = 0, 1
 MEAN_LENGTH = {"full": None, "len40": 40}  # of completions; None: nothing ends before the limit
 FLOPS_PER_SECOND = 3.5e12  # bf16 matrix products of two cores with AMX, the yardstick of the floor
@@ -52,7 +60,9 @@ def rows(name: str) -> list[dict[str, Any]]:
 def pair_texts(row: dict[str, Any]) -> tuple[str, str, str]:
     """Prompt, chosen and rejected of an HH row as plain text."""
     names = {"user": "Human", "assistant": "Assistant"}
-    turns = "".join(f"\n\n{names[turn['role']]}: {turn['content'].strip()}" for turn in row["prompt"])
+    turns = "".join(
+        f"\n\n{names[turn['role']]}: {turn['content'].strip()}" for turn in row["prompt"]
+    )
     chosen, rejected = (f" {row[side][0]['content'].strip()}" for side in ("chosen", "rejected"))
     return f"{turns}\n\nAssistant:", chosen, rejected
 
@@ -89,7 +99,11 @@ def _make_tokenizer(vocabulary: int) -> Any:
     )
     tokenizer.train_from_iterator(questions + dialogues, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left", model_max_length=1024
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        padding_side="left",
+        model_max_length=1024,
     )
 
 
@@ -126,7 +140,10 @@ def set_lengths(model: Any, lengths: str) -> None:
     """
     head, mean = model.lm_head, MEAN_LENGTH[lengths]
     biased = nn.Linear(head.in_features, head.out_features, bias=True, device="meta")
-    biased.weight, biased.bias = head.weight, nn.Parameter(torch.zeros(head.out_features, device=head.weight.device))
+    biased.weight, biased.bias = (
+        head.weight,
+        nn.Parameter(torch.zeros(head.out_features, device=head.weight.device)),
+    )
     spread = (
         head.weight.detach().square().sum(1).mean().item()
     )  # variance of a logit: normed states have unit components
@@ -156,16 +173,23 @@ def load_rows(method: str, tokenizer: Any, count: int, size: str) -> list[Row]:
     random.Random(0).shuffle(data)
     kept: list[Row] = []
     if size == "Q" and method in ("grpo", "ppo"):  # several questions in one prompt
-        data = [{"prompt": "\n\n".join(row["prompt"] for row in data[i : i + 5])} for i in range(0, len(data), 5)]
+        data = [
+            {"prompt": "\n\n".join(row["prompt"] for row in data[i : i + 5])}
+            for i in range(0, len(data), 5)
+        ]
     for row in data:
         made = (
-            _question(row, tokenizer, *QUESTIONS[size]) if method in ("grpo", "ppo") else _pair(row, tokenizer, method)
+            _question(row, tokenizer, *QUESTIONS[size])
+            if method in ("grpo", "ppo")
+            else _pair(row, tokenizer, method)
         )
         if made is not None:
             kept.append(made)
         if len(kept) == count:
             return kept
-    sys.exit(f"Only {len(kept)} rows fit the limits of {method}, and {count} are needed: take fewer steps.")
+    sys.exit(
+        f"Only {len(kept)} rows fit the limits of {method}, and {count} are needed: take fewer steps."
+    )
 
 
 def _question(row: dict[str, Any], tokenizer: Any, shortest: int, longest: int) -> Row | None:
@@ -220,7 +244,9 @@ class Tokens:
 
 def count(examples: list[Row], lengths: list[int] | None = None) -> Tokens:
     """The tokens of a step; lengths: those of the sampled completions, row by row, where the method samples."""
-    sizes = [len(ids) for row in examples for ids in row.completion_ids] if lengths is None else lengths
+    sizes = (
+        [len(ids) for row in examples for ids in row.completion_ids] if lengths is None else lengths
+    )
     copies = len(sizes) // len(examples)
     prompts = sum(len(row.prompt_ids) for row in examples)
     return Tokens(prompts, sum(sizes), copies * prompts + sum(sizes))
@@ -234,6 +260,14 @@ def floor_seconds(method: str, size: str, tokens: Tokens) -> float:
     hidden, layers, heads, kv_heads, feed_forward, vocabulary = SHAPES[size]
     width = HEAD_WIDTH.get(size, hidden // heads)
     layer = hidden * width * (2 * heads + 2 * kv_heads) + 3 * hidden * feed_forward
-    trunk, head = {"sft": (3, 3), "reward-model": (3, 0), "dpo": (4, 4), "grpo": (5, 5), "ppo": (9, 5)}[method]
-    flops = 2 * (trunk * layers * layer * tokens.unique + head * hidden * vocabulary * tokens.completions)
+    trunk, head = {
+        "sft": (3, 3),
+        "reward-model": (3, 0),
+        "dpo": (4, 4),
+        "grpo": (5, 5),
+        "ppo": (9, 5),
+    }[method]
+    flops = 2 * (
+        trunk * layers * layer * tokens.unique + head * hidden * vocabulary * tokens.completions
+    )
     return flops / FLOPS_PER_SECOND

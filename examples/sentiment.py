@@ -1,9 +1,11 @@
-"""A sentiment reward, as a file.py:function: log-odds of a bag-of-words classifier fitted on labeled sentences when loaded.
+"""A sentiment reward as file.py:function: the log-odds of a bag-of-words classifier, fitted on
+labeled sentences when it is loaded.
 
-    SENTIMENT_DATA=sst2_train.jsonl.gz trivet grpo --model MODEL --data openings.jsonl --reward examples/sentiment.py:sentiment
+    SENTIMENT_DATA=sst2_train.jsonl.gz trivet grpo --model MODEL --data openings.jsonl \\
+        --reward examples/sentiment.py:sentiment
 
-The data file has rows {"text": str, "label": 1 or 0}. Words are unigrams and bigrams, hashed; logistic regression with a small
-ridge; fitting 60,000 phrases takes some seconds.
+The data file has rows {"text": str, "label": 1 or 0}. Words are unigrams and bigrams, hashed;
+logistic regression with a small ridge. Fitting 60,000 phrases takes some seconds.
 """
 
 import gzip
@@ -22,14 +24,18 @@ def features(text: str) -> torch.Tensor:
     """Indices of the text's distinct words and pairs of words."""
     words = re.findall(r"[a-z']+", text.lower())
     terms = {*words, *(f"{a} {b}" for a, b in itertools.pairwise(words))}
-    return torch.tensor(sorted({zlib.crc32(term.encode()) % BUCKETS for term in terms}), dtype=torch.int64)
+    return torch.tensor(
+        sorted({zlib.crc32(term.encode()) % BUCKETS for term in terms}), dtype=torch.int64
+    )
 
 
 def bag(texts: list[str], weight: torch.Tensor) -> torch.Tensor:
     """Sum of the weights of each text's features. (N,)"""
     indices = [features(text) for text in texts]
     offsets = torch.tensor([0, *(len(index) for index in indices)]).cumsum(0)[:-1]
-    return torch.nn.functional.embedding_bag(torch.cat(indices), weight[:, None], offsets, mode="sum")[:, 0]
+    return torch.nn.functional.embedding_bag(
+        torch.cat(indices), weight[:, None], offsets, mode="sum"
+    )[:, 0]
 
 
 def fit(path: str, epochs: int = 4, batch: int = 512) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,6 +60,8 @@ WEIGHT, BIAS = fit(os.environ["SENTIMENT_DATA"])
 
 
 def sentiment(completions: list[str], **columns: object) -> list[float]:
-    """Log-odds that each completion is positive, divided by the square root of its words, so that length alone does not pay."""
+    """Log-odds that each completion is positive, divided by the square root of its number of words,
+    so that length alone does not pay.
+    """
     sizes = torch.tensor([max(1.0, float(len(text.split()))) for text in completions])
     return ((bag(completions, WEIGHT) + BIAS) / sizes.sqrt()).tolist()

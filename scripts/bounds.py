@@ -24,7 +24,9 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parent.parent
 UV = [str(Path(sys.executable).with_name("uv")), "pip"]
 EXTRAS = ("hub", "plot", "watch", "test")
-OWN_BUILD = re.compile("torch|triton|cuda-.*|nvidia-.*")  # what belongs to a build of torch is pinned by torch itself
+OWN_BUILD = re.compile(
+    "torch|triton|cuda-.*|nvidia-.*"
+)  # what belongs to a build of torch is pinned by torch itself
 # fmt: off
 TESTS = (
     "forward", "engine", "sampling", "lean", "lora", "recipes", "record", "data", "rows", "rewards", "plots", "watch",
@@ -37,7 +39,9 @@ def main() -> None:
     """Resolve, install, test, and name what broke."""
     parser = argparse.ArgumentParser()
     parser.add_argument("end", choices=("lowest", "newest"))
-    parser.add_argument("--torch", default="", help="what to install for torch, in place of its own end")
+    parser.add_argument(
+        "--torch", default="", help="what to install for torch, in place of its own end"
+    )
     given = parser.parse_args()
     direct, locked = direct_requirements(), read_lock()
     moved = resolved(direct, given.end)
@@ -51,17 +55,29 @@ def main() -> None:
         print(f"{given.end}: all passed")
         return
     print(f"{given.end}: {len(failed)} tests failed; which library broke them?", flush=True)
-    for name in ("", *differ):  # first none: what fails then fails by torch, which is not moved back
-        pinned = {other: Requirement(f"{other}=={locked[other]}") for other in direct if other not in ("torch", name)}
+    for name in (
+        "",
+        *differ,
+    ):  # first none: what fails then fails by torch, which is not moved back
+        pinned = {
+            other: Requirement(f"{other}=={locked[other]}")
+            for other in direct
+            if other not in ("torch", name)
+        }
         pinned |= {name: Requirement(f"{name}=={moved[name]}")} if name else {}
         what = f"{name} {moved[name]}" if name else torch
         try:
             install(python, resolved(pinned, "newest"))
         except subprocess.CalledProcessError:
-            print(f"  {what}: does not go with the others as locked, so not tried alone", flush=True)
+            print(
+                f"  {what}: does not go with the others as locked, so not tried alone", flush=True
+            )
             continue
         broken = failing(python, failed, quiet=True)
-        print(f"  {what}: {f'breaks {len(broken)}, first {broken[0]}' if broken else 'breaks none'}", flush=True)
+        print(
+            f"  {what}: {f'breaks {len(broken)}, first {broken[0]}' if broken else 'breaks none'}",
+            flush=True,
+        )
         failed = [test for test in failed if name or test not in broken]
     sys.exit(1)
 
@@ -81,8 +97,13 @@ def read_lock() -> dict[str, str]:
 def direct_requirements() -> dict[str, Requirement]:
     """What pyproject.toml names itself, without and with EXTRAS."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = [*project["dependencies"], *(line for extra in EXTRAS for line in project["optional-dependencies"][extra])]
-    return {needed.name: needed for needed in map(Requirement, lines) if needed.name != project["name"]}
+    lines = [
+        *project["dependencies"],
+        *(line for extra in EXTRAS for line in project["optional-dependencies"][extra]),
+    ]
+    return {
+        needed.name: needed for needed in map(Requirement, lines) if needed.name != project["name"]
+    }
 
 
 def resolved(direct: dict[str, Requirement], end: str) -> dict[str, str]:
@@ -90,7 +111,16 @@ def resolved(direct: dict[str, Requirement], end: str) -> dict[str, str]:
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write("\n".join(at_end(needed, end) for needed in direct.values()))
         file.flush()
-        command = [*UV, "compile", file.name, "--python", sys.executable, "--no-annotate", "--no-header", "--quiet"]
+        command = [
+            *UV,
+            "compile",
+            file.name,
+            "--python",
+            sys.executable,
+            "--no-annotate",
+            "--no-header",
+            "--quiet",
+        ]
         said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return dict(line.split("==") for line in said.splitlines() if "==" in line)
 
@@ -108,13 +138,18 @@ def environment(folder: Path, torch: str, versions: dict[str, str]) -> str:
     python = str(folder / "bin" / "python")
     subprocess.run([*UV, "install", "--python", python, "--quiet", *torch.split()], check=True)
     install(python, versions)
-    subprocess.run([*UV, "install", "--python", python, "--quiet", "--no-deps", "--editable", str(ROOT)], check=True)
+    subprocess.run(
+        [*UV, "install", "--python", python, "--quiet", "--no-deps", "--editable", str(ROOT)],
+        check=True,
+    )
     return python
 
 
 def install(python: str, versions: dict[str, str]) -> None:
     """Put these versions there; torch and what belongs to its build stay."""
-    lines = [f"{name}=={version}" for name, version in versions.items() if not OWN_BUILD.fullmatch(name)]
+    lines = [
+        f"{name}=={version}" for name, version in versions.items() if not OWN_BUILD.fullmatch(name)
+    ]
     subprocess.run([*UV, "install", "--python", python, "--quiet", "--no-deps", *lines], check=True)
 
 

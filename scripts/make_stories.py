@@ -16,7 +16,13 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from trivet.toy import stories
 
@@ -45,9 +51,18 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    letters = [*string.ascii_letters, *string.digits, *string.punctuation, "Ġ", "Ċ"]  # space and newline
+    letters = [
+        *string.ascii_letters,
+        *string.digits,
+        *string.punctuation,
+        "Ġ",
+        "Ċ",
+    ]  # space and newline
     trainer = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=["<pad>", "<eos>"], initial_alphabet=letters, show_progress=False
+        vocab_size=512,
+        special_tokens=["<pad>", "<eos>"],
+        initial_alphabet=letters,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
@@ -82,16 +97,23 @@ def batch_loss(model: LlamaForCausalLM, rows: list[list[int]]) -> torch.Tensor:
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     logits = model(ids[:, :-1], use_cache=False).logits
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=0)
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), ids[:, 1:].flatten(), ignore_index=0
+    )
 
 
-def train(model: LlamaForCausalLM, rows: list[list[int]], epochs: int, rng: random.Random, batch: int = 64) -> float:
+def train(
+    model: LlamaForCausalLM, rows: list[list[int]], epochs: int, rng: random.Random, batch: int = 64
+) -> float:
     """Train on all rows but the last 512 and return the loss on those."""
     rows, held_out = rows[:-512], rows[-512:]
     steps = epochs * (len(rows) // batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
+        optimizer,
+        lambda step: (
+            min(1.0, (step + 1) / 50) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
+        ),
     )
     for step in range(steps):
         start = step * batch % (len(rows) // batch * batch)
@@ -110,7 +132,9 @@ def train(model: LlamaForCausalLM, rows: list[list[int]], epochs: int, rng: rand
 
 
 @torch.no_grad()
-def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> list[str]:
+def sample(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str]
+) -> list[str]:
     """One completion per prompt at temperature 1; unfinished ones are cut at the limit."""
     completions = []
     for start in range(0, len(prompts), 400):
@@ -148,7 +172,9 @@ def main() -> None:
     model.to(torch.bfloat16).save_pretrained(args.folder)
     print(f"held-out loss {loss:.3f} after {time.time() - began:.0f} s", flush=True)
 
-    model = AutoModelForCausalLM.from_pretrained(args.folder, dtype=torch.float32).eval()  # sample from what is saved
+    model = AutoModelForCausalLM.from_pretrained(
+        args.folder, dtype=torch.float32
+    ).eval()  # sample from what is saved
     prompts = list(dict.fromkeys(stories.opening(rng) for _ in range(2 * PAIRS)))[:PAIRS]
     firsts, seconds = sample(model, tokenizer, prompts), sample(model, tokenizer, prompts)
     rows, ceiling = [], 0.0
@@ -162,7 +188,9 @@ def main() -> None:
         rows.append(row | {"gold_chosen": golds[best], "gold_rejected": golds[1 - best]})
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (args.folder / "preferences.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
-    chosen, rejected = (torch.tensor([row[key] for row in rows]) for key in ("gold_chosen", "gold_rejected"))
+    chosen, rejected = (
+        torch.tensor([row[key] for row in rows]) for key in ("gold_chosen", "gold_rejected")
+    )
     golds = torch.cat([chosen, rejected])
     numbers = {
         "parameters": model.num_parameters(),

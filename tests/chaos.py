@@ -48,14 +48,43 @@ from trivet.store import checkpoints, record
 from trivet.store.checkpoints import damage, steps
 from trivet.toy import STORIES
 
-METHODS = ("sft", "reward-model", "dpo", "ppo", "grpo", "pairwise-grpo", "ppo --lora 4")  # a critic of adapters too
+METHODS = (
+    "sft",
+    "reward-model",
+    "dpo",
+    "ppo",
+    "grpo",
+    "pairwise-grpo",
+    "ppo --lora 4",
+)  # a critic of adapters too
 STEPS = 7
 OPTIONS = f"--preset toy --steps {STEPS} --prompts-per-step 3 --max-completion-tokens 24 --eval-limit 3 --save-every 2 --eval-every 3"
 OPTIONS += " --keep-tokens-every 3 --quiet"
-PHASES = ("loading", "generation", "reward", "update", "evaluation", "record", "checkpoint", "restoring", "the end")
+PHASES = (
+    "loading",
+    "generation",
+    "reward",
+    "update",
+    "evaluation",
+    "record",
+    "checkpoint",
+    "restoring",
+    "the end",
+)
 WRITES = [PHASES.index(name) for name in ("record", "checkpoint", "the end")]
-FAULTS = ("full disk", "file too large", "EIO", "ENOSPC", "half a write, then EIO", "half a tensor file", "power cut")
-HANGS, LIVES = 120, 12  # seconds that a life may take, lives that are disturbed before a run is left to end
+FAULTS = (
+    "full disk",
+    "file too large",
+    "EIO",
+    "ENOSPC",
+    "half a write, then EIO",
+    "half a tensor file",
+    "power cut",
+)
+HANGS, LIVES = (
+    120,
+    12,
+)  # seconds that a life may take, lives that are disturbed before a run is left to end
 
 
 # Inside a life ------------------------------------------------------------------------------------------------------
@@ -77,7 +106,12 @@ class Board:
 PHASE, SAVED, TAKEN, CALLED = range(4)
 
 
-def around(owner: Any, name: str, before: Callable[..., Any], after: Callable[..., Any] = lambda *args: None) -> None:
+def around(
+    owner: Any,
+    name: str,
+    before: Callable[..., Any],
+    after: Callable[..., Any] = lambda *args: None,
+) -> None:
     """From now on these are called around that function, with its arguments; after with what before returned in front."""
     original = getattr(owner, name)
 
@@ -113,7 +147,7 @@ def watched(board: Board) -> None:
     around(checkpoints.Checkpoints, "save", enter("checkpoint"), saved)
     around(record.Record, "step", enter("record"), recorded)
     for owner, name, phase in (
-        (checkpoints.Checkpoints, "go_on", "restoring"),
+        (checkpoints.Checkpoints, "choose_start", "restoring"),
         (checkpoints.Checkpoints, "_restore", "restoring"),
         (record.Record, "begin", "record"),
         (record.Record, "end", "the end"),
@@ -122,7 +156,9 @@ def watched(board: Board) -> None:
         around(owner, name, enter(phase), leave)
 
     def turn(_: Any, part: str) -> None:
-        board[PHASE] = PHASES.index(part if part in ("generation", "reward", "evaluation") else "update")
+        board[PHASE] = PHASES.index(
+            part if part in ("generation", "reward", "evaluation") else "update"
+        )
 
     around(timing.Clock, "turn", turn)
 
@@ -143,7 +179,14 @@ def failing(board: Board, number: int, action: Callable[..., Any]) -> None:
 
     real = io.open
 
-    def opened(file: Any, mode: str = "r", buffering: int = -1, encoding: Any = None, *args: Any, **named: Any) -> Any:
+    def opened(
+        file: Any,
+        mode: str = "r",
+        buffering: int = -1,
+        encoding: Any = None,
+        *args: Any,
+        **named: Any,
+    ) -> Any:
         if not set(mode) & set("wax+") or isinstance(file, int):
             return real(file, mode, buffering, encoding, *args, **named)
         buffered = io.BufferedWriter(File(file, mode.replace("b", "").replace("t", "")))
@@ -178,7 +221,10 @@ def halved(board: Board, number: int) -> None:
         if board[CALLED] == number:
             os.truncate(path, os.path.getsize(path) // 2)
 
-    for owner, name in ((checkpoints, "save_file"), (transformers.modeling_utils, "safe_save_file")):
+    for owner, name in (
+        (checkpoints, "save_file"),
+        (transformers.modeling_utils, "safe_save_file"),
+    ):
         around(owner, name, lambda *_: None, after)
 
 
@@ -211,7 +257,11 @@ class Life:
     """A forked process that runs this command line."""
 
     def __init__(self, words: list[str], board: Board, prepare: Callable[[], Any] = lambda: None):
-        board[PHASE], board[TAKEN], board[CALLED] = -1, 0, 0  # -1: what is to happen to it is not prepared yet
+        board[PHASE], board[TAKEN], board[CALLED] = (
+            -1,
+            0,
+            0,
+        )  # -1: what is to happen to it is not prepared yet
         self.heard, told = os.pipe()  # not a file: its size may be limited
         self.pid = os.fork()
         if self.pid:
@@ -223,7 +273,9 @@ class Life:
             os.dup2(told, 1)
             os.dup2(told, 2)
             sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115  the old one may think it is a file
-            os.environ["XDG_CACHE_HOME"] = str(Path(words[-1]).parent / "cache")  # the reference that dpo remembers
+            os.environ["XDG_CACHE_HOME"] = str(
+                Path(words[-1]).parent / "cache"
+            )  # the reference that dpo remembers
             watched(board)
             prepare()
             board[PHASE] = 0
@@ -273,7 +325,9 @@ def cut_power(place: Path, shadow: Path, draw: random.Random) -> None:
             return
         path.mkdir()
         before: dict[str, int] = json.loads(synced.read_text()) if synced.exists() else {}
-        after = {one.name: one.stat().st_ino for one in now[number].iterdir()} if number in now else {}
+        after = (
+            {one.name: one.stat().st_ino for one in now[number].iterdir()} if number in now else {}
+        )
         for name in sorted(before | after):
             if one := draw.choice([before.get(name), after.get(name)]):
                 put(one, path / name)
@@ -292,7 +346,12 @@ class Chaos:
         self.whole: dict[str, Path] = {}
         self.seconds: dict[str, float] = {}
         self.calls: dict[str, int] = {}
-        self.kills, self.faults, self.methods, self.lost = Counter[str](), Counter[str](), Counter[str](), list[str]()
+        self.kills, self.faults, self.methods, self.lost = (
+            Counter[str](),
+            Counter[str](),
+            Counter[str](),
+            list[str](),
+        )
         self.data = folder / "few.jsonl"
         rows = [row for row, _ in zip(read_rows(STORIES["data"]), range(80), strict=False)]
         self.data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -329,7 +388,9 @@ class Chaos:
             found = list(wrong(out, board[SAVED], seen))
             if found or (ended := (out / "summary.json").exists()):
                 break
-        for trouble in found or (differences(self.whole[method], out, seen) if ended else ["it never ends"]):
+        for trouble in found or (
+            differences(self.whole[method], out, seen) if ended else ["it never ends"]
+        ):
             self.lost.append(f"{method}, run {self.runs}: {trouble}")
             print(f"LOST: {self.lost[-1]}", flush=True)
         self.methods[f"faults in {method}"] += self.faults.total() - faults
@@ -347,7 +408,9 @@ class Chaos:
             time.sleep(0.0005)
         time.sleep(self.draw.uniform(0, 0.03 if writing else self.seconds[method] / (STEPS + 2)))
 
-    def killed(self, method: str, out: Path, board: Board, prepare: Callable[[], None] = lambda: None) -> str:
+    def killed(
+        self, method: str, out: Path, board: Board, prepare: Callable[[], None] = lambda: None
+    ) -> str:
         """A life that is killed; the phase in which that was, '' where it had ended."""
         life = Life(self.words(method, out), board, prepare)
         self.moment(life, method, out, board)
@@ -397,7 +460,11 @@ class Chaos:
                     file.write(bytes(65536))
         code = self.ended(life, method, expected=(0, 2))
         ballast.unlink(missing_ok=True)
-        if happened or code == 2 or board[CALLED] >= (tensors if kind == "half a tensor file" else number):
+        if (
+            happened
+            or code == 2
+            or board[CALLED] >= (tensors if kind == "half a tensor file" else number)
+        ):
             self.faults[f"{kind}: {'stopped in a sentence' if code == 2 else 'went on'}"] += 1
 
     def ended(self, life: Life, method: str, expected: tuple[int, ...]) -> int:
@@ -428,7 +495,9 @@ def wrong(run: Path, saved: int, seen: dict[str, set[str]]) -> Iterator[str]:
             with suppress(ValueError):  # of a line in the middle: what is cut at resume
                 at.append(json.loads(line)["step"])
                 seen.setdefault(name, set()).add(json.dumps(untimed(line)))
-        if name == "metrics.jsonl" and at[: max(whole, default=0)] != list(range(1, max(whole, default=0) + 1)):
+        if name == "metrics.jsonl" and at[: max(whole, default=0)] != list(
+            range(1, max(whole, default=0) + 1)
+        ):
             yield f"metrics.jsonl has the steps {at} at a checkpoint of step {max(whole)}"
 
 
@@ -444,7 +513,10 @@ def differences(whole: Path, run: Path, seen: dict[str, set[str]]) -> Iterator[s
     for name in ("metrics.jsonl", "samples.jsonl"):
         if not (whole / name).exists() and not (run / name).exists():
             continue
-        one, other = ([untimed(line) for line in (path / name).read_text().splitlines()] for path in (whole, run))
+        one, other = (
+            [untimed(line) for line in (path / name).read_text().splitlines()]
+            for path in (whole, run)
+        )
         if one != other:
             yield f"{name} differs"
         if seen.get(name, set()) - {json.dumps(line) for line in other}:
@@ -459,7 +531,11 @@ def differences(whole: Path, run: Path, seen: dict[str, set[str]]) -> Iterator[s
 
 def untimed(line: str) -> dict[str, object]:
     """The numbers without those of the clock."""
-    return {key: x for key, x in json.loads(line).items() if key != "seconds" and not key.startswith("time/")}
+    return {
+        key: x
+        for key, x in json.loads(line).items()
+        if key != "seconds" and not key.startswith("time/")
+    }
 
 
 def main() -> int:
@@ -483,29 +559,54 @@ def main() -> int:
         chaos = Chaos(Path(folder), small if mounted else None, chosen.seed)
         order = random.Random(chosen.seed).sample(chosen.methods, len(chosen.methods))
         try:
-            while (killing := chaos.kills.total() < chosen.kills) or chaos.faults.total() < chosen.faults:
+            while (
+                killing := chaos.kills.total() < chosen.kills
+            ) or chaos.faults.total() < chosen.faults:
                 method = order[chaos.runs % len(order)]
                 kind, place = (chaos.kill, Path(folder)) if killing else (chaos.fault, small)
                 chaos.run(method, kind, place / f"place-{chaos.runs}")
-                done = f"{chaos.runs} runs, {chaos.kills.total()} kills, {chaos.faults.total()} faults"
-                print(f"{done}, lost {len(chaos.lost)}: {method}, {time.perf_counter() - began:.0f} s", flush=True)
+                done = (
+                    f"{chaos.runs} runs, {chaos.kills.total()} kills, {chaos.faults.total()} faults"
+                )
+                print(
+                    f"{done}, lost {len(chaos.lost)}: {method}, {time.perf_counter() - began:.0f} s",
+                    flush=True,
+                )
         except KeyboardInterrupt:
             print("stopped; what was counted so far:")
         finally:
             if mounted:
                 subprocess.call(["umount", str(small)])
-    for what, counts in (("kills by phase", chaos.kills), ("faults by kind", chaos.faults), ("both", chaos.methods)):
+    for what, counts in (
+        ("kills by phase", chaos.kills),
+        ("faults by kind", chaos.faults),
+        ("both", chaos.methods),
+    ):
         print(f"{what}: {counts.total()}")
         for name, n in sorted(counts.items()):
             print(f"  {n:5} {name}")
-    counts = {"kills": chaos.kills.total(), "faults": chaos.faults.total(), "runs": chaos.runs, "lost": len(chaos.lost)}
+    counts = {
+        "kills": chaos.kills.total(),
+        "faults": chaos.faults.total(),
+        "runs": chaos.runs,
+        "lost": len(chaos.lost),
+    }
     print(json.dumps(counts))
     return bool(chaos.lost)
 
 
 if __name__ == "__main__":
-    inside = ["unshare", "--user", "--map-root-user", "--mount"]  # where a small disk can be mounted
-    if "CHAOS" not in os.environ and shutil.which("unshare") and not subprocess.call([*inside, "true"]):
+    inside = [
+        "unshare",
+        "--user",
+        "--map-root-user",
+        "--mount",
+    ]  # where a small disk can be mounted
+    if (
+        "CHAOS" not in os.environ
+        and shutil.which("unshare")
+        and not subprocess.call([*inside, "true"])
+    ):
         os.environ["CHAOS"] = "--inside"
         os.execvp("unshare", [*inside, sys.executable, *sys.argv])
     sys.exit(main())

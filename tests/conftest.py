@@ -23,7 +23,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Con
 from trivet.batch import Groups, collate
 from trivet.toy import STORIES
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # also where all this was begun in the background, deaf to it
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # also where all this was begun in the background, deaf to it
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
 SMALL = {
@@ -42,7 +44,10 @@ SMALL = {
 
 def pytest_addoption(parser) -> None:
     parser.addoption(
-        "--limit", type=float, default=0.0, help="seconds of computing that an unmarked test may take; 0: any"
+        "--limit",
+        type=float,
+        default=0.0,
+        help="seconds of computing that an unmarked test may take; 0: any",
     )
 
 
@@ -73,12 +78,12 @@ def pytest_runtest_makereport(item, call):
     """Fails a test that took too long for its tier."""
     report, limit = (yield), item.config.getoption("--limit")
     took = getattr(item, "computed", 0.0)
-    checked = call.when == "call" and report.passed and limit and not item.get_closest_marker("slow")
+    checked = (
+        call.when == "call" and report.passed and limit and not item.get_closest_marker("slow")
+    )
     if checked and took > limit and took > limit * pace():
         report.outcome = "failed"
-        report.longrepr = (
-            f"computed for {took:.1f} s, over {limit:g} s: make it quicker, or mark it with pytest.mark.slow"
-        )
+        report.longrepr = f"computed for {took:.1f} s, over {limit:g} s: make it quicker, or mark it with pytest.mark.slow"
     return report
 
 
@@ -109,7 +114,14 @@ def tiny(kind: type = Qwen3Config, **options) -> torch.nn.Module:
     """A random model whose weights are large enough to make every part matter."""
     torch.manual_seed(0)
     sizes = (
-        {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 61, "bos_token_id": 0, "eos_token_id": 0}
+        {
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 2,
+            "vocab_size": 61,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        }
         if kind is GPT2Config
         else SMALL
     )
@@ -131,5 +143,8 @@ def ragged(prompts: int = 3, group_size: int = 4, longest: int = 11, seed: int =
     draw = random.Random(seed)
     return collate(
         [[draw.randrange(61) for _ in range(draw.randint(1, longest))] for _ in range(prompts)],
-        [[draw.randrange(61) for _ in range(draw.randint(1, longest))] for _ in range(prompts * group_size)],
+        [
+            [draw.randrange(61) for _ in range(draw.randint(1, longest))]
+            for _ in range(prompts * group_size)
+        ],
     )

@@ -34,15 +34,31 @@ from trivet.runner.checks import check
 from trivet.store.record import _append
 
 LONGEST = 60_000  # milliseconds that a case may take, on a busy machine
-COLUMNS = ("text", "messages", "prompt", "completion", "chosen", "rejected", "label", "answer", "", "None")
+COLUMNS = (
+    "text",
+    "messages",
+    "prompt",
+    "completion",
+    "chosen",
+    "rejected",
+    "label",
+    "answer",
+    "",
+    "None",
+)
 TOOK: Counter[str] = Counter()
 
 
 def byte_tokenizer() -> Any:
     """One token per byte, with the plain chat template."""
-    letters = {letter: i + 1 for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    letters = {
+        letter: i + 1 for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
+    }
     raw = Tokenizer(models.BPE(vocab={"<eos>": 0, **letters}, merges=[]))
-    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    raw.pre_tokenizer, raw.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>")
     tokenizer.chat_template = PLAIN_TEMPLATE
     return tokenizer
@@ -51,11 +67,19 @@ def byte_tokenizer() -> Any:
 TOKENIZER = byte_tokenizer()
 
 # Files -------------------------------------------------------------------------------------------------------------
-WORDS = st.sampled_from(["", " ", "a", "2+2=", "é", "\u2028", "\0", "\ud800", "\r\n", "\ufeff", "🙂", "\n\nAssistant:"])
+WORDS = st.sampled_from(
+    ["", " ", "a", "2+2=", "é", "\u2028", "\0", "\ud800", "\r\n", "\ufeff", "🙂", "\n\nAssistant:"]
+)
 TEXT = st.one_of(WORDS, st.text(st.characters(exclude_categories=()), max_size=20))
 MESSAGE = st.fixed_dictionaries(
-    {"role": st.one_of(st.sampled_from(["user", "assistant", "system", "tool"]), TEXT), "content": TEXT},
-    optional={"tool_calls": st.lists(st.dictionaries(TEXT, TEXT, max_size=2), max_size=2), "name": TEXT},
+    {
+        "role": st.one_of(st.sampled_from(["user", "assistant", "system", "tool"]), TEXT),
+        "content": TEXT,
+    },
+    optional={
+        "tool_calls": st.lists(st.dictionaries(TEXT, TEXT, max_size=2), max_size=2),
+        "name": TEXT,
+    },
 )
 ANYTHING = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXT),
@@ -66,7 +90,9 @@ VALUE = st.one_of(TEXT, TEXT, st.lists(MESSAGE, max_size=4), ANYTHING)
 ROW = st.dictionaries(st.one_of(st.sampled_from(COLUMNS), TEXT), VALUE, max_size=5)
 PLAIN = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20)
 GOOD = st.builds(
-    lambda p, c: {"prompt": p, "completion": c, "chosen": c, "rejected": c + "x", "label": True}, PLAIN, PLAIN
+    lambda p, c: {"prompt": p, "completion": c, "chosen": c, "rejected": c + "x", "label": True},
+    PLAIN,
+    PLAIN,
 )
 LINE = st.one_of(
     GOOD.map(lambda row: json.dumps(row).encode()),
@@ -74,21 +100,49 @@ LINE = st.one_of(
     ROW.map(lambda row: json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass")),
     ANYTHING.map(lambda value: json.dumps(value).encode()),
     st.binary(max_size=20),
-    st.integers(1, 3000).map(lambda depth: b'{"prompt": ' + b"[" * depth + b"]" * depth + b', "completion": "a"}'),
-    st.sampled_from([b"", b" ", b"\xef\xbb\xbf", b"\0", b"{", b'{"prompt": "a', b"{}", b'{"a": 1, "a": 2}', b"NaN"]),
+    st.integers(1, 3000).map(
+        lambda depth: b'{"prompt": ' + b"[" * depth + b"]" * depth + b', "completion": "a"}'
+    ),
+    st.sampled_from(
+        [
+            b"",
+            b" ",
+            b"\xef\xbb\xbf",
+            b"\0",
+            b"{",
+            b'{"prompt": "a',
+            b"{}",
+            b'{"a": 1, "a": 2}',
+            b"NaN",
+        ]
+    ),
 )
 ENDS = st.sampled_from([b"\n", b"\r\n", b"\r", b"\n\n", b"\0"])
 GOOD_LINES = st.lists(GOOD.map(lambda row: json.dumps(row).encode()), min_size=1, max_size=5)
-LINES = st.builds(lambda lines, end: end.join(lines), st.one_of(GOOD_LINES, st.lists(LINE, max_size=5)), ENDS)
-ARRAY = st.one_of(GOOD_LINES, st.lists(LINE, max_size=4)).map(lambda lines: b"[" + b", ".join(lines) + b"]")
-CELLS = st.lists(st.lists(TEXT, max_size=4).map(lambda cells: ",".join(map(quoted, cells))), max_size=5)
+LINES = st.builds(
+    lambda lines, end: end.join(lines), st.one_of(GOOD_LINES, st.lists(LINE, max_size=5)), ENDS
+)
+ARRAY = st.one_of(GOOD_LINES, st.lists(LINE, max_size=4)).map(
+    lambda lines: b"[" + b", ".join(lines) + b"]"
+)
+CELLS = st.lists(
+    st.lists(TEXT, max_size=4).map(lambda cells: ",".join(map(quoted, cells))), max_size=5
+)
 GOOD_CELLS = st.lists(
-    st.tuples(PLAIN, PLAIN).map(lambda cells: ",".join(map(quoted, (*cells, "1", "", "")))), max_size=5
+    st.tuples(PLAIN, PLAIN).map(lambda cells: ",".join(map(quoted, (*cells, "1", "", "")))),
+    max_size=5,
 )
 TABLE = st.one_of(GOOD_CELLS, CELLS).map(
-    lambda lines: "\n".join(["prompt,completion,label,chosen,rejected", *lines]).encode("utf-8", "surrogatepass")
+    lambda lines: "\n".join(["prompt,completion,label,chosen,rejected", *lines]).encode(
+        "utf-8", "surrogatepass"
+    )
 )
-CONTENT = {".jsonl": LINES, ".json": st.one_of(ARRAY, LINE), ".csv": st.one_of(TABLE, LINES), ".parquet": LINE}
+CONTENT = {
+    ".jsonl": LINES,
+    ".json": st.one_of(ARRAY, LINE),
+    ".csv": st.one_of(TABLE, LINES),
+    ".parquet": LINE,
+}
 
 
 def quoted(cell: str) -> str:
@@ -99,7 +153,10 @@ def quoted(cell: str) -> str:
 @st.composite
 def files(draw: Callable[..., Any]) -> tuple[str, bytes]:
     """A name and what the file holds: as it should be, or with a byte changed, cut short, or with something before it."""
-    kind, packed = draw(st.sampled_from(list(CONTENT))), draw(st.sampled_from(["", "", ".gz", ".zst"]))
+    kind, packed = (
+        draw(st.sampled_from(list(CONTENT))),
+        draw(st.sampled_from(["", "", ".gz", ".zst"])),
+    )
     content = draw(CONTENT[kind])
     content = draw(damaged(content)) if draw(st.booleans()) else content
     if packed:
@@ -120,7 +177,11 @@ def zst(content: bytes) -> Any:
 def damaged(draw: Callable[..., Any], content: bytes) -> bytes:
     """These bytes with one accident."""
     at, extra = draw(st.integers(0, len(content))), draw(st.binary(max_size=4))
-    return draw(st.sampled_from([content[:at], content[:at] + extra + content[at:], extra + content[at:], content * 2]))
+    return draw(
+        st.sampled_from(
+            [content[:at], content[:at] + extra + content[at:], extra + content[at:], content * 2]
+        )
+    )
 
 
 def try_file(name: str, content: bytes, form: str) -> str:
@@ -139,11 +200,15 @@ def try_file(name: str, content: bytes, form: str) -> str:
                 _append(Path(folder) / "samples.jsonl", [{"prompt": row.row.get("prompt")}])
         with mock.patch.multiple(rows, SMALL=0, MANY=0):
             try:
-                lazy = load_examples(path, TOKENIZER, [0], form, counts=Counter(), lazily=True, **limits)
+                lazy = load_examples(
+                    path, TOKENIZER, [0], form, counts=Counter(), lazily=True, **limits
+                )
                 again = [example for i in range(len(lazy)) if (example := lazy[i])]
             except InputError as error:
                 assert path in str(error), error
-                assert not found or "none is usable" in str(error), f"taken at once, refused lazily: {error}"
+                assert not found or "rows is usable" in str(error), (
+                    f"taken at once, refused lazily: {error}"
+                )
                 return "refused"
         assert found, "taken lazily, refused at once"
         assert {repr(row) for row in again} == {repr(row) for row in found}
@@ -152,7 +217,10 @@ def try_file(name: str, content: bytes, form: str) -> str:
 
 # Options -----------------------------------------------------------------------------------------------------------
 CONFIGS = (sft.Config, reward_model.Config, dpo.Config, ppo.Config, grpo.Config)
-KEYS = sorted({name for config in CONFIGS for name in config.__dataclass_fields__} | {"preset", "config", "x", ""})
+KEYS = sorted(
+    {name for config in CONFIGS for name in config.__dataclass_fields__}
+    | {"preset", "config", "x", ""}
+)
 GOOD_TOML = [
     "lr = 1e-5",
     "steps = 3",
@@ -165,7 +233,22 @@ GOOD_TOML = [
 ]
 SCALAR = st.one_of(
     st.sampled_from(
-        ["1", "-1", "0", "1e-5", "nan", "inf", "true", "false", "''", '"a"', "[]", "[1, 2]", "{}", "1979-05-27"]
+        [
+            "1",
+            "-1",
+            "0",
+            "1e-5",
+            "nan",
+            "inf",
+            "true",
+            "false",
+            "''",
+            '"a"',
+            "[]",
+            "[1, 2]",
+            "{}",
+            "1979-05-27",
+        ]
     ),
     st.integers().map(str),
     st.floats().map(str),
@@ -175,12 +258,15 @@ SCALAR = st.one_of(
 TOML = st.one_of(
     st.lists(st.sampled_from(GOOD_TOML), unique=True, max_size=5).map("\n".join),
     st.lists(st.builds("{} = {}".format, st.sampled_from(KEYS), SCALAR), max_size=4).map("\n".join),
-    st.lists(st.builds("{}{}".format, st.sampled_from(["[", "[[", "#", "a.b = ", ""]), TEXT), max_size=4).map(
-        "\n".join
-    ),
+    st.lists(
+        st.builds("{}{}".format, st.sampled_from(["[", "[[", "#", "a.b = ", ""]), TEXT), max_size=4
+    ).map("\n".join),
 )
 FLAG = st.builds(
-    "{}{}{}".format, st.sampled_from(["--", "--no-", "-", ""]), st.sampled_from(KEYS), st.sampled_from(["", "=1", "="])
+    "{}{}{}".format,
+    st.sampled_from(["--", "--no-", "-", ""]),
+    st.sampled_from(KEYS),
+    st.sampled_from(["", "=1", "="]),
 )
 GOOD_FLAGS = [
     "--lr=1e-5",
@@ -197,7 +283,9 @@ GOOD_FLAGS = [
 ]
 WORD = st.one_of(FLAG, FLAG.map(lambda flag: flag.replace("_", "-")), TEXT, SCALAR)
 
-COMMAND_LINE = st.one_of(st.lists(st.sampled_from(GOOD_FLAGS), unique=True, max_size=5), st.lists(WORD, max_size=6))
+COMMAND_LINE = st.one_of(
+    st.lists(st.sampled_from(GOOD_FLAGS), unique=True, max_size=5), st.lists(WORD, max_size=6)
+)
 
 
 def try_toml(config: Any, text: bytes) -> str:
@@ -223,7 +311,9 @@ def try_flags(config: Any, words: list[str]) -> str:
 
 def targets(cases: int) -> dict[str, Callable[[], None]]:
     """All of them, each over this many cases."""
-    ways = settings(max_examples=cases, deadline=LONGEST, suppress_health_check=list(HealthCheck), database=None)
+    ways = settings(
+        max_examples=cases, deadline=LONGEST, suppress_health_check=list(HealthCheck), database=None
+    )
 
     @ways
     @example(("a.jsonl", b"\xef\xbb\xbf" + b'{"prompt": "a", "completion": "b"}\r\n'), "supervised")
@@ -248,7 +338,9 @@ def targets(cases: int) -> dict[str, Callable[[], None]]:
 
 
 if __name__ == "__main__":
-    reader = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    reader = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     reader.add_argument("--cases", type=int, default=10_000)
     reader.add_argument("--only", default="")
     chosen = reader.parse_args()
@@ -257,4 +349,7 @@ if __name__ == "__main__":
             began = time.perf_counter()
             run()
             print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
-    print(", ".join(f"{count:,} {what}" for what, count in sorted(TOOK.items())), "· nothing raised but InputError")
+    print(
+        ", ".join(f"{count:,} {what}" for what, count in sorted(TOOK.items())),
+        "· nothing raised but InputError",
+    )

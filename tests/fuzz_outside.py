@@ -35,7 +35,10 @@ from trivet.store.reading import read_metrics
 from trivet.store.record import Record, _append
 
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # where fsync costs nothing
-TEXT = st.one_of(st.sampled_from(["", "a", "\0", "\ud800", "é\u2028", "Score: 7", "x" * 600]), st.text(max_size=9))
+TEXT = st.one_of(
+    st.sampled_from(["", "a", "\0", "\ud800", "é\u2028", "Score: 7", "x" * 600]),
+    st.text(max_size=9),
+)
 
 
 def told(error: InputError) -> None:
@@ -118,19 +121,39 @@ NUMBER = st.one_of(
     st.booleans(),
     st.none(),
     st.sampled_from([10**400, -(10**5000), 1e38, 1e39, 1j, math.nan, math.inf]),
-    st.sampled_from([decimal.Decimal("1"), decimal.Decimal("sNaN"), fractions.Fraction(1, 3), numpy.float16(1)]),
-    st.sampled_from([numpy.float32("nan"), numpy.int64(3), numpy.array(1.0), numpy.array([1.0]), torch.tensor(1.0)]),
-    st.sampled_from([torch.tensor([1.0]), torch.tensor(1.0, requires_grad=True), torch.tensor(1.0, device="meta")]),
+    st.sampled_from(
+        [decimal.Decimal("1"), decimal.Decimal("sNaN"), fractions.Fraction(1, 3), numpy.float16(1)]
+    ),
+    st.sampled_from(
+        [
+            numpy.float32("nan"),
+            numpy.int64(3),
+            numpy.array(1.0),
+            numpy.array([1.0]),
+            torch.tensor(1.0),
+        ]
+    ),
+    st.sampled_from(
+        [
+            torch.tensor([1.0]),
+            torch.tensor(1.0, requires_grad=True),
+            torch.tensor(1.0, device="meta"),
+        ]
+    ),
     TEXT,
     st.binary(max_size=3),
 )
 BROKEN = st.builds(
     lambda names, text, i: Broken(names, errors(text)[i % len(errors(text))]),
-    st.lists(st.sampled_from(["len", "getitem", "float", "abs", "repr", "eq", "getattr"]), max_size=3),
+    st.lists(
+        st.sampled_from(["len", "getitem", "float", "abs", "repr", "eq", "getattr"]), max_size=3
+    ),
     TEXT,
     st.integers(0, 13),
 )
-LIST = st.one_of(st.lists(NUMBER, min_size=4, max_size=4), st.lists(st.one_of(NUMBER, BROKEN), max_size=5))
+LIST = st.one_of(
+    st.lists(NUMBER, min_size=4, max_size=4), st.lists(st.one_of(NUMBER, BROKEN), max_size=5)
+)
 RETURNS = st.one_of(
     LIST,
     LIST,
@@ -140,9 +163,23 @@ RETURNS = st.one_of(
     LIST.map(iter),
     st.lists(st.floats(), max_size=5).map(numpy.array),
     st.lists(st.floats(), max_size=5).map(torch.tensor),
-    st.sampled_from([torch.zeros(4, 1), torch.zeros(4, device="meta"), numpy.zeros((2, 2)), numpy.array(["a"] * 4)]),
     st.sampled_from(
-        [numpy.array([None, 1, 2, 3]), numpy.zeros(4, "datetime64[s]"), {"a": 1}, range(4), b"abcd", set()]
+        [
+            torch.zeros(4, 1),
+            torch.zeros(4, device="meta"),
+            numpy.zeros((2, 2)),
+            numpy.array(["a"] * 4),
+        ]
+    ),
+    st.sampled_from(
+        [
+            numpy.array([None, 1, 2, 3]),
+            numpy.zeros(4, "datetime64[s]"),
+            {"a": 1},
+            range(4),
+            b"abcd",
+            set(),
+        ]
     ),
     NUMBER,
     BROKEN,
@@ -150,9 +187,17 @@ RETURNS = st.one_of(
 MISBEHAVES = st.fixed_dictionaries(
     {
         "returns": RETURNS,
-        "raises": st.one_of(st.none(), st.none(), st.none(), TEXT.flatmap(lambda text: st.sampled_from(errors(text)))),
+        "raises": st.one_of(
+            st.none(),
+            st.none(),
+            st.none(),
+            TEXT.flatmap(lambda text: st.sampled_from(errors(text))),
+        ),
         "prints": st.one_of(st.just(""), TEXT, TEXT.map(lambda text: (text + "\n") * 30)),
-        "logs": st.one_of(st.none(), st.tuples(st.one_of(TEXT, NUMBER, st.just("step")), st.one_of(NUMBER, BROKEN))),
+        "logs": st.one_of(
+            st.none(),
+            st.tuples(st.one_of(TEXT, NUMBER, st.just("step")), st.one_of(NUMBER, BROKEN)),
+        ),
         "changes": st.booleans(),
         "asynchronous": st.sampled_from([False, False, False, True]),
         "on_failure": st.sampled_from(["stop", "skip"]),
@@ -166,7 +211,13 @@ def rollouts() -> Rollouts:
     groups = collate([[1, 2], [3]], [[4], [5, 6], [7], [8, 9]])
     rows = [{"prompt": "a", "answer": {"b": [1]}}, {"prompt": "c", "answer": None}]
     ones = torch.zeros(groups.completions.shape)
-    return Rollouts(groups=groups, logprobs=ones, finished=torch.ones(4) > 0, texts=["d", "e", "f", "g"], rows=rows)
+    return Rollouts(
+        groups=groups,
+        logprobs=ones,
+        finished=torch.ones(4) > 0,
+        texts=["d", "e", "f", "g"],
+        rows=rows,
+    )
 
 
 def try_reward(does: dict[str, Any], folder: Path) -> str:
@@ -229,7 +280,18 @@ JSON = st.recursive(
     max_leaves=6,
 )
 SAYS = st.one_of(
-    st.sampled_from(["Score: 7", "Score: 1e400", "score 11", "Winner: A", "**Winner:** tie", "Score: ", "-" * 9, None]),
+    st.sampled_from(
+        [
+            "Score: 7",
+            "Score: 1e400",
+            "score 11",
+            "Winner: A",
+            "**Winner:** tie",
+            "Score: ",
+            "-" * 9,
+            None,
+        ]
+    ),
     st.integers().map("Score: {}".format),
     st.floats().map("Score: {}".format),
     st.integers(4000, 9000).map(lambda n: "Score: " + "9" * n),
@@ -241,7 +303,10 @@ ANSWER = st.one_of(
         lambda said, usage: {"choices": [{"message": {"content": said}}], "usage": usage},
         SAYS,
         st.one_of(
-            JSON, st.fixed_dictionaries({"prompt_tokens": JSON, "completion_tokens": st.one_of(st.integers(), JSON)})
+            JSON,
+            st.fixed_dictionaries(
+                {"prompt_tokens": JSON, "completion_tokens": st.one_of(st.integers(), JSON)}
+            ),
         ),
     ),
     st.builds(lambda inner: {"choices": inner}, JSON),
@@ -259,16 +324,31 @@ HEADER = st.one_of(
     st.just({}),
     st.builds(
         lambda name, value: {name: value},
-        st.sampled_from(["retry-after", "content-encoding", "content-type", "content-length", "location"]),
+        st.sampled_from(
+            ["retry-after", "content-encoding", "content-type", "content-length", "location"]
+        ),
         st.one_of(
             st.sampled_from(
-                ["0", "-1", "1e999", "nan", "Fri, 31 Dec 9999 23:59:59 GMT", "gzip", "zstd", "text/x; charset=é"]
+                [
+                    "0",
+                    "-1",
+                    "1e999",
+                    "nan",
+                    "Fri, 31 Dec 9999 23:59:59 GMT",
+                    "gzip",
+                    "zstd",
+                    "text/x; charset=é",
+                ]
             ),
             st.text(st.characters(codec="latin-1", min_codepoint=32), max_size=9),
         ),
     ),
 )
-CODE = st.one_of(st.just(200), st.just(200), st.sampled_from([204, 301, 302, 307, 401, 404, 408, 429, 500, 503, 600]))
+CODE = st.one_of(
+    st.just(200),
+    st.just(200),
+    st.sampled_from([204, 301, 302, 307, 401, 404, 408, 429, 500, 503, 600]),
+)
 FAILS = st.sampled_from(
     [
         httpx.ConnectError("no\nroute"),
@@ -298,9 +378,19 @@ def try_judge(served: list[Any], compare: bool, on_failure: str, model: str, fol
         return httpx.AsyncClient(transport=httpx.MockTransport(answer), timeout=self.timeout)
 
     patched = {"pause": lambda attempt: 0.0, "LONGEST_WAIT": 0.0}
-    with mock.patch.object(Judge, "_client", client), mock.patch.multiple("trivet.rewards.judge", **patched):
+    with (
+        mock.patch.object(Judge, "_client", client),
+        mock.patch.multiple("trivet.rewards.judge", **patched),
+    ):
         try:
-            judge = Judge("http://x/v1", model, compare, retries=1, on_failure=on_failure, note=lambda text: None)  # type: ignore[arg-type]
+            judge = Judge(
+                "http://x/v1",
+                model,
+                compare,
+                retries=1,
+                on_failure=on_failure,
+                note=lambda text: None,
+            )  # type: ignore[arg-type]
             scores = judge(rollouts())
         except InputError as error:
             told(error)
@@ -320,7 +410,9 @@ def saved() -> tuple[Path, Checkpoints]:
     config = sft.Config()
     optimizer = Optimizer(model, config, 4)
     parts = {"optimizer": optimizer}
-    run = SimpleNamespace(model=model, generator=torch.Generator(), device="cpu", done=0, parts=parts)
+    run = SimpleNamespace(
+        model=model, generator=torch.Generator(), device="cpu", done=0, parts=parts
+    )
     out = Path(tempfile.mkdtemp(dir=MEMORY)) / "run"
     made = Checkpoints(out, run, SimpleNamespace(save_pretrained=lambda folder: None))  # type: ignore[arg-type]
     atexit.register(shutil.rmtree, out.parent)
@@ -332,14 +424,18 @@ def saved() -> tuple[Path, Checkpoints]:
     return out, made
 
 
-ACCIDENT = st.sampled_from(["flip", "flip", "byte", "cut", "insert", "zeros", "gone", "empty", "other"])
+ACCIDENT = st.sampled_from(
+    ["flip", "flip", "byte", "cut", "insert", "zeros", "gone", "empty", "other"]
+)
 
 
 def struck(content: bytes, kind: str, at: float, extra: bytes, other: bytes) -> bytes | None:
     """These bytes after an accident, None where the file is gone."""
     i = int(at * len(content))
     return {
-        "flip": content[:i] + bytes([content[i] ^ 1 << (len(extra) % 8)]) + content[i + 1 :] if content else b"",
+        "flip": content[:i] + bytes([content[i] ^ 1 << (len(extra) % 8)]) + content[i + 1 :]
+        if content
+        else b"",
         "byte": content[:i] + extra[:1] + content[i + 1 :],
         "cut": content[:i],
         "insert": content[:i] + extra + content[i:],
@@ -363,8 +459,10 @@ def try_checkpoint(number: int, kind: str, at: float, extra: bytes) -> str:
     said: list[str] = []
     try:
         path.unlink() if now is None else path.write_bytes(now)
-        counted = made.go_on(said.append)
-        if not (path.name == "manifest.json" and not damage(last)):  # a space more in the JSON harms nothing
+        counted = made.choose_start(said.append)
+        if not (
+            path.name == "manifest.json" and not damage(last)
+        ):  # a space more in the JSON harms nothing
             assert counted["step"] == 2, f"{kind} in {path.name} at {at} was not seen"
             assert str(last) in said[0]
             assert "is damaged" in said[0]
@@ -408,14 +506,20 @@ def try_directory(name: str, content: bytes | None) -> str:
                 return "refused"
         lines = read_metrics(out)
         assert all(line["step"] <= 2 for line in lines)
-        for line in (out / "samples.jsonl").read_bytes().splitlines() if (out / "samples.jsonl").exists() else ():
+        for line in (
+            (out / "samples.jsonl").read_bytes().splitlines()
+            if (out / "samples.jsonl").exists()
+            else ()
+        ):
             assert json.loads(line)["step"] <= 2 or b"\xc2\x85" in line
         assert json.loads((out / "run.json").read_bytes())["method"] == "sft"
         assert to_toml(config).encode() in (out / "config.toml").read_bytes()
         return "taken"
 
 
-def outside(ways: Callable[[Any], Any], took: Any, given: Callable[..., Any]) -> dict[str, Callable[[], None]]:
+def outside(
+    ways: Callable[[Any], Any], took: Any, given: Callable[..., Any]
+) -> dict[str, Callable[[], None]]:
     """The targets."""
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder)
@@ -426,12 +530,22 @@ def outside(ways: Callable[[Any], Any], took: Any, given: Callable[..., Any]) ->
         took[f"rewards {try_reward(does, folder)}"] += 1
 
     @ways
-    @given(SERVED, st.booleans(), st.sampled_from(["stop", "skip"]), st.sampled_from(["m", "m", "m", ""]))
+    @given(
+        SERVED,
+        st.booleans(),
+        st.sampled_from(["stop", "skip"]),
+        st.sampled_from(["m", "m", "m", ""]),
+    )
     def judges(served: list[Any], compare: bool, on_failure: str, model: str) -> None:
         took[f"judges {try_judge(served, compare, on_failure, model, folder)}"] += 1
 
     @ways
-    @given(st.integers(0, 20), ACCIDENT, st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=9))
+    @given(
+        st.integers(0, 20),
+        ACCIDENT,
+        st.floats(0, 1, exclude_max=True),
+        st.binary(min_size=1, max_size=9),
+    )
     def checkpoints(number: int, kind: str, at: float, extra: bytes) -> None:
         took[f"checkpoints {try_checkpoint(number, kind, at, extra)}"] += 1
 
@@ -440,11 +554,19 @@ def outside(ways: Callable[[Any], Any], took: Any, given: Callable[..., Any]) ->
         st.sampled_from(sorted(directory())),
         ACCIDENT,
         st.floats(0, 1, exclude_max=True),
-        st.one_of(st.binary(min_size=1, max_size=30), JSON.map(lambda x: b"\n" + json.dumps(x).encode() + b"\n")),
+        st.one_of(
+            st.binary(min_size=1, max_size=30),
+            JSON.map(lambda x: b"\n" + json.dumps(x).encode() + b"\n"),
+        ),
         st.one_of(st.binary(max_size=30), JSON.map(lambda x: json.dumps(x).encode() + b"\n")),
     )
     def directories(name: str, kind: str, at: float, extra: bytes, other: bytes) -> None:
         content = struck(directory()[name], kind, at, extra, other)
         took[f"directories {try_directory(name, content)}"] += 1
 
-    return {"rewards": rewards, "judges": judges, "checkpoints": checkpoints, "directories": directories}
+    return {
+        "rewards": rewards,
+        "judges": judges,
+        "checkpoints": checkpoints,
+        "directories": directories,
+    }

@@ -11,14 +11,26 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from trivet.optimization import clipped_surrogate_loss, k1, k2, k3, policy_gradient_loss, weighted_kl
+from trivet.optimization import (
+    clipped_surrogate_loss,
+    k1,
+    k2,
+    k3,
+    policy_gradient_loss,
+    weighted_kl,
+)
 
 VOCABULARY = 3
 
 
 def logits(seed: int) -> Tensor:
     """(4, 3): the first row for the first token, row 1 + a for the second one after a."""
-    return torch.randn(1 + VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(
+        1 + VOCABULARY,
+        VOCABULARY,
+        generator=torch.Generator().manual_seed(seed),
+        dtype=torch.float64,
+    )
 
 
 POLICY, REFERENCE = logits(1), 1.5 * logits(4)
@@ -31,7 +43,11 @@ def texts(table: Tensor, length: int) -> Tensor:
     if length == 1:
         return table[0][:, None]
     return torch.stack(
-        [torch.stack([table[0, a], table[1 + a, b]]) for a in range(VOCABULARY) for b in range(VOCABULARY)]
+        [
+            torch.stack([table[0, a], table[1 + a, b]])
+            for a in range(VOCABULARY)
+            for b in range(VOCABULARY)
+        ]
     )
 
 
@@ -50,14 +66,20 @@ def kl_gradient(length: int) -> Tensor:
     return gradient(kl)
 
 
-def in_loss(estimator: Callable[[Tensor, Tensor, Tensor], Tensor], length: int, sampler: Tensor) -> Tensor:
+def in_loss(
+    estimator: Callable[[Tensor, Tensor, Tensor], Tensor], length: int, sampler: Tensor
+) -> Tensor:
     """Expected gradient of the estimator as a term of the loss, summed over the tokens of a text."""
     old, reference = texts(sampler, length), texts(REFERENCE, length)
     chance = old.sum(1).exp()  # of each text
-    return gradient(lambda parameters: chance @ estimator(texts(parameters, length), old, reference).sum(1))
+    return gradient(
+        lambda parameters: chance @ estimator(texts(parameters, length), old, reference).sum(1)
+    )
 
 
-def in_reward(estimator: Callable[[Tensor, Tensor], Tensor], length: int, sampler: Tensor) -> Tensor:
+def in_reward(
+    estimator: Callable[[Tensor, Tensor], Tensor], length: int, sampler: Tensor
+) -> Tensor:
     """Expected gradient where the estimator, of the policy that sampled, is charged per token in the reward."""
     old, reference = texts(sampler, length), texts(REFERENCE, length)
     chance, charge = old.sum(1).exp(), estimator(old, reference)
@@ -67,7 +89,9 @@ def in_reward(estimator: Callable[[Tensor, Tensor], Tensor], length: int, sample
         logprobs = texts(parameters, length)
         if sampler is POLICY:
             return chance @ policy_gradient_loss(logprobs, -to_come).sum(1)
-        return chance @ clipped_surrogate_loss(logprobs, old, -to_come, clip_low=1.0, clip_high=torch.inf).sum(1)
+        return chance @ clipped_surrogate_loss(
+            logprobs, old, -to_come, clip_low=1.0, clip_high=torch.inf
+        ).sum(1)
 
     return gradient(objective)
 
@@ -92,9 +116,13 @@ def table() -> dict[tuple[str, str], list[float]]:
     rows: dict[tuple[str, str], list[float]] = {}
     cases = [(length, sampler) for sampler in (POLICY, SAMPLER) for length in (1, 2)]
     for name, estimator in LOSSES.items():
-        rows["loss", name] = [miss(in_loss(estimator, length, sampler), length) for length, sampler in cases]
+        rows["loss", name] = [
+            miss(in_loss(estimator, length, sampler), length) for length, sampler in cases
+        ]
     for name, estimator in (("k1", k1), ("k2", k2), ("k3", k3)):
-        rows["reward", name] = [miss(in_reward(estimator, length, sampler), length) for length, sampler in cases]
+        rows["reward", name] = [
+            miss(in_reward(estimator, length, sampler), length) for length, sampler in cases
+        ]
     return rows
 
 

@@ -43,7 +43,9 @@ PACKAGE = TESTS.parent / "src" / "trivet"
 TOY_DATA = ("stories", "arithmetic")  # folders of toy/ that are linked, not copied
 AT_ONCE, LIMIT, WAITS = 2, 120, 900  # processes; seconds that each may compute, and may take
 PLAIN = [word for plugin in ("cacheprovider", "xdist", "anyio") for word in ("-p", f"no:{plugin}")]
-PLAIN += ["--assert=plain"]  # else pytest looks for the differences of long lists, for minutes where CI is set
+PLAIN += [
+    "--assert=plain"
+]  # else pytest looks for the differences of long lists, for minutes where CI is set
 REFUSED = 70  # exit code of a child in which pytest's own says nothing
 
 
@@ -105,7 +107,7 @@ MUTANTS: list[Mutant] = [
     *planted("optimization/ratio.py", "test_optimization.py -k 'gspo or cispo or weighted'",
         ("gspo: sum in place of mean", "sequence_mean(x, mask)[:, None]", "(sequence_mean(x, mask) * mask.sum(-1))[:, None]"),
         ("gspo: mean over the padding too", "sequence_mean(x, mask)[:, None]", "x.mean(-1)[:, None]"),
-        ("gspo: clip sides swapped", "clip_low=clip_low, clip_high=clip_high)", "clip_low=clip_high, clip_high=clip_low)"),
+        ("gspo: clip sides swapped", 'mean, old_mean, advantages, clip_low=clip_low, clip_high=clip_high', 'mean, old_mean, advantages, clip_low=clip_high, clip_high=clip_low'),
         ("cispo: weight not detached", "return weight * policy_gradient_loss(logprobs, advantages)",
          "return -(logprobs - old_logprobs).exp().clamp(1 - clip_low, 1 + clip_high) * advantages.detach() * logprobs"),
         ("cispo: weight not limited", ".exp().clamp(1 - clip_low, 1 + clip_high)", ".exp()"),
@@ -122,8 +124,8 @@ MUTANTS: list[Mutant] = [
         ("sigmoid then log, which overflows", "-logsigmoid(chosen - rejected - margin)", "-(chosen - rejected - margin).sigmoid().log()"),
         ("implicit reward without beta", "return beta * (logprob - ref_logprob)", "return logprob - ref_logprob"),
         ("implicit reward: beta on the policy's side only", "beta * (logprob - ref_logprob)", "beta * logprob - ref_logprob"),
-        ("dpo: references swapped", "implicit_reward(chosen, ref_chosen, beta=beta), implicit_reward(rejected, ref_rejected, beta=beta)",
-         "implicit_reward(chosen, ref_rejected, beta=beta), implicit_reward(rejected, ref_chosen, beta=beta)"),
+        ("dpo: references swapped", 'implicit_reward(chosen, ref_chosen, beta=beta),\n        implicit_reward(rejected, ref_rejected, beta=beta),',
+         'implicit_reward(chosen, ref_rejected, beta=beta),\n        implicit_reward(rejected, ref_chosen, beta=beta),'),
         ("ranked pairs: ties count", "> grouped[:, None, :]", ">= grouped[:, None, :]"),
         ("ranked pairs: the lower reward wins", "> grouped[:, None, :]", "< grouped[:, None, :]"),
         ("pairwise loss over all cells, not pairs", "/ pairs.sum((1, 2)).clamp(min=1)", "/ group_size**2"),
@@ -137,10 +139,10 @@ MUTANTS: list[Mutant] = [
         ("hinge of the wrong sign", "(1 - (chosen - rejected)).relu()", "(1 + (chosen - rejected)).relu()"),
         ("hinge at 0, not 1", "(1 - (chosen - rejected)).relu()", "(rejected - chosen).relu()"),
         ("hinge that never rests", "(1 - (chosen - rejected)).relu()", "1 - (chosen - rejected)"),
-        ("label smoothing silently ignored", "        rejected, chosen\n", "        chosen, rejected\n"),
+        ("label smoothing silently ignored", ') + label_smoothing * bradley_terry_loss(rejected, chosen)', ') + label_smoothing * bradley_terry_loss(chosen, rejected)'),
         ("label smoothing takes eps for 1 - eps", "return (1 - label_smoothing) * bradley", "return (1 + label_smoothing) * bradley"),
         ("robust without its 1 / (1 - 2 eps)", " / (1 - 2 * label_smoothing)", ""),
-        ("robust that smooths", "right - label_smoothing * flipped", "right + label_smoothing * flipped"),
+        ("robust that smooths", "correct - label_smoothing * flipped", "correct + label_smoothing * flipped"),
         ("ipo: 1 / beta in place of 1 / (2 beta)", "1 / (2 * beta)).square()", "1 / beta).square()"),
         ("ipo: beta / 2 in place of 1 / (2 beta)", "1 / (2 * beta)).square()", "beta / 2).square()"),
         ("ipo: reference of the wrong sign", "(chosen - rejected) - (ref_chosen", "(chosen - rejected) + (ref_chosen"),
@@ -165,7 +167,7 @@ MUTANTS: list[Mutant] = [
         ("group advantages: mean of the batch", "grouped = rewards.view(-1, group_size)  #", "grouped = rewards.view(1, -1)  #"),
         ("group advantages: groups interleaved", "grouped = rewards.view(-1, group_size)  #", "grouped = rewards.view(group_size, -1).T  #"),
         ("group advantages: NaN counts as 0", "grouped = rewards.view(-1, group_size)  #", "grouped = rewards.view(-1, group_size).nan_to_num()  #"),
-        ("group advantages: NaN counts in the mean", "count = known.sum(1, keepdim=True)", "count = known.long().sum(1, keepdim=True).clamp(min=group_size)"),
+        ("group advantages: NaN counts in the mean", "count = scored.sum(1, keepdim=True)", "count = scored.long().sum(1, keepdim=True).clamp(min=group_size)"),
         ("group advantages: biased deviation", "keepdim=True) / (count - 1).clamp(min=1)", "keepdim=True) / count.clamp(min=1)"),
         ("group advantages: epsilon of 1e-8", "advantages = advantages / (variance.sqrt() + 1e-4)", "advantages = advantages / (variance.sqrt() + 1e-8)"),
         ("group advantages: epsilon under the root", "advantages = advantages / (variance.sqrt() + 1e-4)", "advantages = advantages / (variance + 1e-4).sqrt()"),
@@ -213,7 +215,7 @@ MUTANTS: list[Mutant] = [
         ("whiten puts the mean back", "return centered * scale", "return centered * scale + token_mean(x, mask)"),
         ("whiten: biased variance", "/ (count - 1).clamp(min=1)", "/ count.clamp(min=1)"),
         ("whiten: padding counts", "centered = torch.where(mask, anchored - token_mean(anchored, mask), 0.0)", "centered = anchored - token_mean(anchored, mask)"),
-        ("whiten: equal numbers no longer exactly zero", "torch.where(mask, x - torch.where(mask, x, -torch.inf).amax(), 0.0)", "torch.where(mask, x, 0.0)"),
+        ("whiten: equal numbers no longer exactly zero", "anchored = torch.where(mask, x - torch.where(mask, x, -torch.inf).amax(), 0.0)", "anchored = torch.where(mask, x, 0.0)"),
         ("whiten divides by the variance", "(variance + 1e-8).rsqrt()", "1 / (variance + 1e-8)"),
         ("rewards are shifted as they are scaled", "return torch.where(mask, x, 0.0) *", "return _centered(x, mask)[0] *"),
     ),
@@ -234,15 +236,15 @@ MUTANTS: list[Mutant] = [
     ),
     *planted("rewards/reward.py", "test_rewards.py -k 'weight or opinion'",
         ("weights of rewards ignored", "weights * stacked, 0.0)", "stacked, 0.0)"),
-        ("no opinion is a reward of 0", ".sum(0), torch.nan)", ".sum(0), 0.0)"),
-        ("one reward without an opinion silences all", "torch.where(known, weights * stacked, 0.0).sum(0)", "(weights * stacked).sum(0)"),
-        ("a reward of weight 0 is an opinion", "known & (weights != 0)", "known"),
+        ("no opinion is a reward of 0", "counts.any(0), torch.where(scored, weights * stacked, 0.0).sum(0), torch.nan", "counts.any(0), torch.where(scored, weights * stacked, 0.0).sum(0), 0.0"),
+        ("one reward without an opinion silences all", "torch.where(scored, weights * stacked, 0.0).sum(0)", "(weights * stacked).sum(0)"),
+        ("a reward of weight 0 is an opinion", "scored & (weights != 0)", "scored"),
     ),
     *planted("rewards/functions.py", "test_hostile_functions.py -k 'changing or retry or skipping or failed'",
-        ("what a function is given is not its own", "copy.deepcopy(row.get(key))", "row.get(key)"),
+        ("what a function is given is not its own", "copy.deepcopy(row.get(name))", "row.get(name)"),
         ("a failed call's numbers count", "partial(_log, logged)", "partial(_log, self.logged)"),
         ("a failure is a score of 0", "failed, values = 0, 0, [math.nan] * count", "failed, values = 0, 0, [0.0] * count"),
-        ("skipping a group skips all", "values[start : start + size] = self._called(rollouts, start, start + size)", "values = values")),
+        ("skipping a group skips all", "values[start : start + size] = self._call(rollouts, start, start + size)", "values = values")),
     *planted("rewards/guard.py", "test_hostile_functions.py -k 'hangs or everything or alarm or live'",
         ("what is out of time can be swallowed", "class OutOfTime(BaseException)", "class OutOfTime(Exception)"),
         ("the alarm rings once", "signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN)", "signal.setitimer(signal.ITIMER_REAL, seconds)"),
@@ -259,17 +261,17 @@ MUTANTS: list[Mutant] = [
         ("what ends early has passed", "except BaseException:\n    os._exit(1)", "except BaseException:\n    names[\"add\"] = lambda a, b: a + b")),
     *planted("rewards/judge.py", "test_judge.py -k 'wrong or retry or half or key or place or opinion or filled'",
         ("the key is repeated", "return line.replace(self.key, \"(the key)\") if self.key else line", "return line"),
-        ("Retry-After is not kept to", "while (wait := self.resume - time.monotonic()) > 0", "while (wait := 0.0) > 0"),
+        ("Retry-After is not kept to", "while (wait := self.resume - time.monotonic()) > 0:", "while (wait := 0.0) > 0:"),
         ("an answer may take its time", "timeout=self.timeout, largest", "timeout=1e9, largest"),
-        ("an answer may be of any length", "largest=LARGEST)", "largest=1 << 60)"),
+        ("an answer may be of any length", 'client, how, self.url, what, body, timeout=self.timeout, largest=LARGEST', 'client, how, self.url, what, body, timeout=self.timeout, largest=1 << 60'),
         ("a score beyond the scale counts", "if 0 <= score <= 10 else", "if score == score else"),
-        ("the first score counts", "return found[-1] if", "return found[0] if")),
+        ("the first score counts", "return matched[-1] if", "return matched[0] if")),
     *planted("rewards/pairwise.py", "test_judge.py -k 'comparisons or everybody or win or place'",
         ("a tie is a defeat", "won[j] + 1 - share", "won[j] + (share == 0)"),
         ("one place is favored", "(i, (i + step) % group_size)", "tuple(sorted((i, (i + step) % group_size)))")),
     *planted("rewards/functions.py", "test_rewards.py -k 'columns or row or ids'",
         ("columns tiled, not repeated", "[row for row in rollouts.rows for _ in range(size)]", "[row for _ in range(size) for row in rollouts.rows]"),
-        ("completion ids with their padding", "line[:n] for line, n", "line for line, n"),
+        ("completion ids with their padding", "row[:n] for row, n", "row for row, n"),
     ),
     # Steps that go wrong ---------------------------------------------------------------------------------------------
     *planted("step/optimizer.py", "test_rescue.py -k 'without_the_step or lower'",
@@ -278,8 +280,11 @@ MUTANTS: list[Mutant] = [
     *planted("step/optimizer.py", "test_rescue.py -k 'is_replayed and grpo'",
         ("a replay names no parameters", "self.bad = self._not_finite() or self.bad", "pass"),
     ),
+    *planted("step/optimizer.py", "test_rescue.py -k 'names_what'",
+        ("a replay names parameters that are finite", "strict=True) if n]", "strict=True)]"),
+    ),
     *planted("runner/replay.py", "test_ranks.py -k 'is_replayed and grpo'",
-        ("a step of several processes is replayed by each alone", "joined(config) if started_by_torchrun() else nullcontext(OneProcess())", "nullcontext(OneProcess())"),
+        ("a step of several processes is replayed by each alone", "join_group(config) if started_by_torchrun() else nullcontext(OneProcess())", "nullcontext(OneProcess())"),
     ),
     *planted("distributed/ranks.py", "test_ranks.py -k 'is_replayed and grpo'",
         ("a replay counts the shards of one process", "return self.total(counts).tolist()", "return counts.tolist()"),
@@ -292,9 +297,9 @@ MUTANTS: list[Mutant] = [
     *planted("step/optimizer.py", "test_rescue.py -k 'lower'",
         ("a resumed run keeps the old learning rate", "        self.schedule.base_lrs = base\n", "        base = self.schedule.base_lrs\n")),
     *planted("runner/rescue.py", "test_rescue.py -k 'too_many or second_epoch or three'",
-        ("skipped steps in a row are never enough", "self.in_a_row == self.run.config.max_skipped_steps or", "False or"),
+        ("skipped steps in a row are never enough", 'if (\n            self.in_a_row == self.run.config.max_skipped_steps\n            or self.in_a_row == step == self.run.steps\n        ):', 'if False or self.in_a_row == step == self.run.steps:'),
         ("skipped steps are not counted in a row", "            self.in_a_row = 0\n", "            pass\n"),
-        ("weights that moved pass for the step's beginning", "if done and checkpoints.untouched and", "if done and")),
+        ("weights that moved pass for the step's beginning", 'if (\n        done\n        and checkpoints.untouched\n        and run.devices.first(lambda: last not in steps(checkpoints.folder))\n    ):', 'if done and run.devices.first(lambda: last not in steps(checkpoints.folder)):')),
     # Samples of another engine --------------------------------------------------------------------------------------
     *planted("optimization/policy.py", "test_servers.py -k importance",
         ("importance weights: upside down", "return (logprobs - sampler_logprobs).detach()", "return (sampler_logprobs - logprobs).detach()"),
@@ -303,7 +308,7 @@ MUTANTS: list[Mutant] = [
     *planted("recipes/grpo.py", "test_servers.py -k cap_acts",
         ("importance weights: not used by grpo", "objective.mean(trace.weights(rows, old) * loss,", "objective.mean(loss,")),
     *planted("recipes/ppo.py", "test_servers.py -k cap_acts",
-        ("importance weights: not used by ppo", "token_mean(trace.weights(rows, old_logprobs[rows]) * loss,", "token_mean(loss,")),
+        ("importance weights: not used by ppo", "token_mean(trace.weights(rows, old) * loss, part.mask, total=total)", "token_mean(loss, part.mask, total=total)")),
     *planted("step/trace.py", "test_servers.py -k cap_acts",
         ("importance weights: a trace ignores them", "if self.sampler is None:", "if True:")),
     *planted("step/trace.py", "test_ranks_servers.py -k 'give_one and options1'",
@@ -313,25 +318,25 @@ MUTANTS: list[Mutant] = [
     *planted("generation/vllm.py", "test_servers.py -k 'in_part or temperature_that or back_with_old'",
         ("the probe is never failed", "if not (self.difference if self.exact else average) <= self.tolerance:", "if False:")),
     *planted("generation/server.py", "test_servers.py -k 'weights_are_sent'",
-        ("weights that have changed are not sent", "if (found := fingerprint(policy)) != self.print:", "if (found := fingerprint(policy)) != self.print and not self.print:")),
+        ("weights that have changed are not sent", "if (current := fingerprint(policy)) != self.fingerprint:", "if (current := fingerprint(policy)) != self.fingerprint and not self.fingerprint:")),
     # The forward: shift, positions, attention ------------------------------------------------------------------------
     *planted("model/attention.py", "test_forward.py -k 'one_sequence_at_a_time'",
-        ("next-token shift: predicts itself", "prompt_end, own_start[:, None] + own_column - 1)", "prompt_end, own_start[:, None] + own_column)"),
+        ("next-token shift: predicts itself", "completion_column == 0, prompt_end, completion_start[:, None] + completion_column - 1", "completion_column == 0, prompt_end, completion_start[:, None] + completion_column"),
         ("next-token shift: first token from the token before the prompt's last", "(before_start + before - 1)[:, None]", "(before_start + before - 2).clamp(min=0)[:, None]"),
-        ("positions restart for completions", "own_position = (before[:, None] + own_column)[", "own_position = own_column["),
-        ("positions start at the padded width", "own_position = (before[:, None] + own_column)[", "own_position = (groups.prompts.shape[1] + own_column)["),
+        ("positions restart for completions", "completion_position = (before[:, None] + completion_column)[", "completion_position = completion_column["),
+        ("positions start at the padded width", "completion_position = (before[:, None] + completion_column)[", "completion_position = (groups.prompts.shape[1] + completion_column)["),
         ("no causal mask among a completion's tokens", "behind = self.where[:, :, None] -",
          "behind = torch.where(self.where[:, :1] > 0, self.where.masked_fill(~self.real, 0).amax(1, keepdim=True), self.where)[:, :, None] -"),
         ("a completion does not see itself", "hidden = behind < 0 if", "hidden = (behind < 0) | (behind == 0) & (self.where[:, :, None] > 0) if"),
         ("no causal mask in prompts", "behind = self.where[:, :, None] -",
          "behind = torch.where(self.where[:, :1] == 0, self.where.masked_fill(~self.real, 0).amax(1, keepdim=True), self.where)[:, :, None] -"),
-        ("a completion sees its sibling's prompt", "rows = torch.stack([before_start, own_start,", "rows = torch.stack([prompt_start.repeat(size), own_start,"),
-        ("a completion's first key is what follows its prompt in the packed row", "torch.where(column < prompt,", "torch.where(column <= prompt,"),
+        ("a completion sees its sibling's prompt", '[\n                before_start,\n                completion_start,', '[\n                prompt_start.repeat(size),\n                completion_start,'),
+        ("a completion's first key is what follows its prompt in the packed row", 'torch.where(\n            column < prompt,', "torch.where(column <= prompt,"),
         ("packed rows stay in the order of the blocks", ".index_select(0, self.place)[None]", "[None]"),
-        ("packed rows by the inverse order", "real[self.asked[real].argsort()]", "real[self.asked[real]]"),
-        ("gradient of the keys lost", "(k, self.seen, seen),", "(k.detach(), self.seen, seen),"),
-        ("gradient of prompts' values lost where completions share them", "(v, self.seen, seen))",
-         "(torch.cat([v[:, :, : int(self.seen.bincount().argmin())].detach(), v[:, :, int(self.seen.bincount().argmin()) :]], 2), self.seen, seen))"),
+        ("packed rows by the inverse order", "self.query_index[real].argsort()", "self.query_index[real]"),
+        ("gradient of the keys lost", "(k, self.key_index, keys),", "(k.detach(), self.key_index, keys),"),
+        ("gradient of prompts' values lost where completions share them", "(v, self.key_index, keys),",
+         "(torch.cat([v[:, :, : int(self.key_index.bincount().argmin())].detach(), v[:, :, int(self.key_index.bincount().argmin()) :]], 2), self.key_index, keys),"),
         ("scale of attention forgotten", "q = (query * (scale or width**-0.5))", "q = query"),
         ("query heads share the keys of others", "(query * (scale or width**-0.5)).reshape(",
          "(query * (scale or width**-0.5)).unflatten(1, (-1, groups)).transpose(1, 2).reshape("),
@@ -342,8 +347,8 @@ MUTANTS: list[Mutant] = [
         ("padded queries of a block count as real", ".nonzero()[:, 0]", ".new_ones(len(self.asked)).nonzero()[:, 0]"),
     ),
     *planted("model/attention.py", "test_forward.py -k 'padding_amount'",
-        ("padding of the prompt counts as real", "column, own_column = groups.prompt_mask.cumsum(1) - 1,",
-         "column, own_column = torch.ones_like(groups.prompts).cumsum(1) - 1,"),
+        ("padding of the prompt counts as real", "groups.prompt_mask.cumsum(1) - 1",
+         "torch.ones_like(groups.prompts).cumsum(1) - 1"),
     ),
     *planted("model/attention.py", "test_forward.py -k 'sliding'",
         ("sliding window off by one in prompts", "(behind >= window)", "(behind >= window + (self.where[:, :1, None] == 0))"),
@@ -352,10 +357,10 @@ MUTANTS: list[Mutant] = [
         ("sliding window lets queries see ahead", "else (behind < 0) | (behind >= window)", "else behind >= window"),
     ),
     *planted("model/attention.py", "test_forward.py -k 'scores'",
-        ("score read one token early", "own_start + own - 1, prompt_end[:, 0])", "own_start + own - 2, prompt_end[:, 0])"),
+        ("score read one token early", "completion > 0, completion_start + completion - 1, prompt_end[:, 0]", "completion > 0, completion_start + completion - 2, prompt_end[:, 0]"),
     ),
     *planted("model/forward.py", "test_forward.py -k 'one_sequence or cannot_share or scores or learned'",
-        ("plain rows: next-token shift twice", "before = (start + prompt)[:, None] + own_column - 1", "before = (start + prompt)[:, None] + own_column - 2"),
+        ("plain rows: next-token shift twice", "before = (start + prompt)[:, None] + completion_column - 1", "before = (start + prompt)[:, None] + completion_column - 2"),
         ("plain rows: score at the first token", "start + real.sum(1) - 1", "start"),
         ("plain rows: score at the padded end", "start + real.sum(1) - 1", "start + ids.shape[1] - 1"),
         ("plain rows: padding first", "(~real).long().argsort(", "real.long().argsort("),
@@ -373,9 +378,9 @@ MUTANTS: list[Mutant] = [
         ("temperature upside down", "targets, 1.0 / temperature)", "targets, temperature)"),
         ("temperature forgotten in the gradient", "(-ctx.sharpness * grads[0])", "(-grads[0])"),
         ("normalizer of the last chunk only", "lse = torch.logaddexp(lse, logits.sub_(top)", "lse = torch.logaddexp(lse - torch.inf, logits.sub_(top)"),
-        ("gradient of the softmax alone", ".scatter_add_(1, column, -here.to(lse.dtype))  #", "  #"),
-        ("bias forgotten where the softmax is made again", "_chunks(hidden, weight, bias, targets, ctx.sharpness, kept)", "_chunks(hidden, weight, None, targets, ctx.sharpness, kept)"),
-        ("temperature forgotten where the softmax is made again", "_chunks(hidden, weight, bias, targets, ctx.sharpness, kept)", "_chunks(hidden, weight, bias, targets, 1.0, kept)"),
+        ("gradient of the softmax alone", 'slope = logits.sub_(lse).exp_().scatter_add_(1, column, -here.to(lse.dtype))', 'slope = logits.sub_(lse).exp_()'),
+        ("bias forgotten where the softmax is made again", 'hidden, weight, bias, targets, ctx.sharpness, kept', 'hidden, weight, None, targets, ctx.sharpness, kept'),
+        ("temperature forgotten where the softmax is made again", 'for start, _, logits, here, column in _chunks(\n            hidden, weight, bias, targets, ctx.sharpness, kept\n        ):', 'for start, _, logits, here, column in _chunks(hidden, weight, bias, targets, 1.0, kept):'),
         ("kept logits of another chunk", "product = kept[i] if", "product = kept[i - i % 2] if"),
         ("gradient of the hidden states from one chunk only", "grad_hidden += slope @", "grad_hidden = slope @"),
         ("gradient of the hidden states without what came from above", "return (grad_hidden * scale).to(", "return grad_hidden.to("),
@@ -428,7 +433,7 @@ MUTANTS: list[Mutant] = [
         ("lean: without gradients no up", "return down(silu(gate) * up)", "return down(silu(gate))"),
     ),
     *planted("store/checkpoints.py", "test_resume.py -k 'same_bits and everything'",
-        ("resume: the data begins again", 'run.done = state["step"]', "run.done = 0"),
+        ("resume: the data begins again", 'run.done = state["step"]\n        restore(run.model', "run.done = 0\n        restore(run.model"),
     ),
     *planted("step/optimizer.py", "test_resume.py -k 'same_bits and everything'",
         ("resume: the optimizer begins again", 'self.adamw.load_state_dict(state["adamw"])', "pass"),
@@ -460,7 +465,7 @@ MUTANTS: list[Mutant] = [
         ("durable: a full disk is a traceback where Rust writes", "rust = isinstance(error, SafetensorError) or type(error) is Exception", "rust = False"),
     ),
     *planted("store/trackers.py", "test_trackers.py -k 'told_each_step_once'",
-        ("trackers: a resumed run is another one to wandb", '"id": identifier, "resume": "allow", ', ""),
+        ("trackers: a resumed run is another one to wandb", 'options: dict[str, Any] = {\n        "id": identifier,\n        "resume": "allow",\n        "name": out.name,\n        "config": config,\n        "dir": str(out),\n    }', 'options: dict[str, Any] = {"name": out.name, "config": config, "dir": str(out)}'),
         ("trackers: wandb is told what it has", "if line[0] >= run.starting_step:", "if True:"),
     ),
     *planted("store/trackers.py", "test_trackers.py -k 'synced'",
@@ -478,11 +483,11 @@ MUTANTS: list[Mutant] = [
     ),
     *planted("runner/resume.py", "test_resume.py -k 'may_not or anew'",
         ("resume: any option may be given anew", "if other := sorted(options.keys() - set(MAY_CHANGE)):", "if other := list[str]():"),
-        ("resume: servers in the place of the run's own engine", "if _served(config) != _served(before):", "if False:"),
-        ("resume: what is given anew is not taken", 'typed(type(before), options, "") | {"out": str(out)}', '{"out": str(out)}'),
+        ("resume: servers in the place of the run's own engine", "if _uses_servers(config) != _uses_servers(before):", "if False:"),
+        ("resume: what is given anew is not taken", 'parse_values(type(before), options, "") | {"out": str(out)}', '{"out": str(out)}'),
     ),
     *planted("store/state.py", "test_servers.py -k 'not_yet_used and grpo'",
-        ("survive: rollouts not yet used are in no checkpoint", "return written(part)", "return None"),
+        ("survive: rollouts not yet used are in no checkpoint", "return batches_to_json(part)", "return None"),
     ),
     *planted("generation/server.py", "test_servers.py -k 'not_yet_used and grpo'",
         ("survive: rollouts of a checkpoint are not used", 'self.kept = {batch["step"]: batch for batch in state}', "self.kept = {}"),
@@ -494,7 +499,7 @@ MUTANTS: list[Mutant] = [
         ("survive: rollouts of a checkpoint are not given to rank 0", "            self.servers.set_state(state)\n", "            pass\n"),
     ),
     *planted("runner/launch.py", "test_servers.py -k 'in_an_evaluation'",
-        ("without servers: the sentence promises a step that is not saved", 'to go on" if step == done else where', 'to go on"'),
+        ("without servers: the sentence promises a step that is not saved", 'to continue" if step == done else where', 'to continue"'),
     ),
     *planted("store/record.py", "test_resume.py -k 'forked or without_locks'",
         ("survive: what was forked holds the lock", "os.register_at_fork(after_in_child=file.close)", "pass"),
@@ -510,7 +515,7 @@ MUTANTS: list[Mutant] = [
     ),
     *planted("store/fingerprint.py", "test_resume.py -k 'reward_that_has'",
         ("survive: a reward model whose end has changed is not seen", "                file.seek(max(file.tell(), size - END))\n", "                continue\n"),
-        ("survive: a reward function that has changed is not seen", "return source if source.endswith", "return name if source.endswith"),
+        ("survive: a reward function that has changed is not seen", '        source', '        name'),
     ),
     *planted("runner/stopping.py", "test_resume.py -k 'signal'",
         ("survive: the end of a terminal kills", 'getattr(signal, "SIGHUP", signal.SIGTERM)', "signal.SIGTERM"),
@@ -538,14 +543,14 @@ MUTANTS: list[Mutant] = [
     ),
     *planted("model/scalar.py", "test_recipes.py -k shared_critic",
         ("critic trains the policy's trunk", "copy.deepcopy(policy.base_model, frozen)", "policy.base_model"),
-        ("shared critic has a trunk of its own", "model = _headed(policy, policy.base_model)", "model = _headed(policy, copy.deepcopy(policy.base_model))"),
+        ("shared critic has a trunk of its own", "model = _with_head(policy, policy.base_model)", "model = _with_head(policy, copy.deepcopy(policy.base_model))"),
         ("critic starts at random", "    torch.nn.init.zeros_(model.score.weight)\n", ""),
     ),
     *planted("dependencies.py", "test_dependencies.py -k 'untried or nightlies or missing or old'",
-        ("versions: any is a tried one", "needed.specifier.contains(found, prereleases=True)", "True"),
-        ("versions: a nightly build is untried", "contains(found, prereleases=True)", "contains(found, prereleases=False)"),
+        ("versions: any is a tried one", "needed.specifier.contains(installed, prereleases=True)", "True"),
+        ("versions: a nightly build is untried", "contains(installed, prereleases=True)", "contains(installed, prereleases=False)"),
         ("versions: the way out for any version is closed", 'os.environ.get(ANY_VERSION) == "1" or', ""),
-        ("versions: what an extra needs is not looked for", "except PackageNotFoundError:\n            said", "except ZeroDivisionError:\n            said"),
+        ("versions: what an extra needs is not looked for", "except PackageNotFoundError:\n            raise InputError(", "except ZeroDivisionError:\n            raise InputError("),
         ("versions: of an extra nothing is asked", 'not always and needed.marker and needed.marker.evaluate({"extra": extra})', "False"),
     ),
     *planted("cli/early.py", "test_dependencies.py -k 'before_anything'",
@@ -553,7 +558,7 @@ MUTANTS: list[Mutant] = [
         ("early: what is named and not there waits for torch", "    require_places(config)\n", ""),
         ("early: values are not checked", "    check(config, method)\n", ""),
         ("early: a run without a model waits for torch", "        require_model(config.model and model_folder(config.model))\n", ""),
-        ("early: options of resume are not read", 'kind(**typed(kind, read_flags(kind, args[1:]), "--"))', "kind()"),
+        ("early: options of resume are not read", 'kind(**parse_values(kind, read_flags(kind, args[1:]), "--"))', "kind()"),
     ),
     *planted("timing.py", "test_record.py -k 'clock or add_up'",
         ("what another clock timed goes to this one", "        _running.reset(self.before)\n", "        pass\n"),
@@ -562,17 +567,17 @@ MUTANTS: list[Mutant] = [
         ("a pass does not ask for its weights", "if holder is None:", "if True:"),
     ),
     *planted("model/copies.py", "test_lora.py -k 'reference'",
-        ("adapters: the reference copies the base", "if not x.requires_grad})", "if False})"),
-        ("adapters: the reference shares the adapter", " if not x.requires_grad})", "})"),
+        ("adapters: the reference copies the base", 'copied = copy.deepcopy(\n        model, {id(x): x for x in model.parameters() if not x.requires_grad}\n    ).requires_grad_(False)', 'copied = copy.deepcopy(model, {id(x): x for x in model.parameters() if False}).requires_grad_(\n        False\n    )'),
+        ("adapters: the reference shares the adapter", 'copied = copy.deepcopy(\n        model, {id(x): x for x in model.parameters() if not x.requires_grad}\n    ).requires_grad_(False)', 'copied = copy.deepcopy(model, {id(x): x for x in model.parameters()}).requires_grad_(False)'),
         ("adapters: every reference is the base", "if moved and not any(moved):", "if moved:"),
         ("adapters: no reference is the base", "if moved and not any(moved):", "if False:"),
     ),
     *planted("model/scalar.py", "test_lora.py -k 'roles or critic_without'",
-        ("adapters: the critic copies the base", "if not x.requires_grad}  #", "if False}  #"),
-        ("adapters: the critic shares the policy's adapter", " if not x.requires_grad}  #", "}  #"),
+        ("adapters: the critic copies the base", "frozen = {id(x): x for x in policy.parameters() if not x.requires_grad}", "frozen = {id(x): x for x in policy.parameters() if False}"),
+        ("adapters: the critic shares the policy's adapter", "frozen = {id(x): x for x in policy.parameters() if not x.requires_grad}", "frozen = {id(x): x for x in policy.parameters()}"),
     ),
     *planted("model/adapters.py", "test_lora.py -k 'changes_nothing or gradients or merged_is or targets or together'",
-        ("adapters: the head too", "and id(m) not in heads}", "}"),
+        ("adapters: the head too", 'linear = {\n        n: m\n        for n, m in model.named_modules()\n        if isinstance(m, torch.nn.Linear | Conv1D) and id(m) not in heads\n    }', 'linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D)}'),
         ("adapters: alpha is not what was asked for", "lora_alpha=alpha or 2 * rank", "lora_alpha=2 * rank"),
         ("adapters: half of the layers", "target_modules=list(targets or names)", "target_modules=list(targets or names[::2])"),
         ("adapters: merged is the base", "            module.merge()\n", "            pass\n"),
@@ -583,14 +588,14 @@ MUTANTS: list[Mutant] = [
         ("adapters: names without peft's prefix", '{f"{PREFIX}{name}": x.detach()', '{name: x.detach()'),
         ("adapters: targets in any order", "sorted(value) if isinstance(value, set)", "sorted(value, reverse=True) if isinstance(value, set)"),
         ("adapters: the base is a relative path", "str(Path(base).resolve()) if Path(base).exists() else base\n    return inject", "base\n    return inject"),
-        ("adapters: tensors that do not fit are passed over", "if wrong := [*filter(is_adapters, result.missing_keys), *result.unexpected_keys]:", "if wrong := []:"),
+        ("adapters: tensors that do not fit are passed over", "if wrong := [*filter(is_adapter_parameter, result.missing_keys), *result.unexpected_keys]:", "if wrong := []:"),
     ),
     *planted("model/adapters.py", "test_lora.py -k 'roles or all_weights or by_itself'",
-        ("adapters: the reward model has a base of its own", "if config is None or own is None or _place(config) != _place(own):", "if True:"),
+        ("adapters: the reward model has a base of its own", "if config is None or policy_config is None:", "if True:"),
         ("adapters: the reward model keeps the policy's adapter", "model = without_layers(with_scalar_head(policy))", "model = with_scalar_head(policy)"),
         ("adapters: the critic is the reward model", "copied = copy.deepcopy(model, shared)", "copied = model"),
-        ("adapters: the critic copies the reward model's base", "for name, x in model.named_parameters() if not is_adapters(name)}", "for name, x in ()}"),
-        ("adapters: the critic trains its base", "x.requires_grad_(is_adapters(name))", "x.requires_grad_(True)"),
+        ("adapters: the critic copies the reward model's base", "for name, x in model.named_parameters() if not is_adapter_parameter(name)}", "for name, x in ()}"),
+        ("adapters: the critic trains its base", "x.requires_grad_(is_adapter_parameter(name))", "x.requires_grad_(True)"),
     ),
     *planted("model/load.py", "test_lora.py -k 'killed or gone_on'",
         ("adapters: a checkpoint's adapter is not taken back", "        read_adapter(model, str(folder))\n", "        pass\n"),
@@ -598,7 +603,7 @@ MUTANTS: list[Mutant] = [
     ),
     *planted("model/copies.py", "test_recipes.py -k 'shared_critic or reference or frozen'",
         ("reference is the policy itself", "    return copied\n", "    return model\n"),
-        ("reference shares the policy's weights", "if not x.requires_grad}).requires_grad_(False)", "})"),
+        ("reference shares the policy's weights", 'copied = copy.deepcopy(\n        model, {id(x): x for x in model.parameters() if not x.requires_grad}\n    ).requires_grad_(False)', 'copied = copy.deepcopy(model, {id(x): x for x in model.parameters()})'),
     ),
     # Generation ------------------------------------------------------------------------------------------------------
     *planted("generation/sampling.py", "test_sampling.py",
@@ -607,7 +612,7 @@ MUTANTS: list[Mutant] = [
         ("a few rows at a time: the levels of the first", "level.split(rows), strict=True)", "[level[:rows]] * len(logits), strict=False)"),
         ("a few rows at a time: whatever is cut, plain", "draw(x if plain else", "draw(x if True else"),
         ("temperature not applied in the sampler", "else logits / temperature)", "else logits)"),
-        ("top-k not normalized again", "logprobs.gather(-1, keep)).log_softmax(-1)", "logprobs.gather(-1, keep))"),
+        ("top-k not normalized again", 'logprobs = (\n            torch.full_like(logprobs, -torch.inf)\n            .scatter(-1, keep, logprobs.gather(-1, keep))\n            .log_softmax(-1)', 'logprobs = torch.full_like(logprobs, -torch.inf).scatter(\n            -1, keep, logprobs.gather(-1, keep)'),
         ("top-p keeps one token too few", "(before >= top_p) & (before > 0)", "(ordered.exp().cumsum(-1) > top_p) & (before > 0)"),
         ("top-p keeps one token too many", "(before >= top_p) & (before > 0)", "(before > top_p) & (before > 0)"),
         ("top-p may keep nothing", "(before >= top_p) & (before > 0)", "before >= top_p"),
@@ -643,8 +648,13 @@ MUTANTS: list[Mutant] = [
     *planted("distributed/ranks.py", "test_ranks.py -k 'lengths or noise or said_once'",
         ("ranks: shares by number, not by length", "loads[rank] += lengths[group]", "loads[rank] += 1"),
         ("ranks: every process says why", "ranks.store.add(\"failed\", 1) == 1", "True"),
-        ("ranks: a reward's error stays with rank 0", "told = None, error\n", "told = None, None\n"),
-        ("ranks: every process asks the reward", 'self.ranks.first(lambda: (own(rollouts).cpu(), getattr(own, "logged", {})))', 'own(rollouts).cpu(), getattr(own, "logged", {})'),
+        ("ranks: a reward's error stays with rank 0", "outcome = None, error\n", "outcome = None, None\n"),
+    ),
+    *planted("distributed/ranks.py", "test_ranks.py -k 'asks_the_reward'",
+        ("ranks: every process asks the reward", 'scores, self.logged = self.ranks.first(\n            lambda: (own(rollouts).cpu(), getattr(own, "logged", {}))\n        )', 'scores, self.logged = own(rollouts).cpu(), getattr(own, "logged", {})'),
+    ),
+    *planted("step/trace.py", "test_ranks.py -k 'gradient_of_all'",
+        ("ranks: the record has the gradient of one rank's tokens", "self.filled[:] = [self.latest, self.slope]", "self.filled[:] = [self.latest]"),
     ),
     *planted("store/shard_files.py", "test_ranks.py -k 'resumes_on'",
         ("shards: without the moments", 'if key != "step"}', "if not key}"),
@@ -652,7 +662,7 @@ MUTANTS: list[Mutant] = [
         ("shards: random numbers begin again", "    set_random_state(run.generator, state[\"random\"])\n", ""),
     ),
     *planted("distributed/ranks.py", "test_ranks_servers.py -k 'give_one and options0'",
-        ("ranks: versions stay with rank 0", "versions=versions)", "versions=() if part is None else versions)"),
+        ("ranks: versions stay with rank 0", 'ranks.join(part[0] if part else None, rows, prompts, group_size), versions=versions', 'ranks.join(part[0] if part else None, rows, prompts, group_size),\n            versions=versions if part else (),'),
     ),
     *planted("distributed/checkpoints.py", "test_ranks_servers.py -k any_number",
         ("shards: random numbers of the middle of a step", 'random, parts = self.before["random"], parts |', "parts = parts |"),
@@ -662,10 +672,10 @@ MUTANTS: list[Mutant] = [
         ("others hear nothing while servers write", "                self.waits()\n", "                pass\n"),
     ),
     *planted("generation/local.py", "test_ranks_servers.py -k ends_with_it",
-        ("a server takes itself for a process of torchrun", " if not TORCHRUN.fullmatch(name)}", "}"),
+        ("a server takes itself for a process of torchrun", 'environment |= {\n            name: value for name, value in os.environ.items() if not TORCHRUN.fullmatch(name)\n        }', "environment |= {name: value for name, value in os.environ.items()}"),
     ),
     *planted("distributed/fsdp.py", "test_ranks_lora.py -k one_base",
-        ("ranks: a base of its own for every role", "Hollow(known, self.device) if base", "Hollow(known, self.device, copied=True) if base"),
+        ("ranks: a base of its own for every role", "Hollow(shard, self.device) if base", "Hollow(shard, self.device, copied=True) if base"),
     ),
     *planted("distributed/fsdp.py", "test_ranks.py -k 'as_one_without_it and grpo'",
         ("ranks: a copy is the thing itself", "        return Hollow(self.of, self.device, copied=True)", "        return self"),
@@ -680,14 +690,14 @@ MUTANTS: list[Mutant] = [
         ("ranks: who has loaded nothing draws other numbers", "        torch.set_rng_state(random_state)\n        return model", "        return model"),
     ),
     *planted("distributed/fsdp.py", "test_ranks_lora.py -k 'gone_on_with and options3'",
-        ("ranks: the reference of an adapter is its base", "memo[id(x)] = Hollow(known, self.device) if base else", "memo[id(x)] = Hollow(known, self.device) if True else"),
+        ("ranks: the reference of an adapter is its base", "memo[id(x)] = Hollow(shard, self.device) if base else", "memo[id(x)] = Hollow(shard, self.device) if True else"),
     ),
     *planted("rewards/learned.py", "test_lora.py -k reward_model_merged",
         ("an adapter of a reward model is not merged", '"merge": not hasattr(like, "peft_config")', '"merge": False'),
     ),
     *planted("store/shard_files.py", "test_ranks_lora.py -k 'goes_on_from_it and 2'",
-        ("shards: the base below an adapter is written", "if x.requires_grad or not adapter}", "if True}"),
-        ("shards: adapters are not", "if x.requires_grad or not adapter}", "if not adapter}"),
+        ("shards: the base below an adapter is written", 'found: dict[str, Tensor] = {\n        f"model/{name}": x for name, x in named if x.requires_grad or not adapter\n    }', 'found: dict[str, Tensor] = {f"model/{name}": x for name, x in named if True}'),
+        ("shards: adapters are not", 'found: dict[str, Tensor] = {\n        f"model/{name}": x for name, x in named if x.requires_grad or not adapter\n    }', 'found: dict[str, Tensor] = {f"model/{name}": x for name, x in named if not adapter}'),
     ),
     *planted("model/blocks.py", "test_ranks.py -k checkpointed",
         ("checkpointing does nothing", "if not torch.is_grad_enabled():", "if True:"),
@@ -696,18 +706,18 @@ MUTANTS: list[Mutant] = [
         ("one random number for all rows", "torch.rand((len(rows), 1), generator", "torch.rand((1, 1), generator"),
         ("the sampler ignores its generator", "generator=self.generator, device=rows", "device=rows"),
         ("only the first stop id is honored", "stops = torch.tensor(engine.stops, device=device)", "stops = torch.tensor(engine.stops[:1], device=device)"),
-        ("only the first stop id counts as finished", "completions.new_tensor(self.stops))\n        lengths", "completions.new_tensor(self.stops[:1]))\n        lengths"),
+        ("only the first stop id counts as finished", 'completions.gather(1, last[:, None])[:, 0], completions.new_tensor(self.stops)', 'completions.gather(1, last[:, None])[:, 0], completions.new_tensor(self.stops[:1])'),
         ("finished rows keep writing", "present[alive, t] = writing", "present[alive, t] = True"),
         ("finished rows begin again", "writing = writing & ~torch.isin(tokens, stops)", "writing = ~torch.isin(tokens, stops)"),
         ("EOS is not part of the completion", "present[alive, t] = writing", "present[alive, t] = writing & ~torch.isin(tokens, stops)"),
         ("a row goes on with its sibling's cache", "[x[rows] for x in store]", "[x[: int(rows.sum())] for x in store]"),
         ("a row goes on with its sibling's prompt length", "self.start = self.start[rows]", "self.start = self.start[: int(rows.sum())]"),
         ("keys of the prompt stored for other rows", "transpose(1, 2).repeat_interleave(self.group_size, 0)", "transpose(1, 2).repeat(self.group_size, 1, 1, 1)"),
-        ("columns that the cache grew are seen", " | (column >= self.used)  #", "  #"),
-        ("the newest column is hidden", "(column >= self.used)  #", "(column >= self.used - 1)  #"),
+        ("columns that the cache grew are seen", 'hidden = (column < self.width - self.start[:, None]) | (column >= self.used)', "hidden = column < self.width - self.start[:, None]"),
+        ("the newest column is hidden", 'column >= self.used', 'column >= self.used - 1'),
         ("the cache grows at its beginning", "pad(store[i], (0, 0, 0, STRETCH))", "pad(store[i], (0, 0, STRETCH, 0))"),
         ("every layer opens a column", "if layer == next(iter(self.stores)):", "if True:"),
-        ("prompts left-aligned in the cache", "(self.width - lengths).repeat_interleave(lengths) + ", ""),
+        ("prompts left-aligned in the cache", 'self.column = (\n            row * self.width\n            + (self.width - lengths).repeat_interleave(lengths)\n            + prefill.positions[0]\n        )', 'self.column = row * self.width + prefill.positions[0]'),
         ("positions off by one while decoding", "(cache.start + t)[:, None], cache)", "(cache.start + t + 1)[:, None], cache)"),
         ("padding of the prompt counts as real while decoding", "(column < self.width - self.start[:, None])", "(column < 0 * self.start[:, None])"),
         ("sliding window off by one while decoding", "hidden |= column < self.used - (window or", "hidden |= column <= self.used - (window or"),
@@ -715,17 +725,17 @@ MUTANTS: list[Mutant] = [
     ),
     *planted("generation/engine.py", "test_engine.py -k 'recurrent or transformers'",
         ("transformers' sampling leaves EOS out", "ended.cumsum(1) - ended == 0", "ended.cumsum(1) == 0"),
-        ("transformers' sampling: log-probabilities without temperature", "groups, temperature=heat or 1.0)", "groups)"),
-        ("transformers' sampling ignores the seed", "torch.manual_seed(int(torch.randint(2**31, (), generator=engine.generator, device=engine.generator.device)))", "torch.manual_seed(0)"),
+        ("transformers' sampling: log-probabilities without temperature", "groups, temperature=temperature or 1.0)", "groups)"),
+        ("transformers' sampling ignores the seed", 'torch.manual_seed(\n        int(torch.randint(2**31, (), generator=engine.generator, device=engine.generator.device))\n    )', 'torch.manual_seed(0)'),
     ),
     # Data ------------------------------------------------------------------------------------------------------------
     *planted("model/text.py", "test_data.py -k 'not real_files and not real_conv'",
         ("EOS not appended to data", "return [*ids, stops[0]], [True] * (len(ids) + 1)", "return ids, [True] * len(ids)"),
         ("EOS appended and not trained", "[True] * (len(ids) + 1)", "[True] * len(ids) + [False]"),
-        ("EOS of a turn not trained", "[own and i < end for i in", "[own and i < end - 1 for i in"),
-        ("a template that opens replies otherwise is taken at its word", ".removesuffix(known[template])", ""),
-        ("the user's turns are trained", "[own and i < end for i in", "[i < end for i in"),
-        ("what follows EOS in the template is trained", "[own and i < end for i in", "[own for i in"),
+        ("EOS of a turn not trained", "[is_assistant and i < end for i in", "[is_assistant and i < end - 1 for i in"),
+        ("a template that opens replies otherwise is taken at its word", ".removesuffix(cache[template])", ""),
+        ("the user's turns are trained", "[is_assistant and i < end for i in", "[i < end for i in"),
+        ("what follows EOS in the template is trained", "[is_assistant and i < end for i in", "[is_assistant for i in"),
         ("completions tokenized without their prompt", "if joint[: len(before_ids)] == list(before_ids):", "if False:"),
         ("a merge across the border changes the prompt", "if joint[: len(before_ids)] == list(before_ids):", "if True:"),
         ("prompt tokens are in the completion, and trained", "return joint[len(before_ids) :]", "return joint"),
@@ -743,7 +753,7 @@ MUTANTS: list[Mutant] = [
         ("a long prompt keeps its beginning", "del example.prompt[:-max_prompt]", "del example.prompt[max_prompt:]"),
         ("a completion too long is cut at its beginning", "del part[max_completion:]", "del part[:-max_completion]"),
         ("a pair of equal sides is kept", 'return "chosen equals rejected"\n', 'return ""\n'),
-        ("a prompt said again is not taken off the sides", "[side[len(prompt) :] for side in sides] if said_again else sides", "sides"),
+        ("a prompt said again is not taken off the sides", "[side[len(prompt) :] for side in sides] if repeated else sides", "sides"),
     ),
     *planted("data/examples.py", "test_rows.py -k 'not odd'",
         ("rows not held: held-out prompts are trained on", "if example and not (self.heldout and _split_key(example, self.seed) in self.heldout):", "if example:"),
@@ -767,13 +777,13 @@ MUTANTS: list[Mutant] = [
         ("a tokenizer's own code is run", "trust_remote_code=trusted()", "trust_remote_code=True"),
     ),
     *planted("batch.py", "test_data.py test_invariance.py -k 'learned or trained or pairs_of'",
-        ("collate trains what a user said", "mask[present] = torch.tensor([flag for flags in trained for flag in flags], dtype=torch.bool)", "pass"),
+        ("collate trains what a user said", 'mask[present] = torch.tensor(\n            [flag for flags in trained for flag in flags], dtype=torch.bool\n        )', 'pass'),
     ),
     *planted("batch.py", "test_forward.py -k 'microbatches'",
         ("microbatches drop the last part", "for p in [*order, None]:", "for p in order:"),
         ("microbatches ignore `only`", "groups, first = groups.select(chosen), group_rows(chosen, size)", "pass"),
         ("microbatches number the rows of `only` anew", "groups, first = groups.select(chosen), group_rows(chosen, size)", "groups = groups.select(chosen)"),
-        ("microbatches split groups that must stay whole", "while not whole and size > 1", "while size > 1"),
+        ("microbatches split groups that must stay whole", 'while (\n        not whole\n        and size > 1\n        and (groups.lengths > (2 * groups.prompt_mask.sum(1)).clamp(min=budget)).any()\n    ):', 'while size > 1 and (groups.lengths > (2 * groups.prompt_mask.sum(1)).clamp(min=budget)).any():'),
         ("microbatches take a long prompt apart from its completions", "(2 * groups.prompt_mask.sum(1)).clamp(min=budget)", "budget"),
         ("microbatches: rows of another part", "yield first[group_rows(index, size)], groups.select(index)", "yield first[group_rows(index.sort()[0], size)], groups.select(index)"),
         ("regroup tiles the prompts", "x.repeat_interleave(copies, 0)", "x.repeat(copies, 1)"),
@@ -801,10 +811,10 @@ MUTANTS: list[Mutant] = [
         ("sft: mean of each microbatch", "part.mask, total=total)", "part.mask)"),
     ),
     *planted("step/reference_cache.py", "test_remembered.py",
-        ("remembered: weights are not part of the name", "found.update(x.cpu()", "(x.cpu()"),
-        ("remembered: precision is not part of the name", 'getattr(model, "compute_dtype", None)', "None"),
-        ("remembered: what is learned is not part of the name", ", example.learned))", "))"),
-        ("remembered: a damaged file stops the run", "OSError, SafetensorError, KeyError", "OSError"),
+        ("reference cache: weights are not part of the name", "sha256.update(x.cpu()", "(x.cpu()"),
+        ("reference cache: precision is not part of the name", 'getattr(model, "compute_dtype", None)', "None"),
+        ("reference cache: what is learned is not part of the name", ", example.learned))", "))"),
+        ("reference cache: a damaged file stops the run", "OSError, SafetensorError, KeyError", "OSError"),
     ),
     *planted("recipes/offline.py", "test_recipes.py -k 'dpo_starts'",
         ("dpo: references of other rows, by the order of the data", "dict(zip(unique, logprob", "dict(zip(sorted(unique), logprob"),
@@ -812,14 +822,14 @@ MUTANTS: list[Mutant] = [
     *planted("step/run.py", "test_recipes.py -k 'dpo_starts'",
         ("dpo: rows without their number have one reference", "replace(self.train[number], index=number)", "self.train[number]"),
     ),
-    *planted("step/run.py", "test_recipes.py -k 'dpo_starts'",
+    *planted("step/run.py", "test_recipes.py -k 'reference_of_its_own'",
         ("dpo: held-out rows without their number have one reference", "self.heldout = [replace(x, index=len(self.train) + i) for i, x in enumerate(self.heldout)]", "pass"),
         ("dpo: held-out rows have the references of the trained ones", "index=len(self.train) + i)", "index=i)"),
     ),
     *planted("recipes/dpo.py", f"{SPLIT} -k 'dpo'",
         ("dpo: mean of each microbatch", "(loss.sum() / len(pairs) +", "(loss.mean() +"),
         ("dpo: reference of other rows", "ref_logprob[rows], part", "ref_logprob[: len(rows)], part"),
-        ("dpo: supervised mean of each microbatch", "/ written.sum()", "/ written[rows].sum()"),
+        ("dpo: supervised mean of each microbatch", "/ sft_mask.sum()", "/ sft_mask[rows].sum()"),
     ),
     *planted("recipes/reward_model.py", f"{SPLIT} -k 'reward'",
         ("reward model: mean of each microbatch", "(loss.sum() / len(pairs)).backward()", "loss.mean().backward()"),
@@ -829,9 +839,9 @@ MUTANTS: list[Mutant] = [
         ("pairwise grpo: rewards of other rows", "ref_logprob[rows], rewards[rows], size", "ref_logprob[rows], rewards[: len(rows)], size"),
     ),
     *planted("recipes/ppo.py", f"{SPLIT} -k 'ppo'",
-        ("ppo: mean of each microbatch", "* loss, part.mask, total=total)", "* loss, part.mask)"),
+        ("ppo: mean of each microbatch", "token_mean(trace.weights(rows, old) * loss, part.mask, total=total)", "token_mean(trace.weights(rows, old) * loss, part.mask)"),
         ("ppo: value loss by the mean of each microbatch", "token_mean(value_loss, part.mask, total=total)", "token_mean(value_loss, part.mask)"),
-        ("ppo: old log-probabilities of other rows", "clipped_surrogate_loss(logprobs, old_logprobs[rows],", "clipped_surrogate_loss(logprobs, old_logprobs[: len(rows)],"),
+        ("ppo: old log-probabilities of other rows", "old = old_logprobs[rows]", "old = old_logprobs[: len(rows)]"),
     ),
     *planted("recipes/grpo.py", "test_recipes.py -k constant",
         ("grpo: the KL charged is the sampler's, not exactly 0 at first", "by=policy if objective.charges_kl else None", "by=None"),
@@ -893,7 +903,7 @@ MUTANTS: list[Mutant] = [
     *planted("recipes/kto.py", PARITY,
         ("kto: weights swapped", "torch.where(good, config.desirable_weight, config.undesirable_weight)", "torch.where(good, config.undesirable_weight, config.desirable_weight)"),
         ("kto: reference point from each prompt's own completions", "zip(examples, [examples[-1], *examples[:-1]], strict=True)", "zip(examples, examples, strict=True)"),
-        ("kto: references of exchanged completions in the place of the rows' own", "index=(a.index, b.index)", "index=a.index"),
+        ("kto: references of mismatched completions in the place of the rows' own", "index=(a.index, b.index)", "index=a.index"),
     ),
     *planted("recipes/reward_model.py", PARITY,
         ("reward model: margins of other rows", "margin=margin[rows[::2] // 2])", "margin=margin[: len(chosen)])"),
@@ -904,9 +914,14 @@ MUTANTS: list[Mutant] = [
     *planted("step/run.py", PARITY,
         ("grpo: reference without the temperature that sampled", "(token_logprobs, model, given, temperature=self.temperature)", "(token_logprobs, model, given)"),
     ),
+    *planted("recipes/dynamic_sampling.py", "test_recipes.py -k 'takes_the_place'",
+        ("dynamic sampling: completions of other groups", "(rollouts, rewards, p * size + i) for rollouts, rewards, p", "(rollouts, rewards, i * len(rollouts.rows) + p) for rollouts, rewards, p"),
+        ("dynamic sampling: rows of the prompts as they came", "rows=[r.rows[p] for r, _, p in groups]", "rows=groups[0][0].rows"),
+        ("dynamic sampling: tokens of other prompts are not counted", 'self.tally["tokens/generated"] += others.groups.present.sum()', "pass"),
+    ),
     *planted("recipes/dynamic_sampling.py", "test_recipes.py::test_each_variant_of_grpo_climbs[dapo]",
         ("dynamic sampling keeps what teaches nothing", "sides[not informative]", "sides[informative]"),
-        ("dynamic sampling: rewards of the rows before others took their place", "rollouts, self.rewards = _together(useful + useless)", "rollouts, self.rewards = _together(useful + useless)[0], rewards"),
+        ("dynamic sampling: rewards of the rows before others took their place", "rollouts, self.rewards = _concatenate(useful + useless)", "rollouts, self.rewards = _concatenate(useful + useless)[0], rewards"),
     ),
     *planted("recipes/ppo_parts.py", PARITY_PPO,
         ("ppo: missing-EOS penalty on those that ended", "penalty * ~rollouts.finished", "penalty * rollouts.finished"),
@@ -923,14 +938,14 @@ MUTANTS: list[Mutant] = [
         ("plan: gradients in half precision", "return 4 * trained / ranks", "return 2 * trained / ranks"),
         ("plan: one moment for two", "return 8 * trained / ranks", "return 4 * trained / ranks"),
         ("plan: casts of four bytes", "return 2 * matrices\n", "return 4 * matrices\n"),
-        ("plan: cast of the head of four bytes", "return 2 * head\n\n\ndef gathered", "return 4 * head\n\n\ndef gathered"),
+        ("plan: cast of the head of four bytes", "return 2 * head\n\n\ndef gathered_weights", "return 4 * head\n\n\ndef gathered_weights"),
         ("plan: only the block at work is gathered", "return size * 2 * block + 4 * root", "return size * block + 4 * root"),
         ("plan: the root gathered for sampling in half precision", "size * (parameters - root) + 4 * root", "size * parameters"),
         ("plan: a block's gradient not yet in float32", "(size + 4) * block", "size * block"),
         ("plan: activations in float32 throughout", "(size * inputs + 4 * norms)", "(4 * inputs + 4 * norms)"),
         ("plan: expert activations of the input only", "(expert_inputs + 3 * expert_gates)", "(expert_inputs + expert_gates)"),
-        ("plan: attention that keeps no probabilities", "(key_width + value_width) * keys + heads * pairs)", "(key_width + value_width) * keys)"),
-        ("plan: fused attention without its output", "(heads * (key_width + value_width) * queries", "(heads * key_width * queries"),
+        ("plan: attention that keeps no probabilities", "            + heads * pairs\n", ""),
+        ("plan: fused attention without its output", "heads * (key_width + value_width) * queries", "heads * key_width * queries"),
         ("plan: checkpointing that keeps nothing of a block", "* layers + kept / layers", "* layers"),
         ("plan: adapters without a rank", "return tokens * rank * adapters * size", "return tokens * adapters * size"),
         ("plan: logits of one byte", "return learned * columns * size", "return learned * columns"),
@@ -961,7 +976,7 @@ MUTANTS: list[Mutant] = [
     ),
     *planted("plan/step.py", "test_plan.py -k 'operations or epochs'",
         ("plan: epochs forgotten", "part.number * self.epochs)\n            work[FORWARD", "part.number)\n            work[FORWARD"),
-        ("plan: decoding as long as the completion", "self.config.prompt_tokens, self.config.completion_tokens - 1, self._sampled", "self.config.prompt_tokens, self.config.completion_tokens, self._sampled"),
+        ("plan: decoding as long as the completion", "self.config.completion_tokens - 1,\n            self._prompts_sampled", "self.config.completion_tokens,\n            self._prompts_sampled"),
         ("plan: logits made again though kept", "columns = self.shape.vocabulary - self.head_columns[0]", "columns = self.shape.vocabulary"),
     ),
     *planted("plan/parts.py", "test_plan.py -k 'microbatches_are or rows_of'",
@@ -989,12 +1004,15 @@ MUTANTS: list[Mutant] = [
         ("help: torch is imported for it", "    from rich.console import Console\n", "    import torch  # noqa: F401\n    from rich.console import Console\n"),
     ),
     *planted("runner/methods.py", "test_own_method.py -k 'killed_and or found_again or lacks or has_gone'",
-        ("own method: its file is run anew at every look", "if (known := sys.modules.get(name)) is not None and", "if (known := None) is not None and"),
-        ("own method: another file of the same name stands in for it", " and Path(str(known.__file__)).resolve() == path.resolve()", ""),
-        ("own method: a resumed run looks for a module", 'return str(Path(str(recipe.__file__)).resolve()) if getattr(recipe, "__file__", None) else recipe.__name__', "return recipe.__name__"),
-        ("own method: an error in its file is a traceback", "        if not own:\n            raise\n", "        raise\n"),
+        ("own method: its file is run anew at every look", "    loaded = sys.modules.get(name)\n", "    loaded = None\n"),
+        ("own method: another file of the same name stands in for it", "if loaded is not None and Path(str(loaded.__file__)).resolve() == path.resolve():", "if loaded is not None:"),
+        ("own method: a resumed run looks for a module", 'return (\n        str(Path(str(recipe.__file__)).resolve())\n        if getattr(recipe, "__file__", None)\n        else recipe.__name__\n    )', 'return recipe.__name__'),
+        ("own method: an error in its file is a traceback", "        if built_in:\n            raise\n", "        raise\n"),
         ("own method: any kind of model is trained", 'parts.get("TRAINS") in ("policy", "scorer")', "True"),
-        ("own method: what it lacks is not looked for", "        if not fits:\n", "        if False:\n"),
+        ("own method: what it lacks is not looked for", "        if not is_valid:\n", "        if False:\n"),
+    ),
+    *planted("runner/methods.py", "test_own_method.py -k 'not_taken_for'",
+        ("own method: a file that can't be imported stays half a module", "        del sys.modules[name]\n        raise\n", "        raise\n"),
     ),
     *planted("cli/early.py", "test_own_method.py -k has_gone",
         ("own method: that its file is gone is a traceback", "        if not Path(source).is_file():\n", "        if False:\n"),
@@ -1004,12 +1022,12 @@ MUTANTS: list[Mutant] = [
     ),
     *planted("step/option_texts.py", "test_commands.py -k help",
         ("help: a group ends with its first option", 'if above.startswith("# ") else group', 'if above.startswith("# ") else "Options"'),
-        ("help: what is inherited is left out", "            found |= options_of(*place)\n", "            pass\n"),
+        ("help: what is inherited is left out", "            options |= options_of(*place)\n", "            pass\n"),
         ("help: presets of variants are left out", ', file.with_name(f"{file.stem}_variants.py"))', ",)"),
     ),
     *planted("report/compare.py", "test_commands.py -k compare",
         ("report: compare takes no folder", "for run in runs_in(Path(arg))]):", "for run in [Path(arg)]]):"),
-        ("report: a reward with fewer digits than its error", "{known['gold']:.2f} ±", "{known['gold']:.3g} ±"),
+        ("report: a reward with fewer digits than its error", "{finite['gold']:.2f} ±", "{finite['gold']:.3g} ±"),
         ("report: nothing generated is 0k", 'f"{n / 1000:,.0f}k" if n else "-"', 'f"{n / 1000:,.0f}k"'),
     ),
     *planted("report/watch.py", "test_watch.py -k 'begin or watched'",
@@ -1023,7 +1041,7 @@ MUTANTS: list[Mutant] = [
     ),
     *planted("report/terminal.py", "test_terminal.py",
         ("terminal: the first step after a resume as the first of the run", "_summary(rows[0], metrics)", "_summary(dict(self.first), metrics)"),
-        ("terminal: a damaged record ends the run", "suppress(InputError, OSError)", "suppress(OSError)"),
+        ("terminal: a damaged record ends the run", 'with suppress(InputError, OSError):', 'with suppress(OSError):'),
         ("terminal: warnings of the last step alone", "warnings(asdict(launched.config), rows)", "warnings(asdict(launched.config), rows[-1:])"),
         ("terminal: warnings that know no options", "warnings(asdict(launched.config), rows)", "warnings({}, rows)"),
         ("terminal: the speed pays for the evaluation", "spent - self.evaluating", "spent"),
@@ -1057,7 +1075,11 @@ def occurrences(mutant: Mutant) -> int:
 
 def preload() -> None:
     """What the comparison with TRL would import for each defect again."""
-    with contextlib.suppress(ImportError), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+    with (
+        contextlib.suppress(ImportError),
+        contextlib.redirect_stderr(io.StringIO()),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         trl = importlib.import_module("trl")
         for name in ("SFT", "Reward", "DPO", "KTO", "GRPO", "RLOO"):
@@ -1073,30 +1095,47 @@ class Outcomes:
         self.run = 0
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        self.run += report.outcome == "failed" or (report.when == "call" and report.outcome == "passed")
+        self.run += report.outcome == "failed" or (
+            report.when == "call" and report.outcome == "passed"
+        )
 
 
 def child(mutant: Mutant, folder: Path) -> NoReturn:
     """Plant the defect in a copy of the package and run the tests on it; the exit code is pytest's, or REFUSED."""
     code = REFUSED
     try:
-        resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT))  # what others do on this machine does not count
+        resource.setrlimit(
+            resource.RLIMIT_CPU, (LIMIT, LIMIT)
+        )  # what others do on this machine does not count
         copy = folder / "src" / "trivet"
         shutil.copytree(folder.parent / "trivet", copy)
         for name in TOY_DATA:
             (copy / "toy" / name).symlink_to(PACKAGE / "toy" / name)
         if mutant.old:
             file = copy / mutant.file
-            file.write_text(file.read_text(encoding="utf-8").replace(mutant.old, mutant.new), encoding="utf-8")
+            file.write_text(
+                file.read_text(encoding="utf-8").replace(mutant.old, mutant.new), encoding="utf-8"
+            )
         log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        faulthandler.dump_traceback_later(WAITS, exit=True)  # no alarm: reward functions take it off
+        faulthandler.dump_traceback_later(
+            WAITS, exit=True
+        )  # no alarm: reward functions take it off
         os.chdir(TESTS)
         sys.path.insert(0, str(copy.parent))
         os.environ["PYTHONPATH"] = str(copy.parent)  # for processes that a test starts
         outcomes = Outcomes()
-        options = ["-q", *PLAIN, "-m", "", "--limit", "0", "--basetemp", str(folder / "tmp")]  # of both tiers
+        options = [
+            "-q",
+            *PLAIN,
+            "-m",
+            "",
+            "--limit",
+            "0",
+            "--basetemp",
+            str(folder / "tmp"),
+        ]  # of both tiers
         stop = ["-x", "--tb=line"] if mutant.old else []
         code = int(pytest.main([*shlex.split(mutant.tests), *stop, *options], plugins=[outcomes]))
         found = sys.modules["trivet"].__file__ or ""
@@ -1125,8 +1164,12 @@ def ended(mutants: list[Mutant], at_once: int) -> Iterator[tuple[Mutant, str, fl
     """(mutant, outcome, seconds, log) of each as it ends."""
     waiting, running = list(enumerate(mutants)), dict[int, tuple[Mutant, Path, float]]()
     with tempfile.TemporaryDirectory(prefix="trivet-mutants-") as scratch:
-        shutil.copytree(PACKAGE, f"{scratch}/trivet", ignore=shutil.ignore_patterns("__pycache__", *TOY_DATA))
-        compileall.compile_dir(f"{scratch}/trivet", quiet=1)  # once, not for each defect; so are the tests
+        shutil.copytree(
+            PACKAGE, f"{scratch}/trivet", ignore=shutil.ignore_patterns("__pycache__", *TOY_DATA)
+        )
+        compileall.compile_dir(
+            f"{scratch}/trivet", quiet=1
+        )  # once, not for each defect; so are the tests
         sys.dont_write_bytecode = False
         while waiting or running:
             while waiting and len(running) < at_once:
@@ -1142,7 +1185,9 @@ def ended(mutants: list[Mutant], at_once: int) -> Iterator[tuple[Mutant, str, fl
             mutant, folder, began = running.pop(pid)
             code = os.waitstatus_to_exitcode(status)
             log = (folder / "log").read_text(errors="replace") if (folder / "log").exists() else ""
-            outcome = {0: "SURVIVED", 1: "killed"}.get(code if "Timeout (" not in log else REFUSED, "ERROR")
+            outcome = {0: "SURVIVED", 1: "killed"}.get(
+                code if "Timeout (" not in log else REFUSED, "ERROR"
+            )
             yield mutant, outcome, time.perf_counter() - began, f"exit code {code}\n{log}"
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -1151,9 +1196,13 @@ def main(words: list[str]) -> int:
     """Try all defects, or those whose name has one of these words; print a line each and a summary."""
     torch.set_num_threads(1)
     began = time.perf_counter()
-    chosen = [mutant for mutant in MUTANTS if not words or any(word in mutant.name for word in words)]
+    chosen = [
+        mutant for mutant in MUTANTS if not words or any(word in mutant.name for word in words)
+    ]
     fresh = [mutant for mutant in chosen if occurrences(mutant) == 1]
-    wrong = [f"STALE {m.name}: {occurrences(m)} times in {m.file}" for m in chosen if m not in fresh]
+    wrong = [
+        f"STALE {m.name}: {occurrences(m)} times in {m.file}" for m in chosen if m not in fresh
+    ]
     settings.register_profile("no shrinking", phases=[Phase.explicit, Phase.generate])
     settings.load_profile("no shrinking")
     if any(mutant.tests == PARITY for mutant in fresh):
@@ -1163,9 +1212,16 @@ def main(words: list[str]) -> int:
     again = [mutant for mutant, outcome in outcomes.items() if outcome not in right]
     said = [f"{outcomes[mutant]} at first: {mutant.name}" for mutant in again]
     outcomes |= dict(tried(again, 1))
-    wrong += [f"{outcome} {mutant.name}" for mutant, outcome in outcomes.items() if outcome not in right]
+    wrong += [
+        f"{outcome} {mutant.name}" for mutant, outcome in outcomes.items() if outcome not in right
+    ]
     killed = sum(outcome == "killed" for outcome in outcomes.values())
-    print(*said, *wrong, f"{killed} of {len(chosen)} killed in {time.perf_counter() - began:.0f} s", sep="\n")
+    print(
+        *said,
+        *wrong,
+        f"{killed} of {len(chosen)} killed in {time.perf_counter() - began:.0f} s",
+        sep="\n",
+    )
     return int(bool(wrong) or not chosen)
 
 

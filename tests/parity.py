@@ -32,7 +32,7 @@ from trivet.model.forward import token_logprobs
 from trivet.optimization.policy import clipped_surrogate_loss
 from trivet.optimization.reduce import sequence_sum
 from trivet.recipes import dpo, grpo, reward_model, sft
-from trivet.recipes.offline import no_reference
+from trivet.recipes.offline import zero_ref_logprob
 
 TOLERANCE = 1e-5
 PAD = 60
@@ -55,16 +55,22 @@ def moved(model: Any, seed: int, scale: float = 0.02) -> Any:
 
 def scorer() -> Any:
     torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_config(Qwen3Config(**SMALL, num_labels=1, pad_token_id=PAD)).eval()
+    model = AutoModelForSequenceClassification.from_config(
+        Qwen3Config(**SMALL, num_labels=1, pad_token_id=PAD)
+    ).eval()
     return moved(model, 1, 0.1)
 
 
 POLICY = tiny()
 REFERENCE, OLD = moved(POLICY, 1), moved(POLICY, 2, 0.05)
 PAIRS, SINGLES, GROUPS = ragged(5, 2), ragged(6, 1, seed=1), ragged(4, 4, seed=2)
-PAIRS.completions[PAIRS.completions == PAD] = 3  # transformers finds the end of a sequence by looking for padding
+PAIRS.completions[PAIRS.completions == PAD] = (
+    3  # transformers finds the end of a sequence by looking for padding
+)
 LABELS = [True, False, False, True, True, False]
-REWARDS = [float(x) for x in torch.randn(16, generator=torch.Generator().manual_seed(3)).round(decimals=2)]
+REWARDS = [
+    float(x) for x in torch.randn(16, generator=torch.Generator().manual_seed(3)).round(decimals=2)
+]
 TEMPERATURE = 0.8
 
 
@@ -79,7 +85,13 @@ def theirs(model: Any, loss: Callable[[Any], Tensor]) -> Side:
 
 
 def common(**options: Any) -> dict[str, Any]:
-    defaults = {"output_dir": OUT, "report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True}
+    defaults = {
+        "output_dir": OUT,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+    }
     return {**defaults, "gradient_checkpointing": False, "max_length": None, **options}
 
 
@@ -87,9 +99,21 @@ def rows_of(kind: str) -> Any:
     """A data set that their constructors can digest; the batch they are compared on is given later."""
     from datasets import Dataset
 
-    row: dict[str, Any] = {"prompt": "One day", "completion": " a", "chosen": " a", "rejected": " b", "label": True}
-    columns = {"sft": ("prompt", "completion"), "pairs": ("prompt", "chosen", "rejected"), "prompts": ("prompt",)}
-    return Dataset.from_list([{c: row[c] for c in columns.get(kind, ("prompt", "completion", "label"))}] * 4)
+    row: dict[str, Any] = {
+        "prompt": "One day",
+        "completion": " a",
+        "chosen": " a",
+        "rejected": " b",
+        "label": True,
+    }
+    columns = {
+        "sft": ("prompt", "completion"),
+        "pairs": ("prompt", "chosen", "rejected"),
+        "prompts": ("prompt",),
+    }
+    return Dataset.from_list(
+        [{c: row[c] for c in columns.get(kind, ("prompt", "completion", "label"))}] * 4
+    )
 
 
 def tokenizer() -> Any:
@@ -106,10 +130,16 @@ def sft_rows() -> list[Any]:
 
     model = copy.deepcopy(POLICY)
     trainer = SFTTrainer(
-        model=model, args=SFTConfig(**common()), train_dataset=rows_of("sft"), processing_class=tokenizer()
+        model=model,
+        args=SFTConfig(**common()),
+        train_dataset=rows_of("sft"),
+        processing_class=tokenizer(),
     )
     prompts, completions = lists(SINGLES)
-    whole = [{"input_ids": p + c, "labels": [-100] * len(p) + c} for p, c in zip(prompts, completions, strict=True)]
+    whole = [
+        {"input_ids": p + c, "labels": [-100] * len(p) + c}
+        for p, c in zip(prompts, completions, strict=True)
+    ]
     batch = DataCollatorForLanguageModeling(pad_token_id=PAD)(whole)
     return [
         (
@@ -133,7 +163,9 @@ def reward_rows() -> list[Any]:
     ):
         model = scorer()
         args = RewardConfig(**common(**theirs_options))
-        trainer = RewardTrainer(model=model, args=args, train_dataset=rows_of("pairs"), processing_class=tokenizer())
+        trainer = RewardTrainer(
+            model=model, args=args, train_dataset=rows_of("pairs"), processing_class=tokenizer()
+        )
         prompts, completions = lists(PAIRS)
         batch = [
             {"chosen_ids": p + completions[2 * i], "rejected_ids": p + completions[2 * i + 1]}
@@ -144,7 +176,12 @@ def reward_rows() -> list[Any]:
         model.config.pad_token_id = PAD  # they had put the tokenizer's in its place
         side = theirs(model, lambda m, t=trainer, i=inputs: t.compute_loss(m, dict(i)))
         result.append(
-            ("reward-model", name, recipe_step(reward_model, scorer(), examples(PAIRS, rows), **ours_options)[0], side)
+            (
+                "reward-model",
+                name,
+                recipe_step(reward_model, scorer(), examples(PAIRS, rows), **ours_options)[0],
+                side,
+            )
         )
     return result
 
@@ -156,9 +193,17 @@ def dpo_rows() -> list[Any]:
         ("sigmoid", {}, {"loss_type": ["sigmoid"]}),
         ("hinge", {"loss": "hinge"}, {"loss_type": ["hinge"]}),
         ("ipo, per token", {"loss": "ipo", "length_normalize": True}, {"loss_type": ["ipo"]}),
-        ("robust", {"loss": "robust", "label_smoothing": 0.1}, {"loss_type": ["robust"], "label_smoothing": 0.1}),
+        (
+            "robust",
+            {"loss": "robust", "label_smoothing": 0.1},
+            {"loss_type": ["robust"], "label_smoothing": 0.1},
+        ),
         ("length-normalized", {"length_normalize": True}, {"loss_type": ["sigmoid_norm"]}),
-        ("sigmoid + 0.5 sft", {"sft_weight": 0.5}, {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}),
+        (
+            "sigmoid + 0.5 sft",
+            {"sft_weight": 0.5},
+            {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
+        ),
     ]
     result = []
     for name, ours_options, theirs_options in variants:
@@ -170,12 +215,25 @@ def dpo_rows() -> list[Any]:
         )  # fmt: skip
         prompts, completions = lists(PAIRS)
         batch = [
-            {"prompt_ids": p, "chosen_ids": completions[2 * i], "rejected_ids": completions[2 * i + 1]}
+            {
+                "prompt_ids": p,
+                "chosen_ids": completions[2 * i],
+                "rejected_ids": completions[2 * i + 1],
+            }
             for i, p in enumerate(prompts)
         ]
         inputs = type(trainer.data_collator)(pad_token_id=PAD)(batch)
-        side = recipe_step(dpo, POLICY, examples(PAIRS), reference=REFERENCE, beta=0.3, **ours_options)[0]
-        result.append(("dpo", name, side, theirs(model, lambda m, t=trainer, i=inputs: t._compute_loss(m, i, False))))
+        side = recipe_step(
+            dpo, POLICY, examples(PAIRS), reference=REFERENCE, beta=0.3, **ours_options
+        )[0]
+        result.append(
+            (
+                "dpo",
+                name,
+                side,
+                theirs(model, lambda m, t=trainer, i=inputs: t._compute_loss(m, i, False)),
+            )
+        )
     return result + kto_rows() + without_reference_rows()
 
 
@@ -183,7 +241,10 @@ def kto_rows() -> list[Any]:
     from trl import KTOConfig, KTOTrainer
 
     result = []
-    for name, weights in (("kto", {}), ("kto, weighted", {"desirable_weight": 1.3, "undesirable_weight": 0.7})):
+    for name, weights in (
+        ("kto", {}),
+        ("kto, weighted", {"desirable_weight": 1.3, "undesirable_weight": 0.7}),
+    ):
         model = copy.deepcopy(POLICY)
         args = KTOConfig(**common(beta=0.3, per_device_train_batch_size=6, **weights))
         trainer = KTOTrainer(
@@ -192,13 +253,27 @@ def kto_rows() -> list[Any]:
         )  # fmt: skip
         prompts, completions = lists(SINGLES)
         batch = [
-            {"prompt_ids": p, "completion_ids": c, "KL_completion_ids": completions[i - 1], "label": LABELS[i]}
+            {
+                "prompt_ids": p,
+                "completion_ids": c,
+                "KL_completion_ids": completions[i - 1],
+                "label": LABELS[i],
+            }
             for i, (p, c) in enumerate(zip(prompts, completions, strict=True))
         ]
         inputs = type(trainer.data_collator)(pad_token_id=PAD)(batch)
         rows = examples(SINGLES, [{"label": label} for label in LABELS])
-        side = recipe_step(dpo, POLICY, rows, reference=REFERENCE, loss="kto", beta=0.3, **weights)[0]
-        result.append(("dpo", name, side, theirs(model, lambda m, t=trainer, i=inputs: t._compute_loss(m, i, False))))
+        side = recipe_step(dpo, POLICY, rows, reference=REFERENCE, loss="kto", beta=0.3, **weights)[
+            0
+        ]
+        result.append(
+            (
+                "dpo",
+                name,
+                side,
+                theirs(model, lambda m, t=trainer, i=inputs: t._compute_loss(m, i, False)),
+            )
+        )
     return result
 
 
@@ -215,7 +290,9 @@ def without_reference_rows() -> list[Any]:
         name = ("chosen", "rejected")[which]
         return {
             f"{name}_input_ids": torch.tensor([row + [PAD] * (width - len(row)) for row in rows]),
-            f"{name}_attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
+            f"{name}_attention_mask": torch.tensor(
+                [[1] * len(row) + [0] * (width - len(row)) for row in rows]
+            ),
             f"{name}_labels": torch.tensor(
                 [
                     [-100] * len(p) + row[len(p) :] + [-100] * (width - len(row))
@@ -232,47 +309,74 @@ def without_reference_rows() -> list[Any]:
 
     model = copy.deepcopy(POLICY)
     args = CPOConfig(**common(beta=2.0, loss_type="simpo", simpo_gamma=0.7, cpo_alpha=0.0))
-    trainer: Any = CPOTrainer(model=model, args=args, train_dataset=rows_of("pairs"), processing_class=tokenizer())
+    trainer: Any = CPOTrainer(
+        model=model, args=args, train_dataset=rows_of("pairs"), processing_class=tokenizer()
+    )
     simpo = theirs(model, lambda m: trainer.get_batch_loss_metrics(m, batch)[0])
     model = copy.deepcopy(POLICY)
     args = ORPOConfig(**common(beta=0.4))
-    trainer = ORPOTrainer(model=model, args=args, train_dataset=rows_of("pairs"), processing_class=tokenizer())
+    trainer = ORPOTrainer(
+        model=model, args=args, train_dataset=rows_of("pairs"), processing_class=tokenizer()
+    )
     odds = theirs(model, orpo)
     model = copy.deepcopy(POLICY)
     args = CPOConfig(**common(beta=0.3, loss_type="sigmoid", label_smoothing=0.1, cpo_alpha=0.0))
-    trainer = CPOTrainer(model=model, args=args, train_dataset=rows_of("pairs"), processing_class=tokenizer())
+    trainer = CPOTrainer(
+        model=model, args=args, train_dataset=rows_of("pairs"), processing_class=tokenizer()
+    )
     smoothed = theirs(model, lambda m: trainer.get_batch_loss_metrics(m, batch)[0])
-    with patch.object(dpo, "reference_of", lambda config, run: partial(no_reference, run)):  # theirs has none
+    with patch.object(
+        dpo, "reference_of", lambda config, run: partial(zero_ref_logprob, run)
+    ):  # theirs has none
         options = {"loss": "conservative", "label_smoothing": 0.1, "beta": 0.3}
         conservative = recipe_step(dpo, POLICY, examples(PAIRS), **options)[0]
     tiny_weight = 1e-30  # orpo asks for a supervised loss; this one is nothing in float32
     return [
         ("dpo", "conservative", conservative, smoothed),
-        ("dpo", "simpo", recipe_step(dpo, POLICY, examples(PAIRS), loss="simpo", beta=2.0, gamma=0.7)[0], simpo),
+        (
+            "dpo",
+            "simpo",
+            recipe_step(dpo, POLICY, examples(PAIRS), loss="simpo", beta=2.0, gamma=0.7)[0],
+            simpo,
+        ),
         (
             "dpo",
             "orpo, the odds ratio",
-            recipe_step(dpo, POLICY, examples(PAIRS), loss="orpo", beta=0.4, sft_weight=tiny_weight)[0],
+            recipe_step(
+                dpo, POLICY, examples(PAIRS), loss="orpo", beta=0.4, sft_weight=tiny_weight
+            )[0],
             odds,
         ),
     ]
 
 
-def grpo_trainer(kind: str, rewards: list[float | None], **options: Any) -> tuple[Any, Any, dict[str, Any]]:
+def grpo_trainer(
+    kind: str, rewards: list[float | None], **options: Any
+) -> tuple[Any, Any, dict[str, Any]]:
     """Their trainer, its model, and what its own code makes of the given completions and rewards."""
     import trl
 
     model, size = copy.deepcopy(POLICY), GROUPS.group_size
     config, trainer_type = getattr(trl, f"{kind}Config"), getattr(trl, f"{kind}Trainer")
     beta = options.pop("beta", 0.0)
-    defaults = {"per_device_train_batch_size": len(rewards), "num_generations": size, "temperature": TEMPERATURE}
-    args = config(**{k: v for k, v in common(**defaults, **options).items() if k != "max_length"}, beta=0.0)
+    defaults = {
+        "per_device_train_batch_size": len(rewards),
+        "num_generations": size,
+        "temperature": TEMPERATURE,
+    }
+    args = config(
+        **{k: v for k, v in common(**defaults, **options).items() if k != "max_length"}, beta=0.0
+    )
     longest = GROUPS.completions.shape[1]
     trainer = trainer_type(
         model=model, reward_funcs=lambda **given: list(rewards), args=args, train_dataset=rows_of("prompts"),
         processing_class=tokenizer(),
     )  # fmt: skip
-    trainer.beta, trainer.max_completion_length, trainer.current_gradient_accumulation_steps = beta, longest, 1
+    trainer.beta, trainer.max_completion_length, trainer.current_gradient_accumulation_steps = (
+        beta,
+        longest,
+        1,
+    )
     trainer.ref_model = copy.deepcopy(REFERENCE)  # in place of one from the hub
     trl.trainer.utils.add_fused_lm_head(trainer.ref_model, temperature=TEMPERATURE)
     prompts, completions = lists(GROUPS)
@@ -325,7 +429,9 @@ def grpo_rows() -> list[Any]:
     ]  # fmt: skip
     result = []
     for name, ours_options, theirs_options in variants:
-        rewards: list[float | None] = [None if "without" in name and b in (1, 6) else r for b, r in enumerate(REWARDS)]
+        rewards: list[float | None] = [
+            None if "without" in name and b in (1, 6) else r for b, r in enumerate(REWARDS)
+        ]
         options = {"scale_rewards": "none", **theirs_options}
         trainer, model, inputs = grpo_trainer("GRPO", rewards, **options)
         inputs["old_per_token_logps"] = sampled(OLD)
@@ -344,9 +450,13 @@ def rloo_rows() -> list[Any]:
     off_policy = theirs(model, lambda m: trainer._compute_loss(m, inputs))
 
     def surrogate(policy: Any) -> Tensor:
-        logprob = sequence_sum(token_logprobs(policy, GROUPS, temperature=TEMPERATURE), GROUPS.mask)  # (B,)
+        logprob = sequence_sum(
+            token_logprobs(policy, GROUPS, temperature=TEMPERATURE), GROUPS.mask
+        )  # (B,)
         clip = {"clip_low": 0.2, "clip_high": 0.2}
-        return clipped_surrogate_loss(logprob, inputs["old_logps"], inputs["advantages"], **clip).mean()
+        return clipped_surrogate_loss(
+            logprob, inputs["old_logps"], inputs["advantages"], **clip
+        ).mean()
 
     function = theirs(copy.deepcopy(POLICY), surrogate)
     trainer, model, inputs = grpo_trainer("RLOO", rewards, beta=0.1)
@@ -365,8 +475,17 @@ def rloo_rows() -> list[Any]:
 
 def difference(mine: Side, their: Side) -> tuple[float, float]:
     """Relative difference of loss and of gradient (norm of the difference over their norm)."""
-    assert {name for name, g in mine[1].items() if g.any()} == {name for name, g in their[1].items() if g.any()}
-    gap = sum(float((mine[1][name] - g).square().sum()) for name, g in their[1].items() if name in mine[1]) ** 0.5
+    assert {name for name, g in mine[1].items() if g.any()} == {
+        name for name, g in their[1].items() if g.any()
+    }
+    gap = (
+        sum(
+            float((mine[1][name] - g).square().sum())
+            for name, g in their[1].items()
+            if name in mine[1]
+        )
+        ** 0.5
+    )
     norm = sum(float(g.square().sum()) for g in their[1].values()) ** 0.5
     return abs(mine[0] - their[0]) / max(abs(their[0]), 1e-12), gap / norm
 
@@ -376,7 +495,10 @@ def table() -> list[tuple[str, str, float, float, float, float]]:
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
-    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # theirs; many, and none of them ours
+    with (
+        warnings.catch_warnings(),
+        redirect_stderr(io.StringIO()),
+    ):  # theirs; many, and none of them ours
         warnings.simplefilter("ignore")
         made = [row for make in (sft_rows, reward_rows, dpo_rows, grpo_rows) for row in make()]
     return [(method, name, a[0], b[0], *difference(a, b)) for method, name, a, b in made]
@@ -384,7 +506,9 @@ def table() -> list[tuple[str, str, float, float, float, float]]:
 
 def show(rows: list[tuple[str, str, float, float, float, float]], peer: str) -> int:
     """Print the table; returns how many rows are beyond the tolerance."""
-    print(f"{'method':14}{'variant':28}{'Trivet':>14}{peer:>14}{'loss':>10}{'gradient':>10}   (relative difference)")
+    print(
+        f"{'method':14}{'variant':28}{'Trivet':>14}{peer:>14}{'loss':>10}{'gradient':>10}   (relative difference)"
+    )
     for method, name, mine, their, loss, slope in rows:
         late = "" if max(loss, slope) <= TOLERANCE else "   BEYOND 1e-5"
         print(f"{method:14}{name:28}{mine:14.7f}{their:14.7f}{loss:10.1e}{slope:10.1e}{late}")
@@ -397,11 +521,15 @@ def ppo_table() -> list[Any]:
     """The same for PPO, in a process of its own that finds the release of TRL that still had it."""
     here = Path(__file__).parent
     paths = {
-        "PYTHONPATH": os.pathsep.join([str(PPO_PEER), str(here), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(PPO_PEER), str(here), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-W", "ignore", str(here / "parity_ppo.py")]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | paths, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | paths, check=False
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -75,7 +75,11 @@ def their_step(completions: list[list[int]], **options: Any) -> dict[str, Any]:
         train_dataset=data, value_model=critic,
     )  # fmt: skip
     seen: dict[str, Any] = {"means": []}
-    get_reward, masked_whiten, masked_mean = ppo_trainer.get_reward, ppo_trainer.masked_whiten, ppo_trainer.masked_mean
+    get_reward, masked_whiten, masked_mean = (
+        ppo_trainer.get_reward,
+        ppo_trainer.masked_whiten,
+        ppo_trainer.masked_mean,
+    )
 
     def order(queries: Tensor) -> list[int]:
         return [PROMPTS.index([t for t in row if t != PAD]) for row in queries.tolist()]
@@ -153,10 +157,25 @@ def with_the_mean_put_back(x: Tensor, mask: Tensor) -> Tensor:
 def compare(name: str, mine: dict[str, Any], their: dict[str, Any]) -> list[Any]:
     gap = float((mine["advantages"] - their["advantages"]).norm() / their["advantages"].norm())
     rows: list[Any] = [
-        ("ppo", f"{name}: GAE", float(mine["advantages"].mean()), float(their["advantages"].mean()), gap, 0.0)
+        (
+            "ppo",
+            f"{name}: GAE",
+            float(mine["advantages"].mean()),
+            float(their["advantages"].mean()),
+            gap,
+            0.0,
+        )
     ]
     for part in ("policy", "value"):
-        rows.append(("ppo", f"{name}: {part}", mine[part][0], their[part][0], *difference(mine[part], their[part])))
+        rows.append(
+            (
+                "ppo",
+                f"{name}: {part}",
+                mine[part][0],
+                their[part][0],
+                *difference(mine[part], their[part]),
+            )
+        )
     return rows
 
 
@@ -164,7 +183,9 @@ def one_token_late() -> list[Any]:
     """Completions that end by themselves. Given the token after EOS, where they pay the score, our functions give their
     advantages and losses; without it, on EOS itself, other ones."""
     their, groups = their_step(ENDED, stop_token="eos", kl_coef=0.05), collate(PROMPTS, ENDED)
-    wide = collate(PROMPTS, [[*ids, PAD] for ids in ENDED])  # one token more; which one the value before it can't see
+    wide = collate(
+        PROMPTS, [[*ids, PAD] for ids in ENDED]
+    )  # one token more; which one the value before it can't see
     policy, critic, late = copy.deepcopy(MODEL), copy.deepcopy(CRITIC), wide.mask
 
     def placed(x: Tensor) -> Tensor:
@@ -176,14 +197,26 @@ def one_token_late() -> list[Any]:
     old_values = values(critic, wide).detach()
     rewards = kl_charged_rewards(SCORES, k1(old, ref), late, beta=0.05)
     advantages, returns = gae(rewards, old_values, late, gamma=1.0, lam=0.95)
-    on_eos, _ = gae(kl_charged_rewards(SCORES, k1(old, ref), own, beta=0.05), old_values, own, gamma=1.0, lam=0.95)
+    on_eos, _ = gae(
+        kl_charged_rewards(SCORES, k1(old, ref), own, beta=0.05),
+        old_values,
+        own,
+        gamma=1.0,
+        lam=0.95,
+    )
     their["advantages"] = their["advantages"][:, : late.shape[1]]
-    assert (on_eos - their["advantages"]).abs()[own].max() > 1e-2, "then there is no deviation to state"
+    assert (on_eos - their["advantages"]).abs()[own].max() > 1e-2, (
+        "then there is no deviation to state"
+    )
     logprobs = placed(token_logprobs(policy, groups))
     clip = {"clip_low": 0.2, "clip_high": 0.2}
-    policy_loss = token_mean(clipped_surrogate_loss(logprobs, old, whiten(advantages, own), **clip), own)
+    policy_loss = token_mean(
+        clipped_surrogate_loss(logprobs, old, whiten(advantages, own), **clip), own
+    )
     policy_loss.backward()
-    value_loss = token_mean(clipped_value_loss(values(critic, wide), old_values, returns, clip=0.2), late)
+    value_loss = token_mean(
+        clipped_value_loss(values(critic, wide), old_values, returns, clip=0.2), late
+    )
     value_loss.backward()
     mine = {
         "advantages": advantages,
@@ -197,12 +230,16 @@ def table() -> list[Any]:
     """(method, variant, our loss, theirs, relative difference of loss, of gradient) of every variant."""
     rows = compare("k1", our_step(WHOLE, True), their_step(WHOLE, kl_coef=0.05))
     with patch.object(ppo, "k1", k3):
-        rows += compare("k3", our_step(WHOLE, True), their_step(WHOLE, kl_coef=0.05, kl_estimator="k3"))
+        rows += compare(
+            "k3", our_step(WHOLE, True), their_step(WHOLE, kl_coef=0.05, kl_estimator="k3")
+        )
     tight = {"gamma": 0.9, "lam": 0.7, "clip_low": 0.05, "clip_high": 0.05, "value_clip": 0.01}
     theirs = {"gamma": 0.9, "lam": 0.7, "cliprange": 0.05, "cliprange_value": 0.01, "kl_coef": 0.05}
     rows += compare("tight clips", our_step(WHOLE, True, **tight), their_step(WHOLE, **theirs))
     theirs = {"missing_eos_penalty": 1.5, "kl_coef": 0.05}
-    rows += compare("missing EOS", our_step(WHOLE, False, missing_eos_penalty=1.5), their_step(WHOLE, **theirs))
+    rows += compare(
+        "missing EOS", our_step(WHOLE, False, missing_eos_penalty=1.5), their_step(WHOLE, **theirs)
+    )
     with patch.object(ppo_parts, "scale_to_unit_variance", with_the_mean_put_back):
         mine = our_step(WHOLE, True, whiten_rewards=True)
     rows += compare("whitened rewards", mine, their_step(WHOLE, kl_coef=0.05, whiten_rewards=True))

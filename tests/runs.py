@@ -16,7 +16,11 @@ from trivet.runner.prepare import Launch
 from trivet.step import Metrics
 
 METHODS = ("sft", "reward-model", "dpo", "ppo", "grpo", "pairwise-grpo")
-SAMPLES = ("ppo", "grpo", "pairwise-grpo")  # the methods that sample, and so have rewards and several completions
+SAMPLES = (
+    "ppo",
+    "grpo",
+    "pairwise-grpo",
+)  # the methods that sample, and so have rewards and several completions
 WORDS = (
     "the",
     "a",
@@ -38,11 +42,37 @@ TOKEN_ARRAYS = {
     "sft": ("logprob", "gradient"),
     "dpo": ("logprob", "gradient"),
     "ppo": (
-        *("logprob", "ref_logprob", "sampler_logprob", "ratio", "clipped", "advantage", "value", "return", "kl"),
+        *(
+            "logprob",
+            "ref_logprob",
+            "sampler_logprob",
+            "ratio",
+            "clipped",
+            "advantage",
+            "value",
+            "return",
+            "kl",
+        ),
         *("token_reward", "gradient"),
     ),
-    "grpo": ("logprob", "ref_logprob", "sampler_logprob", "ratio", "clipped", "advantage", "kl", "gradient"),
-    "pairwise-grpo": ("logprob", "ref_logprob", "sampler_logprob", "kl", "gradient", "implicit_reward"),
+    "grpo": (
+        "logprob",
+        "ref_logprob",
+        "sampler_logprob",
+        "ratio",
+        "clipped",
+        "advantage",
+        "kl",
+        "gradient",
+    ),
+    "pairwise-grpo": (
+        "logprob",
+        "ref_logprob",
+        "sampler_logprob",
+        "kl",
+        "gradient",
+        "implicit_reward",
+    ),
 }
 
 
@@ -75,10 +105,18 @@ def write_run(
     draw = random.Random(f"{seed} {method}")
     path.mkdir(parents=True, exist_ok=True)
     planned = planned or steps
-    config: dict[str, Any] = {"model": "runs/q/sft", "data": "stories.jsonl", "out": str(path), "steps": planned}
+    config: dict[str, Any] = {
+        "model": "runs/q/sft",
+        "data": "stories.jsonl",
+        "out": str(path),
+        "steps": planned,
+    }
     config |= {"lr": 0.001, "max_completion_tokens": 64, "seed": seed, "prompts_per_step": 16}
     if method in SAMPLES:
-        config |= {"reward": ["runs/q/reward-model", "trivet.toy.stories:gold"], "reward_weights": [1.0, 0.0]}
+        config |= {
+            "reward": ["runs/q/reward-model", "trivet.toy.stories:gold"],
+            "reward_weights": [1.0, 0.0],
+        }
         config |= {"group_size": 8, "beta": 0.05}
     config |= options or {}
     toml = "\n".join(f"{key} = {json.dumps(value)}" for key, value in config.items())
@@ -88,15 +126,29 @@ def write_run(
         "recipe": method,
         "started_from": "runs/q/sft/model",
         "steps": planned,
-        "data": {"rows read": 4000, "left out: the prompt is longer than --max-prompt-tokens": 12, "for training": 3589}
+        "data": {
+            "rows read": 4000,
+            "left out: the prompt is longer than --max-prompt-tokens": 12,
+            "for training": 3589,
+        }
         | {"held out": 399},
         "parameters": 1_050_000,
         "machine": "x86_64, 2 threads, cpu",
-        "versions": {"torch": "2.9.0", "transformers": "5.0.0", "python": "3.11.7", "trivet": "0.1.0"},
+        "versions": {
+            "torch": "2.9.0",
+            "transformers": "5.0.0",
+            "python": "3.11.7",
+            "trivet": "0.1.0",
+        },
     }
     if run_json:
         sides = [[[" The fox was kind.", True]], [[" The fox ran", True], [" away.", False]]]
-        record = about | {"began": 1795270000.0, "pid": pid or 2**22 + 1, "device": "cpu", "options": config}
+        record = about | {
+            "began": 1795270000.0,
+            "pid": pid or 2**22 + 1,
+            "device": "cpu",
+            "options": config,
+        }
         record["example"] = {
             "prompt": "Once the fox met a hen.",
             "completions": sides[: 2 if method in ("dpo", "reward-model") else 1],
@@ -117,11 +169,31 @@ def write_run(
                 file.write(json.dumps(sample) + "\n")
     held = {key: value for line in lines for key, value in line.items() if key.startswith("eval/")}
     if done:
-        gold = {"eval/gold": 3.1, "eval/gold_se": 0.04, "eval/learned_reward": 2.9, "eval/kl": 4.2, "eval/length": 33.0}
-        memory = {"weights": 4e6, "optimizer": 8e6, "reference": 4e6, "activations and the rest": 9e7}
-        summary = about | {"seconds": lines[-1]["seconds"] if lines else 0.0, "peak_memory_bytes": 1.06e8}
-        summary |= {"tokens_generated": 52_000 if method in SAMPLES else 0, "tokens_trained": 240_000}
-        summary |= {"eval": held | (gold if judged and method != "reward-model" else {}), "memory": memory}
+        gold = {
+            "eval/gold": 3.1,
+            "eval/gold_se": 0.04,
+            "eval/learned_reward": 2.9,
+            "eval/kl": 4.2,
+            "eval/length": 33.0,
+        }
+        memory = {
+            "weights": 4e6,
+            "optimizer": 8e6,
+            "reference": 4e6,
+            "activations and the rest": 9e7,
+        }
+        summary = about | {
+            "seconds": lines[-1]["seconds"] if lines else 0.0,
+            "peak_memory_bytes": 1.06e8,
+        }
+        summary |= {
+            "tokens_generated": 52_000 if method in SAMPLES else 0,
+            "tokens_trained": 240_000,
+        }
+        summary |= {
+            "eval": held | (gold if judged and method != "reward-model" else {}),
+            "memory": memory,
+        }
         (path / "summary.json").write_text(json.dumps(summary))
     if judged and method != "reward-model":
         (path / "judged.json").write_text(json.dumps(_judged(method, steps, draw, over_optimized)))
@@ -134,7 +206,9 @@ def stepwise(launched: Launch) -> Iterator[Metrics]:
         yield finish(launched, step, result)
 
 
-def _curve(step: int, steps: int, start: float, end: float, draw: random.Random, noise: float = 0.05) -> float:
+def _curve(
+    step: int, steps: int, start: float, end: float, draw: random.Random, noise: float = 0.05
+) -> float:
     done = 1 - math.exp(-3 * step / max(1, steps))
     return start + (end - start) * done + draw.gauss(0, noise * abs(end - start) + 1e-9)
 
@@ -144,7 +218,9 @@ def _gold(step: int, steps: int, over_optimized: bool) -> float:
     return 1.4 + (5 * done - (5 * done**2 if over_optimized else 2 * done**2))
 
 
-def _metrics(method: str, step: int, steps: int, draw: random.Random, over: bool, evaluated: bool) -> dict[str, Any]:
+def _metrics(
+    method: str, step: int, steps: int, draw: random.Random, over: bool, evaluated: bool
+) -> dict[str, Any]:
     def curve(start: float, end: float, noise: float = 0.05) -> float:
         return _curve(step, steps, start, end, draw, noise)
 
@@ -155,7 +231,14 @@ def _metrics(method: str, step: int, steps: int, draw: random.Random, over: bool
         "lr": 1e-3,
     }
     line["tokens/trained"] = 12_000.0
-    parts = {"generation": 0.2, "reward": 0.05, "forward": 0.12, "backward": 0.18, "optimizer": 0.03, "other": 0.02}
+    parts = {
+        "generation": 0.2,
+        "reward": 0.05,
+        "forward": 0.12,
+        "backward": 0.18,
+        "optimizer": 0.03,
+        "other": 0.02,
+    }
     if method not in SAMPLES:
         parts |= {"generation": 0.0, "reward": 0.0}
     line |= {f"time/{part}": seconds * draw.uniform(0.9, 1.1) for part, seconds in parts.items()}
@@ -163,14 +246,32 @@ def _metrics(method: str, step: int, steps: int, draw: random.Random, over: bool
         line |= {"loss": curve(2.1, 0.9)}
         held = {"loss": curve(2.2, 1.0)}
     elif method == "reward-model":
-        line |= {"loss": curve(0.69, 0.4), "accuracy": curve(0.5, 0.82), "margin": curve(0, 2.0), "mean_reward": 0.4}
-        held = {"loss": curve(0.69, 0.45), "accuracy": curve(0.5, 0.8), "margin": curve(0, 1.8), "mean_reward": 0.4}
+        line |= {
+            "loss": curve(0.69, 0.4),
+            "accuracy": curve(0.5, 0.82),
+            "margin": curve(0, 2.0),
+            "mean_reward": 0.4,
+        }
+        held = {
+            "loss": curve(0.69, 0.45),
+            "accuracy": curve(0.5, 0.8),
+            "margin": curve(0, 1.8),
+            "mean_reward": 0.4,
+        }
     elif method == "dpo":
         margin = curve(0, 3.0)
-        line |= {"loss": curve(0.69, 0.3), "rewards/chosen": margin / 3, "rewards/rejected": -margin * 2 / 3}
+        line |= {
+            "loss": curve(0.69, 0.3),
+            "rewards/chosen": margin / 3,
+            "rewards/rejected": -margin * 2 / 3,
+        }
         line |= {"rewards/margins": margin, "rewards/accuracies": curve(0.5, 0.9)}
         line |= {"logps/chosen": curve(-40, -38), "logps/rejected": curve(-41, -60)}
-        held = {"loss": curve(0.69, 0.35), "rewards/margins": margin * 0.9, "rewards/accuracies": curve(0.5, 0.85)}
+        held = {
+            "loss": curve(0.69, 0.35),
+            "rewards/margins": margin * 0.9,
+            "rewards/accuracies": curve(0.5, 0.85),
+        }
     else:
         reward, gold = curve(1.2, 4.0, 0.03), _gold(step, steps, over) + draw.gauss(0, 0.05)
         held = {"reward": reward - 0.1, "kl": curve(0, 5), "completions/mean_length": curve(36, 44)}
@@ -220,21 +321,39 @@ def _samples(
 ) -> list[dict[str, Any]]:
     if not kept and method not in SAMPLES:
         return []
-    sides = ["chosen", "rejected"] if method in ("dpo", "reward-model") else [None] * (4 if method in SAMPLES else 2)
+    sides = (
+        ["chosen", "rejected"]
+        if method in ("dpo", "reward-model")
+        else [None] * (4 if method in SAMPLES else 2)
+    )
     lines = []
     for number, side in enumerate(sides):
         group = 0 if method != "sft" else number
-        prompt = prompts[(step + group) % len(prompts)] if prompts else f"Story {step % 3 + group}: the fox met a hen."
-        tokens = [" " + draw.choice(WORDS) for _ in range(draw.randint(max(2, length // 2), length))]
+        prompt = (
+            prompts[(step + group) % len(prompts)]
+            if prompts
+            else f"Story {step % 3 + group}: the fox met a hen."
+        )
+        tokens = [
+            " " + draw.choice(WORDS) for _ in range(draw.randint(max(2, length // 2), length))
+        ]
         completion = texts[number % len(texts)] if texts else "".join(tokens)
         if texts:
             tokens = [completion[i : i + 7] for i in range(0, len(completion), 7)]
         reward = round(draw.gauss(2, 1), 4)
-        line: dict[str, Any] = {"step": step, "group": group, "prompt": prompt, "completion": completion}
+        line: dict[str, Any] = {
+            "step": step,
+            "group": group,
+            "prompt": prompt,
+            "completion": completion,
+        }
         if method != "sft":
             line["reward"] = reward
         if method in SAMPLES:
-            line |= {"finished": number != 3, "rewards": {"learned": reward, "gold": round(reward / 2, 4)}}
+            line |= {
+                "finished": number != 3,
+                "rewards": {"learned": reward, "gold": round(reward / 2, 4)},
+            }
         if side:
             line["side"] = side
         if kept and method in TOKEN_ARRAYS:
@@ -242,7 +361,11 @@ def _samples(
         lines.append(line)
     if kept and method in SAMPLES:
         lines.append(lines[0] | {"set": "held-out", "prompt": "Held out: the old duck was lost."})
-        lines[-1] = {key: value for key, value in lines[-1].items() if key not in ("tokens", *TOKEN_ARRAYS[method])}
+        lines[-1] = {
+            key: value
+            for key, value in lines[-1].items()
+            if key not in ("tokens", *TOKEN_ARRAYS[method])
+        }
     return lines
 
 
@@ -255,7 +378,9 @@ def _arrays(names: Sequence[str], count: int, draw: random.Random) -> dict[str, 
             arrays[name] = [round(math.exp(draw.gauss(0, 0.15)), 5) for _ in range(count)]
         elif "logprob" in name:
             arrays[name] = [round(-draw.expovariate(1.2), 5) for _ in range(count)]
-        elif name == "advantage" and "value" not in names:  # GRPO: one number for the whole completion
+        elif (
+            name == "advantage" and "value" not in names
+        ):  # GRPO: one number for the whole completion
             arrays[name] = [round(draw.gauss(0, 1), 5)] * count
         else:
             arrays[name] = [round(draw.gauss(0, 0.5), 5) for _ in range(count)]
@@ -291,7 +416,9 @@ def _judged(method: str, steps: int, draw: random.Random, over_optimized: bool) 
 def write_quickstart(path: Path, steps: int = 20) -> list[Path]:
     """All six methods in one folder, judged; PPO over-optimizes."""
     return [
-        write_run(path / method, method, steps, judged=True, over_optimized=method == "ppo", seed=number)
+        write_run(
+            path / method, method, steps, judged=True, over_optimized=method == "ppo", seed=number
+        )
         for number, method in enumerate(METHODS)
     ]
 

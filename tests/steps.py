@@ -29,8 +29,12 @@ def gradient(model: Any) -> Gradient:
 
 def lists(groups: Groups) -> tuple[list[list[int]], list[list[int]]]:
     """Prompts and completions as token ids."""
-    prompts = [ids[mask].tolist() for ids, mask in zip(groups.prompts, groups.prompt_mask, strict=True)]
-    completions = [ids[mask].tolist() for ids, mask in zip(groups.completions, groups.present, strict=True)]
+    prompts = [
+        ids[mask].tolist() for ids, mask in zip(groups.prompts, groups.prompt_mask, strict=True)
+    ]
+    completions = [
+        ids[mask].tolist() for ids, mask in zip(groups.completions, groups.present, strict=True)
+    ]
     return prompts, completions
 
 
@@ -41,7 +45,9 @@ def examples(groups: Groups, rows: Sequence[dict[str, Any]] | None = None) -> li
     parts = [completions[p * size : (p + 1) * size] for p in range(len(prompts))]
     rows = rows or [{} for _ in prompts]
     return [
-        Example(prompt=prompt, completions=part, learned=[[True] * len(ids) for ids in part], row=row)
+        Example(
+            prompt=prompt, completions=part, learned=[[True] * len(ids) for ids in part], row=row
+        )
         for prompt, part, row in zip(prompts, parts, rows, strict=True)
     ]
 
@@ -51,7 +57,11 @@ def rollouts_of(groups: Groups, logprobs: Tensor, *, finished: bool = True) -> R
     count = len(groups.completions)
     texts, rows = [""] * count, [{"prompt": ""} for _ in groups.prompts]
     return Rollouts(
-        groups=groups, logprobs=logprobs.detach(), finished=torch.full((count,), finished), texts=texts, rows=rows
+        groups=groups,
+        logprobs=logprobs.detach(),
+        finished=torch.full((count,), finished),
+        texts=texts,
+        rows=rows,
     )
 
 
@@ -73,7 +83,9 @@ def recipe_step(
     before: where the loop takes several passes over a batch, the policy of the first pass; `policy` is that of the second,
     whose loss and gradient are returned, so that the ratio is not 1.
     """
-    config = recipe.Config(prompts_per_step=len(rows), microbatch_tokens=microbatch_tokens, **options)
+    config = recipe.Config(
+        prompts_per_step=len(rows), microbatch_tokens=microbatch_tokens, **options
+    )
     model, critic = copy.deepcopy(before or policy), copy.deepcopy(critic)
     losses, found, passes = list[tuple[float, int]](), list[tuple[float, Gradient]](), [0]
     backward = Tensor.backward
@@ -85,7 +97,11 @@ def recipe_step(
     class Noted(Optimizer):
         def step(self) -> dict[str, float]:
             mine = set(map(id, self.parameters))
-            trained = next(m for m in (model, critic) if m is not None and any(id(p) in mine for p in m.parameters()))
+            trained = next(
+                m
+                for m in (model, critic)
+                if m is not None and any(id(p) in mine for p in m.parameters())
+            )
             passes[0] += trained is model
             if passes[0] == (1 if before is None else 2):
                 values = [value for value, _ in losses]
@@ -108,7 +124,9 @@ def recipe_step(
         def reference(self) -> Any:
             return super().reference() if reference is None else self.holds(reference=reference)
 
-        def optimizer(self, model: Any, *, updates: int = 1, lr: float | None = None, name: str = "optimizer") -> Any:
+        def optimizer(
+            self, model: Any, *, updates: int = 1, lr: float | None = None, name: str = "optimizer"
+        ) -> Any:
             return self.holds(**{name: Noted(model, self.config, updates, lr)})
 
         def order(self, done: int = 0) -> Any:  # in the order given
@@ -119,10 +137,14 @@ def recipe_step(
                 generator=torch.Generator())  # fmt: skip
 
     def of_reference(run: Run, examples: Sequence[Example]) -> Tensor:
-        return run.passes(token_logprobs, reference or run.model, offline.to_groups(examples, "cpu")).sum(1)
+        return run.passes(
+            token_logprobs, reference or run.model, offline.to_groups(examples, "cpu")
+        ).sum(1)
 
     with ExitStack() as stack:
-        fresh = stack.enter_context(tempfile.TemporaryDirectory())  # no reference pass of an earlier run
+        fresh = stack.enter_context(
+            tempfile.TemporaryDirectory()
+        )  # no reference pass of an earlier run
         stack.enter_context(patch.dict(os.environ, XDG_CACHE_HOME=fresh))
         stack.enter_context(patch.object(Tensor, "backward", record))
         stack.enter_context(patch.object(offline, "completion_logprob", of_reference))

@@ -28,7 +28,9 @@ FAULTS = ("500", "hang", "truncated", "not json", "wrong version", "duplicate", 
           "other request", "abort", "nan", "die")  # fmt: skip
 
 
-LOADING = threading.Lock()  # two loads at once leave transformers in a state where it ties no weights any more
+LOADING = (
+    threading.Lock()
+)  # two loads at once leave transformers in a state where it ties no weights any more
 
 
 class Listener(ThreadingHTTPServer):
@@ -40,7 +42,14 @@ class Listener(ThreadingHTTPServer):
 class Stub:
     """One server. `faults` are taken one a request for completions, the probe's not counted; `asked` is what it was asked for."""
 
-    def __init__(self, model: str, port: int = 0, latency: float = 0.0, process: bool = False, seeded: bool = False):
+    def __init__(
+        self,
+        model: str,
+        port: int = 0,
+        latency: float = 0.0,
+        process: bool = False,
+        seeded: bool = False,
+    ):
         self.folder, self.latency, self.process = str(model), latency, process
         self.seeded = seeded  # a group depends on weights, prompt and the request's seed alone
         self.faults: deque[str] = deque()
@@ -63,7 +72,10 @@ class Stub:
                 stub.route(self, {})
 
             def do_POST(self) -> None:
-                stub.route(self, json.loads(self.rfile.read(int(self.headers["content-length"] or 0)) or b"{}"))
+                stub.route(
+                    self,
+                    json.loads(self.rfile.read(int(self.headers["content-length"] or 0)) or b"{}"),
+                )
 
             def log_message(self, format: str, *args: Any) -> None:
                 pass
@@ -114,8 +126,14 @@ class Stub:
             with self.lock:
                 self.adapters[body["lora_name"]] = base = self.fresh()
                 if self.reload != "none":
-                    PeftModel.from_pretrained(base, body["lora_path"])  # puts its layers into the base
-            return self.say(handler, f"Success: LoRA adapter '{body['lora_name']}' added successfully.", plain=True)
+                    PeftModel.from_pretrained(
+                        base, body["lora_path"]
+                    )  # puts its layers into the base
+            return self.say(
+                handler,
+                f"Success: LoRA adapter '{body['lora_name']}' added successfully.",
+                plain=True,
+            )
         elif path == "/v1/unload_lora_adapter":
             with self.lock:
                 if body["lora_name"] not in self.adapters:
@@ -137,7 +155,9 @@ class Stub:
             assert path.startswith("/init") or self.paused
         elif path == "/update_weights":
             told, own = body["update_info"], self.model.state_dict()
-            for name, kind, shape in zip(told["names"], told["dtype_names"], told["shapes"], strict=True):
+            for name, kind, shape in zip(
+                told["names"], told["dtype_names"], told["shapes"], strict=True
+            ):
                 x = self.wire.get(timeout=60)
                 assert (list(x.shape), str(x.dtype)) == (shape, f"torch.{kind}")
                 with torch.no_grad():
@@ -160,7 +180,9 @@ class Stub:
                 tensors |= load_file(os.path.join(folder, name))
         own = self.model.state_dict()
         if self.reload == "half":
-            tensors = {name: x for name, x in tensors.items() if "embed" not in name and "head" not in name}
+            tensors = {
+                name: x for name, x in tensors.items() if "embed" not in name and "head" not in name
+            }
         with torch.no_grad():
             for name, x in tensors.items() if self.reload != "none" else ():
                 own[name].copy_(x)
@@ -185,7 +207,13 @@ class Stub:
             return self.say(handler, {"error": "out of order"}, 500)
         example = Example(prompt=body["token_ids"], completions=[], learned=[], row={})
         result, done = list[Any](), threading.Event()
-        key = (body.get("model"), given["n"], given["max_tokens"], given["temperature"], tuple(given["stop_token_ids"]))
+        key = (
+            body.get("model"),
+            given["n"],
+            given["max_tokens"],
+            given["temperature"],
+            tuple(given["stop_token_ids"]),
+        )
         key += (given["seed"] if self.seeded else None,)
         with self.lock:
             version = self.version
@@ -197,7 +225,9 @@ class Stub:
         if probe:
             with self.lock, torch.no_grad():
                 served = self.adapters[body["model"]] if "model" in body else self.model
-                logits = served(torch.tensor([body["token_ids"]])).logits[0, -1] / given["temperature"]
+                logits = (
+                    served(torch.tensor([body["token_ids"]])).logits[0, -1] / given["temperature"]
+                )
                 top = logits.log_softmax(-1).topk(given["logprobs"])
                 likely = [
                     {"token_id": t, "logprob": x}
@@ -207,7 +237,10 @@ class Stub:
         for i, (tokens, logprobs) in enumerate(result):
             ended = tokens[-1] in given["stop_token_ids"]
             spans = [{"version": version, "start": 0, "end": len(tokens)}]
-            content = [{"token_id": t, "logprob": x, "rank": None} for t, x in zip(tokens, logprobs, strict=True)]
+            content = [
+                {"token_id": t, "logprob": x, "rank": None}
+                for t, x in zip(tokens, logprobs, strict=True)
+            ]
             if probe:
                 content[0]["top_logprobs"] = likely
             choices.append({"index": i, "token_ids": tokens, "logprobs": {"content": content}, "stop_reason": None,
@@ -247,7 +280,9 @@ class Stub:
                     model, n, limit, temperature, stops, seed = key
                     random = GENERATOR if seed is None else torch.Generator().manual_seed(seed)
                     served = self.adapters.get(model) if model else self.model
-                    if served is None:  # unloaded since it was asked for: an answer without completions
+                    if (
+                        served is None
+                    ):  # unloaded since it was asked for: an answer without completions
                         for *_, done in alike:
                             done.set()
                         continue
@@ -257,10 +292,17 @@ class Stub:
                     for p, (_, _, result, done) in enumerate(alike):
                         for b in range(p * n, p * n + n):
                             own = groups.present[b]
-                            result.append((groups.completions[b][own].tolist(), rollouts.logprobs[b][own].tolist()))
+                            result.append(
+                                (
+                                    groups.completions[b][own].tolist(),
+                                    rollouts.logprobs[b][own].tolist(),
+                                )
+                            )
                         done.set()
 
-    def say(self, handler: Any, body: Any, code: int = 200, fault: str = "", plain: bool = False) -> None:
+    def say(
+        self, handler: Any, body: Any, code: int = 200, fault: str = "", plain: bool = False
+    ) -> None:
         data = body.encode() if plain else json.dumps(body).encode()
         data = b"<html>" if fault == "not json" else data
         with contextlib.suppress(OSError):
@@ -283,4 +325,6 @@ if __name__ == "__main__":
     parser.add_argument("--seeded", action="store_true")
     known, _ = parser.parse_known_args()
     torch.set_num_threads(1)
-    Stub(known.model, known.port, known.latency, process=True, seeded=known.seeded).http.serve_forever()
+    Stub(
+        known.model, known.port, known.latency, process=True, seeded=known.seeded
+    ).http.serve_forever()

@@ -34,7 +34,11 @@ class Answers(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         body = gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body
         told = json.loads(body) if self.command == "POST" else {}
-        given = json.dumps(streamed(self.server, self.path, told) if "files" in self.path else asked(self.server, told))
+        given = json.dumps(
+            streamed(self.server, self.path, told)
+            if "files" in self.path
+            else asked(self.server, told)
+        )
         self.send_response(200)
         self.send_header("Content-Length", str(len(given)))
         self.end_headers()
@@ -66,7 +70,13 @@ def asked(stub: Any, told: dict[str, Any]) -> dict[str, Any]:
         stub.lines.setdefault(name, [])
         return {"data": {"upsertBucket": {"bucket": run, "inserted": True}}}
     if called == "RunResumeStatus":
-        run |= {"summaryMetrics": "{}", "logLineCount": 0, "eventsLineCount": 0, "eventsTail": "[]", "tags": []}
+        run |= {
+            "summaryMetrics": "{}",
+            "logLineCount": 0,
+            "eventsLineCount": 0,
+            "eventsTail": "[]",
+            "tags": [],
+        }
         run |= {"historyTail": json.dumps(stub.lines.get(name, [])[-1:]), "wandbConfig": '{"t": 1}'}
         return {"data": {"model": project | {"bucket": run if name in stub.lines else None}}}
     if called == "CreateRunFiles":

@@ -20,11 +20,17 @@ from test_rewards import rollouts
 from trivet.cli.main import main
 from trivet.errors import InputError
 from trivet.rewards import code
-from trivet.rewards.code import CodeReward, _NotApartError, code_of
+from trivet.rewards.code import CodeReward, _NotIsolatedError, code_of
 from trivet.rewards.functions import load_rewards
-from trivet.rewards.guard import within
+from trivet.rewards.guard import with_time_limit
 
-SMALL: dict[str, Any] = {"cpu_seconds": 2, "wall_seconds": 60.0, "memory_mb": 256, "processes": 8, "file_mb": 1}
+SMALL: dict[str, Any] = {
+    "cpu_seconds": 2,
+    "wall_seconds": 60.0,
+    "memory_mb": 256,
+    "processes": 8,
+    "file_mb": 1,
+}
 LONG = 20  # seconds of programs that are ended before; should they not be, they end by themselves
 
 
@@ -45,7 +51,15 @@ def launcher(tmp_path_factory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def apart() -> CodeReward:
     """The reward, where this machine has namespaces."""
-    command = ["unshare", "--net", "--pid", "--mount", "--fork", *(["--user"] if os.getuid() else []), "true"]
+    command = [
+        "unshare",
+        "--net",
+        "--pid",
+        "--mount",
+        "--fork",
+        *(["--user"] if os.getuid() else []),
+        "true",
+    ]
     if not shutil.which("unshare") or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("there are no namespaces here")
     return made()
@@ -60,7 +74,10 @@ def said(reward: CodeReward, source: str, given: str = "") -> str:
 # Right and wrong ----------------------------------------------------------------------------------------------------
 
 ADD = "def add(a, b):\n    return a + b\n"
-ASSERTS = {"prompt": "p", "tests": ["assert add(1, 2) == 3", "assert add(0, 0) == 0", "assert add(1, 1) == 3"]}
+ASSERTS = {
+    "prompt": "p",
+    "tests": ["assert add(1, 2) == 3", "assert add(0, 0) == 0", "assert add(1, 1) == 3"],
+}
 
 
 @pytest.mark.parametrize(
@@ -68,8 +85,23 @@ ASSERTS = {"prompt": "p", "tests": ["assert add(1, 2) == 3", "assert add(0, 0) =
     [
         (ADD, {"tests": "assert add(1, 2) == 3"}, 1),
         (ADD, ASSERTS, 2 / 3),
-        (ADD, {"test_list": ASSERTS["tests"][:2], "test_setup_code": "import math", "challenge_test_list": []}, 1),
-        (ADD, {"test_imports": ["import math", "import re"], "test_list": ["assert add(math.pi, 0) > 3"]}, 1),
+        (
+            ADD,
+            {
+                "test_list": ASSERTS["tests"][:2],
+                "test_setup_code": "import math",
+                "challenge_test_list": [],
+            },
+            1,
+        ),
+        (
+            ADD,
+            {
+                "test_imports": ["import math", "import re"],
+                "test_list": ["assert add(math.pi, 0) > 3"],
+            },
+            1,
+        ),
         (ADD, {"test": "def check(f):\n    assert f(2, 2) == 4\n", "entry_point": "add"}, 1),
         (ADD, {"test": "def check(f):\n    assert f(2, 2) == 5\n", "entry_point": "add"}, 0),
         ("def add(a, b)", ASSERTS, 0),
@@ -88,17 +120,23 @@ ASSERTS = {"prompt": "p", "tests": ["assert add(1, 2) == 3", "assert add(0, 0) =
         ("print(8)\nraise SystemExit(1)", {"expected_output": "8"}, 0),
         ("print(9)", {"expected_output": "8"}, 0),
         ("print('é')", {"expected_output": "é"}, 1),
-        ("if __name__ == '__main__':\n    print(open('x', 'w').write('ab'))", {"expected_output": "2"}, 1),
+        (
+            "if __name__ == '__main__':\n    print(open('x', 'w').write('ab'))",
+            {"expected_output": "2"},
+            1,
+        ),
     ],
 )
 def test_the_share_of_tests_that_a_program_passes(apart, source, row, share):
-    assert apart._passed(source, row) == share
+    assert apart._share_passed(source, row) == share
 
 
 def test_all_or_nothing_or_the_share_and_no_opinion_without_tests(apart):
     rows = [ASSERTS, {"prompt": "q"}]
     given = rollouts(rows, group_size=1)
-    given = type(given)(**{name: getattr(given, name) for name in given.__slots__} | {"texts": [ADD, ADD]})
+    given = type(given)(
+        **{name: getattr(given, name) for name in given.__slots__} | {"texts": [ADD, ADD]}
+    )
     assert [str(x) for x in apart(given).tolist()] == ["0.0", "nan"]
     assert apart.logged == {"rewards/code/out_of_time": 0.0}
     assert made(partial=True)(given).tolist()[0] == pytest.approx(2 / 3)
@@ -107,8 +145,8 @@ def test_all_or_nothing_or_the_share_and_no_opinion_without_tests(apart):
 def test_data_without_any_tests_is_told(apart):
     with pytest.raises(InputError, match="the data has no tests; it needs a column tests"):
         apart(rollouts())
-    with pytest.raises(InputError, match="2 of stdin for 1 of expected_output"):
-        apart._passed("", {"stdin": ["1", "2"], "expected_output": "1"})
+    with pytest.raises(InputError, match="2 entries in stdin but 1 in expected_output"):
+        apart._share_passed("", {"stdin": ["1", "2"], "expected_output": "1"})
 
 
 def test_it_is_named_code_and_takes_settings(apart, tmp_path):
@@ -133,8 +171,13 @@ def test_the_last_fenced_block_is_the_code(text, found):
 
 def test_finding_the_code_reads_odd_texts_once():
     """A search that goes over them again from every place would take hours, and is given up after a minute."""
-    texts = ["```python\n" * 300_000, "```" * 500_000, "```py" + " " * 500_000, "```\n" + "``\n" * 300_000]
-    found = within(60.0, lambda: [code_of(text) for text in texts])
+    texts = [
+        "```python\n" * 300_000,
+        "```" * 500_000,
+        "```py" + " " * 500_000,
+        "```\n" + "``\n" * 300_000,
+    ]
+    found = with_time_limit(60.0, lambda: [code_of(text) for text in texts])
     assert found == ["", *texts[1:3], "``\n" * 300_000]
 
 
@@ -201,7 +244,8 @@ def test_a_fork_bomb_meets_the_limit_and_nothing_of_it_is_left(apart, launcher):
 def test_threads_count_as_processes(apart):
     text = "import threading, time\nfor n in range(100):\n    threading.Thread(target=time.sleep, args=(100,), daemon=True).start()"
     assert "can't start new thread" in said(
-        apart, f"try:\n    {text.replace(chr(10), chr(10) + '    ')}\nexcept RuntimeError as e:\n    print(e)"
+        apart,
+        f"try:\n    {text.replace(chr(10), chr(10) + '    ')}\nexcept RuntimeError as e:\n    print(e)",
     )
 
 
@@ -210,7 +254,9 @@ def test_two_programs_do_not_count_each_others_processes(apart):
         "import os, time\nfor _ in range(5):\n    if os.fork() == 0:\n        time.sleep(100); os._exit(0)\ntime.sleep(1)\nprint('all')"
     ] * 3
     given = rollouts([{"prompt": "p", "expected_output": "all"}] * 3, group_size=1)
-    given = type(given)(**{name: getattr(given, name) for name in given.__slots__} | {"texts": sources})
+    given = type(given)(
+        **{name: getattr(given, name) for name in given.__slots__} | {"texts": sources}
+    )
     assert made(at_once=3)(given).tolist() == [1.0] * 3
 
 
@@ -224,7 +270,10 @@ DEAF = "import signal\nfor n in range(1, 65):\n    try: signal.signal(n, signal.
         ("while True: pass", False),  # processor time
         (SLEEPS, True),  # wall time
         (f"{DEAF}\n{SLEEPS}", True),
-        ("import os, time\nif os.fork(): os._exit(0)\nos.setsid()\ntime.sleep(100)", False),  # leaves a child behind
+        (
+            "import os, time\nif os.fork(): os._exit(0)\nos.setsid()\ntime.sleep(100)",
+            False,
+        ),  # leaves a child behind
         ("input()", False),  # there is nothing to read
         ("while True: print('x' * 1000)", False),
         ("while True: open('x', 'ab').write(b'x' * 100000)", False),
@@ -232,12 +281,14 @@ DEAF = "import signal\nfor n in range(1, 65):\n    try: signal.signal(n, signal.
         ("n = 0\nwhile True:\n    open(str(n), 'wb')\n    n += 1", False),
     ],
 )
-def test_what_goes_on_for_ever_is_ended_with_all_it_started(apart, launcher, monkeypatch, source, late):
+def test_what_goes_on_for_ever_is_ended_with_all_it_started(
+    apart, launcher, monkeypatch, source, late
+):
     """By its time, before it comes to an end of its own; or by another limit, before its time is up."""
     monkeypatch.setattr(apart, "cpu_seconds", 1)
     monkeypatch.setattr(apart, "wall_seconds", 0.7 if late else 60.0)
     monkeypatch.setattr(apart, "late", [])
-    assert apart._passed(source, {"expected_output": "x"}) == 0
+    assert apart._share_passed(source, {"expected_output": "x"}) == 0
     assert apart.late == [1] * late
     assert gone(launcher.name)
 
@@ -250,7 +301,15 @@ def test_memory_is_limited(apart):
 
 
 def test_output_and_files_are_limited(apart):
-    assert len(said(apart, "import os\ntry:\n    while True: os.write(1, b'x' * 4096)\nexcept OSError: pass")) == 2**20
+    assert (
+        len(
+            said(
+                apart,
+                "import os\ntry:\n    while True: os.write(1, b'x' * 4096)\nexcept OSError: pass",
+            )
+        )
+        == 2**20
+    )
     text = said(
         apart,
         "n = 0\ntry:\n    while True:\n        open(str(n), 'wb').write(b'x' * 100000)\n        n += 1\nexcept OSError as e:\n    print(n, e.errno)",
@@ -262,7 +321,10 @@ def test_nothing_can_be_written_outside_its_folder(apart, tmp_path):
     os.chmod(tmp_path, 0o777)
     paths = [tmp_path / "a", "/tmp/a-trivet-test", "/var/tmp/a", "/dev/shm/a", "/etc/a", "/usr/lib/a", "/a", sys.prefix + "/a", sys.base_prefix + "/a", Path(__file__).parent / "a"]  # fmt: skip
     source = f"for path in {[str(path) for path in paths]!r}:\n    try:\n        open(path, 'w').write('x')\n        print('wrote', path)\n    except OSError: pass"
-    assert set(said(apart, source).split("\n")) <= {"wrote /tmp/a-trivet-test", ""}  # which is its own /tmp
+    assert set(said(apart, source).split("\n")) <= {
+        "wrote /tmp/a-trivet-test",
+        "",
+    }  # which is its own /tmp
     assert not [path for path in paths if Path(path).exists()]
     source = "import os\nfor how in (os.rmdir, os.unlink):\n    try: how('/usr/bin/env'); print('removed')\n    except OSError: pass"
     assert said(apart, source) == ""
@@ -278,7 +340,10 @@ def test_what_it_sees_is_read_only_even_where_anybody_may_write(apart, tmp_path,
     monkeypatch.setattr(sys, "base_prefix", str(tmp_path))  # which is shown
     path = str(tmp_path / "open" / "file")
     assert (
-        said(apart, f"print(open({path!r}).read())\ntry: open({path!r}, 'w')\nexcept OSError as e: print(e.errno)")
+        said(
+            apart,
+            f"print(open({path!r}).read())\ntry: open({path!r}, 'w')\nexcept OSError as e: print(e.errno)",
+        )
         == "ours\n30\n"
     )
 
@@ -286,7 +351,13 @@ def test_what_it_sees_is_read_only_even_where_anybody_may_write(apart, tmp_path,
 def test_the_machine_s_files_are_out_of_sight(apart, tmp_path):
     (tmp_path / "secret").write_text("answers")
     paths = [tmp_path / "secret", __file__, "/etc/passwd", "/etc/shadow", "/proc/self/environ", "/proc/1/environ", "/sys/kernel", "/var", "/home"]  # fmt: skip
-    assert said(apart, f"import os\nprint([p for p in {[str(p) for p in paths]!r} if os.path.exists(p)])") == "[]\n"
+    assert (
+        said(
+            apart,
+            f"import os\nprint([p for p in {[str(p) for p in paths]!r} if os.path.exists(p)])",
+        )
+        == "[]\n"
+    )
 
 
 def test_the_environment_is_not_inherited(apart, monkeypatch):
@@ -367,9 +438,7 @@ print(tries)
 
 
 def test_no_file_of_the_launcher_is_open(apart):
-    source = (
-        "import os\nn = 0\nfor fd in range(3, 64):\n    try: os.fstat(fd); n += 1\n    except OSError: pass\nprint(n)"
-    )
+    source = "import os\nn = 0\nfor fd in range(3, 64):\n    try: os.fstat(fd); n += 1\n    except OSError: pass\nprint(n)"
     assert said(apart, source) == "0\n"
 
 
@@ -378,7 +447,7 @@ def test_programs_end_when_the_run_is_killed(apart, launcher, monkeypatch):
     monkeypatch.setattr(apart, "wall_seconds", 300.0)
     if not (run := os.fork()):
         try:
-            apart._passed("import time; time.sleep(300)", {"expected_output": "x"})
+            apart._share_passed("import time; time.sleep(300)", {"expected_output": "x"})
         finally:
             os._exit(1)
     try:
@@ -392,10 +461,16 @@ def test_programs_end_when_the_run_is_killed(apart, launcher, monkeypatch):
 
 def test_ctrl_c_waits_for_no_program(launcher, monkeypatch):
     given = rollouts([{"prompt": "p", "tests": f"import time\ntime.sleep({LONG})"}] * 4)
-    given = type(given)(**{name: getattr(given, name) for name in given.__slots__} | {"texts": [""] * 8})
+    given = type(given)(
+        **{name: getattr(given, name) for name in given.__slots__} | {"texts": [""] * 8}
+    )
     reward, shares = made(at_once=2), list[float]()
-    passed = reward._passed
-    monkeypatch.setattr(reward, "_passed", lambda source, row: shares.append(passed(source, row)) or shares[-1])
+    passed = reward._share_passed
+    monkeypatch.setattr(
+        reward,
+        "_share_passed",
+        lambda source, row: shares.append(passed(source, row)) or shares[-1],
+    )
 
     def interrupt() -> None:
         comes(lambda: len(ours(launcher.name)) == 4)  # two programs run
@@ -428,13 +503,20 @@ def without_namespaces(tmp_path, monkeypatch) -> Iterator[str]:
         yield folder
 
 
-def test_where_there_are_no_namespaces_it_is_refused_unless_allowed(without_namespaces, monkeypatch):
-    with pytest.raises(InputError, match=r"keep the model's code apart .*Operation not permitted.*unconfined = true"):
+def test_where_there_are_no_namespaces_it_is_refused_unless_allowed(
+    without_namespaces, monkeypatch
+):
+    with pytest.raises(
+        InputError,
+        match=r"isolate the model's code on this machine .*Operation not permitted.*unconfined = true",
+    ):
         made()
-    if os.getuid() == 0 and os.access("/usr/bin/python3", os.X_OK):  # a Python that the program's user can read
+    if os.getuid() == 0 and os.access(
+        "/usr/bin/python3", os.X_OK
+    ):  # a Python that the program's user can read
         monkeypatch.setattr(sys, "executable", "/usr/bin/python3")
     reward = made(unconfined=True)
-    assert reward._passed(ADD, ASSERTS) == 2 / 3
+    assert reward._share_passed(ADD, ASSERTS) == 2 / 3
     assert said(reward, "x = bytearray(10 * 2**30)") == ""
     with monkeypatch.context() as patch:
         patch.setattr(reward, "wall_seconds", 0.5)
@@ -442,35 +524,51 @@ def test_where_there_are_no_namespaces_it_is_refused_unless_allowed(without_name
     assert reward.late == [1]
     assert "secret" not in said(reward, "import os\nprint(dict(os.environ))")
     before = os.getpid()
-    if os.getuid() == 0:  # the program is somebody else, whom the kernel counts and keeps from signalling us
+    if (
+        os.getuid() == 0
+    ):  # the program is somebody else, whom the kernel counts and keeps from signalling us
         assert said(reward, BOMB).endswith(" 11\n")
-        assert said(reward, f"import os\ntry: os.kill({before}, 0)\nexcept PermissionError: print('no')") == "no\n"
+        assert (
+            said(
+                reward, f"import os\ntry: os.kill({before}, 0)\nexcept PermissionError: print('no')"
+            )
+            == "no\n"
+        )
         assert gone(without_namespaces)
 
 
 def test_where_namespaces_are_granted_but_do_not_hold_it_is_refused(apart, monkeypatch):
     with_network = code.CONFINED.read_text().replace("NEWPID | NEWNET |", "NEWPID |")
-    for kept in (with_network, code.CONFINED.read_text().replace("    os.chroot(folder)", "    os.chroot('/')")):
+    for kept in (
+        with_network,
+        code.CONFINED.read_text().replace("    os.chroot(folder)", "    os.chroot('/')"),
+    ):
         assert kept != code.CONFINED.read_text()
         with tempfile.NamedTemporaryFile("w", suffix=".py") as file, monkeypatch.context() as patch:
             file.write(kept)
             file.flush()
             patch.setattr("trivet.rewards.code.CONFINED", Path(file.name))
-            with pytest.raises(InputError, match=r"apart on this machine|raise memory_mb"):
+            with pytest.raises(
+                InputError, match=r"isolate the model's code on this machine|raise memory_mb"
+            ):
                 made()
 
 
 def test_a_launcher_that_fails_later_is_no_wrong_answer(apart, monkeypatch, tmp_path):
     (tmp_path / "confined.py").write_text("import sys; sys.exit('no memory')")
     monkeypatch.setattr("trivet.rewards.code.CONFINED", tmp_path / "confined.py")
-    with pytest.raises(_NotApartError, match="no memory"):
-        apart._passed("print(1)", {"expected_output": "1"})
+    with pytest.raises(_NotIsolatedError, match="no memory"):
+        apart._share_passed("print(1)", {"expected_output": "1"})
     with pytest.raises(InputError, match="could not start a program: no memory"):
         apart(rollouts([{"prompt": "p", "tests": "pass"}]))
 
 
-@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("setpriv"), reason="needs root, to become somebody else")
-@pytest.mark.skipif(not os.access("/usr/bin/python3", os.X_OK), reason="needs a Python that all can read")
+@pytest.mark.skipif(
+    os.getuid() != 0 or not shutil.which("setpriv"), reason="needs root, to become somebody else"
+)
+@pytest.mark.skipif(
+    not os.access("/usr/bin/python3", os.X_OK), reason="needs a Python that all can read"
+)
 def test_an_ordinary_user_gets_the_same(tmp_path):
     """With the machine's Python, as nobody: the way through a user namespace."""
     folder = tmp_path / "for-nobody"
@@ -488,7 +586,7 @@ module = sys.modules["reward"] = util.module_from_spec(spec)
 spec.loader.exec_module(module)
 reward = module.CodeReward(cpu_seconds=2, wall_seconds=60.0, memory_mb=256, processes=8, file_mb=1)
 outputs = [reward._output({"source": source, "tests": None, "word": "", "stdin": ""}) for source in sys.argv[2:]]
-print(json.dumps([reward._passed("print(1)", {"expected_output": "1"}), *outputs]))
+print(json.dumps([reward._share_passed("print(1)", {"expected_output": "1"}), *outputs]))
 """
     (folder / "try.py").write_text(body)
     for path in (tmp_path, *tmp_path.parents):
@@ -498,7 +596,14 @@ print(json.dumps([reward._passed("print(1)", {"expected_output": "1"}), *outputs
             and str(path) != tempfile.gettempdir()
         ):
             path.chmod(0o755)
-    command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "/usr/bin/python3", "-B"]
+    command = [
+        "setpriv",
+        "--reuid=65534",
+        "--regid=65534",
+        "--clear-groups",
+        "/usr/bin/python3",
+        "-B",
+    ]
     outside = "try: open('/var/tmp/x', 'w')\nexcept OSError: print('no')"
     rights = "import os, ctypes\nprint(os.getuid(), ctypes.CDLL(None).unshare(0x20000))"
     words = [*command, str(folder / "try.py"), str(folder), BOMB, outside, rights]
@@ -513,7 +618,9 @@ print(json.dumps([reward._passed("print(1)", {"expected_output": "1"}), *outputs
 
 
 def test_a_run_is_rewarded_for_code(apart, tmp_path):
-    rows = [{"prompt": f"One day, {name}", "tests": "pass"} for name in ("Nora", "Ben", "Tim", "Lily")]
+    rows = [
+        {"prompt": f"One day, {name}", "tests": "pass"} for name in ("Nora", "Ben", "Tim", "Lily")
+    ]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = "grpo --preset toy --steps 1 --prompts-per-step 2 --group-size 2 --max-completion-tokens 8 --reward code"
     limits = f"--eval-fraction 0 --quiet --data {tmp_path}/data.jsonl --out {tmp_path}/run"

@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoModelForSequenceClassification
 
 from runs import write_quickstart, write_run
-from trivet.cli.help import WHERE, file_and_class
+from trivet.cli.help import COMMAND_OPTIONS, file_and_class
 from trivet.cli.main import main
 from trivet.recipes import METHODS
 from trivet.step.option_texts import PACKAGE, options_of
@@ -39,7 +39,17 @@ def test_generate_prints_completions_and_repeats_with_the_seed(capsys):
 
 def test_generate_writes_json_lines_with_every_column_and_never_over_a_file(tmp_path, capsys):
     out = tmp_path / "written.jsonl"
-    arguments = ["generate", "--model", STORIES["model"], "--data", STORIES["data"], "--limit", "2", "--out", str(out)]
+    arguments = [
+        "generate",
+        "--model",
+        STORIES["model"],
+        "--data",
+        STORIES["data"],
+        "--limit",
+        "2",
+        "--out",
+        str(out),
+    ]
     assert main([*arguments, "--max-completion-tokens", "20", "--temperature", "0"]) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(rows) == 2
@@ -65,7 +75,7 @@ def test_score_says_how_many_pairs_a_reward_ranks_right(tmp_path, capsys):
         "exact_match",
     ]
     assert main([*arguments, "--out", str(out)]) == 0
-    assert "1 of 2 pairs ranked right (50.0%)" in capsys.readouterr().out
+    assert "1 of 2 pairs ranked correctly (50.0%)" in capsys.readouterr().out
     assert [json.loads(line)["score_chosen"] for line in out.read_text().splitlines()] == [1.0, 0.0]
 
 
@@ -80,17 +90,26 @@ def test_compare_takes_a_folder_and_says_what_was_not_generated_by_a_dash(tmp_pa
     said = capsys.readouterr().out
     assert main(["compare", *map(str, runs)]) == 0
     assert capsys.readouterr().out == said
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in said.splitlines() if line.startswith("│")][:6]
+    rows = [
+        [cell.strip() for cell in line.split("│")[1:-1]]
+        for line in said.splitlines()
+        if line.startswith("│")
+    ][:6]
     assert [row[0] for row in rows] == [run.name for run in runs]
     assert [row[-2] == "-" for row in rows] == [True] * 3 + [False] * 3
-    assert [row[1] for row in rows] == ["1.49 ± 0.03", "", *(f"{x} ± 0.03" for x in ("4.60", "4.60", "12.00", "0.01"))]
+    assert [row[1] for row in rows] == [
+        "1.49 ± 0.03",
+        "",
+        *(f"{x} ± 0.03" for x in ("4.60", "4.60", "12.00", "0.01")),
+    ]
     going = write_run(tmp_path / "going", "grpo", 3, done=False)
     assert main(["compare", str(tmp_path)]) == 2
     assert f"{going} has not finished" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "arguments", [["generate"], ["score"], ["generate", "--model", STORIES["model"]], ["compare", "."]]
+    "arguments",
+    [["generate"], ["score"], ["generate", "--model", STORIES["model"]], ["compare", "."]],
 )
 def test_missing_arguments_are_one_sentence(arguments, capsys):
     assert main(arguments) == 2
@@ -101,7 +120,10 @@ def test_missing_arguments_are_one_sentence(arguments, capsys):
 
 @pytest.mark.parametrize("command", ["generate", "score"])
 def test_a_device_that_is_not_there_is_one_sentence(command, capsys):
-    given = {"generate": ["--prompt", "One day"], "score": ["--data", STORIES["data"], "--reward", "brevity"]}[command]
+    given = {
+        "generate": ["--prompt", "One day"],
+        "score": ["--data", STORIES["data"], "--reward", "brevity"],
+    }[command]
     assert main([command, "--model", STORIES["model"], *given, "--device", "nonsense"]) == 2
     said = capsys.readouterr().err
     assert "--device nonsense" in said
@@ -109,7 +131,9 @@ def test_a_device_that_is_not_there_is_one_sentence(command, capsys):
 
 
 def test_a_model_that_scores_is_not_asked_to_write(tmp_path, capsys):
-    AutoModelForSequenceClassification.from_pretrained(STORIES["model"], num_labels=1).save_pretrained(tmp_path)
+    AutoModelForSequenceClassification.from_pretrained(
+        STORIES["model"], num_labels=1
+    ).save_pretrained(tmp_path)
     assert main(["generate", "--model", str(tmp_path), "--prompt", "One day"]) == 2
     assert "needs a causal language model" in capsys.readouterr().err
 
@@ -118,10 +142,13 @@ def test_help_is_quick_to_import():
     heavy = "import sys; import trivet.cli.main; assert not {'torch', 'transformers', 'rich'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", heavy], check=False).returncode == 0
     heavy = "import sys; from trivet.cli.main import main; main(['ppo', '--help']); assert not {'torch', 'transformers'} & set(sys.modules)"
-    assert subprocess.run([sys.executable, "-c", heavy], check=False, capture_output=True).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", heavy], check=False, capture_output=True).returncode
+        == 0
+    )
 
 
-@pytest.mark.parametrize("command", [*METHODS, *WHERE])
+@pytest.mark.parametrize("command", [*METHODS, *COMMAND_OPTIONS])
 def test_help_tells_every_option_as_its_config_has_it(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     file, kind = file_and_class(command)
@@ -134,7 +161,11 @@ def test_help_tells_every_option_as_its_config_has_it(command, capsys, monkeypat
     said = capsys.readouterr().out
     assert config.__doc__.split("\n")[0] in said
     for field in dataclasses.fields(config):
-        assert re.search(rf"^--{field.name.replace('_', '-')} .*{re.escape(options[field.name].text[:20])}", said, re.M)
+        assert re.search(
+            rf"^--{field.name.replace('_', '-')} .*{re.escape(options[field.name].text[:20])}",
+            said,
+            re.M,
+        )
         choices = getattr(typing.get_type_hints(config)[field.name], "__args__", ())
         assert all(str(choice) in said for choice in choices if isinstance(choice, str))
     for preset in getattr(importlib.import_module(config.__module__), "PRESETS", ()):

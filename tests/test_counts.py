@@ -81,7 +81,11 @@ def test_grpo_trains_on_groups_that_teach_and_has_no_reference_at_beta_0(beta, e
     groups = ragged(4, 4)
     rewards = torch.arange(16.0)
     rewards[: 4 * equal] = 1.0  # these groups teach nothing
-    given = {"rollouts": rollouts_of(groups, token_logprobs(POLICY, groups)), "rewards": rewards, "group_size": 4}
+    given = {
+        "rollouts": rollouts_of(groups, token_logprobs(POLICY, groups)),
+        "rewards": rewards,
+        "group_size": 4,
+    }
     with Counts() as counts:
         recipe_step(grpo, POLICY, examples(groups), beta=beta, **given)
     taught = groups.lengths if beta else groups.lengths[equal:]
@@ -93,19 +97,35 @@ def test_grpo_trains_on_groups_that_teach_and_has_no_reference_at_beta_0(beta, e
 
 def test_pairwise_and_ppo_take_one_reference_pass_and_no_pass_of_the_old_policy():
     groups, rewards = ragged(3, 4), torch.arange(12.0)
-    given = {"rollouts": rollouts_of(groups, token_logprobs(POLICY, groups)), "rewards": rewards, "group_size": 4}
+    given = {
+        "rollouts": rollouts_of(groups, token_logprobs(POLICY, groups)),
+        "rewards": rewards,
+        "group_size": 4,
+    }
     once = int(groups.lengths.sum())
     with Counts() as counts:
         recipe_step(pairwise_grpo, POLICY, examples(groups), **given)
     assert counts.trunk == {True: once, False: once}
     with Counts() as counts:
-        recipe_step(ppo, POLICY, examples(groups), critic=with_scalar_head(POLICY), epochs_per_batch=1, **given)
-    assert counts.head == {True: int(groups.mask.sum()), False: int(groups.mask.sum())}  # the critic has no such head
+        recipe_step(
+            ppo,
+            POLICY,
+            examples(groups),
+            critic=with_scalar_head(POLICY),
+            epochs_per_batch=1,
+            **given,
+        )
+    assert counts.head == {
+        True: int(groups.mask.sum()),
+        False: int(groups.mask.sum()),
+    }  # the critic has no such head
 
 
 def test_decoding_prefills_a_prompt_once_and_lets_few_ended_rows_ride_along():
     prompts = [Example(prompt=[5, 6, 7] * n, completions=[], learned=[], row={}) for n in (1, 2, 3)]
-    sampler = Engine(lambda prompt, ids: "", (0, 1, 2, 3), 40, 1.0, torch.Generator().manual_seed(0))
+    sampler = Engine(
+        lambda prompt, ids: "", (0, 1, 2, 3), 40, 1.0, torch.Generator().manual_seed(0)
+    )
     steps: list[int] = []
     trunk = generation.trunk
 
@@ -130,15 +150,26 @@ class Watch(TorchDispatchMode):
         self.reads, self.allocations, self.large = 0, list[tuple[int, ...]](), large
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        given = {
+            x.untyped_storage().data_ptr()
+            for x in tree_leaves((args, kwargs))
+            if isinstance(x, torch.Tensor)
+        }
         result = op(*args, **(kwargs or {}))
         for x in tree_leaves(result):
             if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in given:
                 size = x.untyped_storage().nbytes()
                 self.allocations += [tuple(x.shape)] if size > self.large else []
-        chosen = args[1] if op in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default) else ()
+        chosen = (
+            args[1]
+            if op in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default)
+            else ()
+        )
         by_mask = any(x is not None and x.dtype == torch.bool for x in chosen)
-        self.reads += by_mask or op in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        self.reads += by_mask or op in (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.nonzero.default,
+        )
         return result
 
     def __enter__(self):
@@ -148,7 +179,9 @@ class Watch(TorchDispatchMode):
             self.reads += 1
             return tolist(tensor)
 
-        self.patched = patch.object(torch.Tensor, "tolist", counted)  # the one read that is no operation
+        self.patched = patch.object(
+            torch.Tensor, "tolist", counted
+        )  # the one read that is no operation
         self.patched.start()
         return super().__enter__()
 
@@ -173,7 +206,9 @@ def test_one_read_of_the_device_for_each_token_that_is_decoded():
     prompts = [Example(prompt=[5, 6, 7], completions=[], learned=[], row={})] * 2
     reads = []
     for room in (4, 9):
-        sampler = Engine(lambda prompt, ids: "", (10**6,), room, 1.0, torch.Generator().manual_seed(0))
+        sampler = Engine(
+            lambda prompt, ids: "", (10**6,), room, 1.0, torch.Generator().manual_seed(0)
+        )
         with Watch() as watch:
             sampler.generate(POLICY, prompts, 3)
         reads.append(watch.reads)

@@ -15,7 +15,13 @@ from trivet.batch import Example
 from trivet.cli.main import main
 from trivet.data.examples import load_examples, split_by_prompt
 from trivet.data.rows import read_rows
-from trivet.model.text import PLAIN_TEMPLATE, encode_completion, encode_prompt, load_tokenizer, stop_ids
+from trivet.model.text import (
+    PLAIN_TEMPLATE,
+    encode_completion,
+    encode_prompt,
+    load_tokenizer,
+    stop_ids,
+)
 from trivet.recipes.offline import to_groups
 
 EOS = 0
@@ -26,7 +32,9 @@ MORE, AGAIN = {"role": "user", "content": "and"}, {"role": "assistant", "content
 @pytest.fixture(scope="module")
 def tokenizer():
     """One token per byte, and one merge: a b -> ab."""
-    letters = {letter: i + 1 for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    letters = {
+        letter: i + 1 for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
+    }
     raw = Tokenizer(models.BPE(vocab={"<eos>": EOS, **letters, "ab": 257}, merges=[("a", "b")]))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -45,7 +53,9 @@ def load(tokenizer, tmp_path):
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         counts: Counter[str] = Counter()
         limits = {"max_prompt": max_prompt, "max_completion": max_completion, **options}
-        return load_examples(str(tmp_path / "rows.jsonl"), tokenizer, [EOS], form, counts=counts, **limits), counts
+        return load_examples(
+            str(tmp_path / "rows.jsonl"), tokenizer, [EOS], form, counts=counts, **limits
+        ), counts
 
     return run
 
@@ -92,7 +102,9 @@ def test_messages_after_the_last_answer_are_not_kept(load, tokenizer):
 
 
 @pytest.mark.parametrize("prompt", ["hi", [USER], None])
-def test_pairs_of_messages_whether_the_prompt_is_a_string_said_again_or_implicit(load, tokenizer, prompt):
+def test_pairs_of_messages_whether_the_prompt_is_a_string_said_again_or_implicit(
+    load, tokenizer, prompt
+):
     rejected = ANSWER | {"content": "no"}
     wanted = ("User: hi\n\nAssistant:", [" yo<eos>", " no<eos>"])
     apart = {"prompt": prompt, "chosen": [ANSWER], "rejected": [rejected]}
@@ -115,7 +127,10 @@ def test_pairs_of_strings(load, tokenizer):
 def test_implicit_prompt_of_transcripts(load, tokenizer):
     start = "\n\nHuman: hi\n\nAssistant: yo\n\nHuman: and\n\nAssistant:"
     row = {"chosen": start + " so be it", "rejected": start + " so no"}
-    for form, wanted in {"preference": [" so be it<eos>", " so no<eos>"], "supervised": [" so be it<eos>"]}.items():
+    for form, wanted in {
+        "preference": [" so be it<eos>", " so no<eos>"],
+        "supervised": [" so be it<eos>"],
+    }.items():
         [example], _ = load(form, row)
         assert texts(tokenizer, example) == (start, wanted)
     [example], _ = load("prompts", row)
@@ -141,8 +156,12 @@ def test_a_string_may_answer_a_conversation(load, tokenizer):
     assert texts(tokenizer, example) == ("User: hi\n\nAssistant:", [" yo<eos>"])
 
 
-def test_completions_are_tokenized_with_their_prompt_except_where_that_would_change_the_prompt(load, tokenizer):
-    [inside, across], _ = load("supervised", {"prompt": "x", "completion": "ab"}, {"prompt": "xa", "completion": "bc"})
+def test_completions_are_tokenized_with_their_prompt_except_where_that_would_change_the_prompt(
+    load, tokenizer
+):
+    [inside, across], _ = load(
+        "supervised", {"prompt": "x", "completion": "ab"}, {"prompt": "xa", "completion": "bc"}
+    )
     assert inside.completions == [[257, EOS]]
     assert across.prompt == tokenizer.convert_tokens_to_ids(["x", "a"])
     assert across.completions == [[*tokenizer.convert_tokens_to_ids(["b", "c"]), EOS]]
@@ -178,7 +197,9 @@ def test_chosen_equal_to_rejected_and_empty_sides_are_counted(load):
     pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
     messages = {"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}
     silent = {"prompt": [USER], "chosen": [ANSWER], "rejected": [ANSWER | {"content": ""}]}
-    _, counts = load("preference", pair, pair | {"chosen": "c"}, messages, silent, pair | {"rejected": ""})
+    _, counts = load(
+        "preference", pair, pair | {"chosen": "c"}, messages, silent, pair | {"rejected": ""}
+    )
     assert counts["left out: chosen equals rejected"] == 2
     assert counts["left out: empty completion"] == 2
 
@@ -187,7 +208,9 @@ def write(path: Path, rows: list[dict[str, str]]) -> Path:
     kind = path.name.removesuffix(".gz").rsplit(".", 1)[1]
     if kind == "csv":
         plain = path.with_suffix(".plain")
-        with plain.open("w", encoding="utf-8-sig", newline="") as file:  # with a byte order mark, as Excel writes it
+        with plain.open(
+            "w", encoding="utf-8-sig", newline=""
+        ) as file:  # with a byte order mark, as Excel writes it
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
@@ -201,7 +224,9 @@ def write(path: Path, rows: list[dict[str, str]]) -> Path:
         content = plain.read_bytes()
     else:
         texts = [json.dumps(row, ensure_ascii=False) for row in rows]
-        content = ("\n\n".join(texts) if kind == "jsonl" else f"[{','.join(texts)}]").encode("utf-8-sig")
+        content = ("\n\n".join(texts) if kind == "jsonl" else f"[{','.join(texts)}]").encode(
+            "utf-8-sig"
+        )
     path.write_bytes(gzip.compress(content) if path.name.endswith(".gz") else content)
     return path
 
@@ -209,9 +234,14 @@ def write(path: Path, rows: list[dict[str, str]]) -> Path:
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
 @pytest.mark.parametrize("packed", ["", ".gz", ".GZ"])
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, kind, packed):
-    rows = [{"prompt": 'é, "x"\nline\r\n two', "completion": "1" * 200_000}, {"prompt": "\u2028", "completion": "0"}]
+    rows = [
+        {"prompt": 'é, "x"\nline\r\n two', "completion": "1" * 200_000},
+        {"prompt": "\u2028", "completion": "0"},
+    ]
     if packed == ".GZ":
-        (tmp_path / f"A.{kind.upper()}.GZ").write_bytes(write(tmp_path / f"a.{kind}.gz", rows).read_bytes())
+        (tmp_path / f"A.{kind.upper()}.GZ").write_bytes(
+            write(tmp_path / f"a.{kind}.gz", rows).read_bytes()
+        )
         assert list(read_rows(str(tmp_path / f"A.{kind.upper()}.GZ"))) == rows
     else:
         assert list(read_rows(str(write(tmp_path / f"a.{kind}{packed}", rows)))) == rows
@@ -254,7 +284,9 @@ def test_real_files(shared, tmp_path, name, form):
     counts: Counter[str] = Counter()
     limits = {"max_prompt": 5000, "max_completion": 100_000}
     stops = stop_ids(str(folder), tokenizer)
-    examples = load_examples(str(tmp_path / "a.jsonl"), tokenizer, stops, form, counts=counts, **limits)
+    examples = load_examples(
+        str(tmp_path / "a.jsonl"), tokenizer, stops, form, counts=counts, **limits
+    )
     left = sum(count for reason, count in counts.items() if reason.startswith("left out"))
     assert counts["rows read"] == 100 == len(examples) + left
     assert left <= 10
@@ -270,7 +302,9 @@ def test_a_prefix_space_is_not_put_between_prompt_and_completion(shared, tmp_pat
     tokenizer = load_tokenizer(str(shared / "models" / "stories260K"))
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "Once upon", "completion": " a time"}))
     limits = {"max_prompt": 100, "max_completion": 100}
-    [example] = load_examples(str(tmp_path / "a.jsonl"), tokenizer, [2], "supervised", counts=Counter(), **limits)
+    [example] = load_examples(
+        str(tmp_path / "a.jsonl"), tokenizer, [2], "supervised", counts=Counter(), **limits
+    )
     whole = tokenizer("Once upon a time")["input_ids"]
     assert example.prompt + example.completions[0] == [*whole, 2]
 
@@ -296,7 +330,7 @@ THINKING = (
 def test_a_template_that_opens_replies_otherwise_than_it_writes_answers(tokenizer):
     """As of reasoning models, whose replies are opened with <think> and whose answers are kept without it."""
     tokenizer.chat_template = THINKING
-    prompt = encode_prompt(tokenizer, [USER], answered=True)
+    prompt = encode_prompt(tokenizer, [USER], has_answer=True)
     ids, flags = encode_completion(tokenizer, [USER], prompt, [ANSWER, MORE, AGAIN], [EOS])
     whole = tokenizer.apply_chat_template([USER, ANSWER, MORE, AGAIN], tokenize=False)
     assert tokenizer.decode(prompt + ids) == whole
@@ -310,8 +344,24 @@ def test_a_template_that_opens_replies_otherwise_than_it_writes_answers(tokenize
 @pytest.mark.slow
 def test_a_run_on_real_conversations(shared, tmp_path):
     data = shared / "data" / "preference" / "hh_harmless_base_test.jsonl.gz"
-    options = ["--model", str(shared / "models" / "stories260K"), "--data", str(data), "--chat-template", "plain"]
-    small = ["--steps", "1", "--prompts-per-step", "2", "--eval-limit", "2", "--max-completion-tokens", "30"]
+    options = [
+        "--model",
+        str(shared / "models" / "stories260K"),
+        "--data",
+        str(data),
+        "--chat-template",
+        "plain",
+    ]
+    small = [
+        "--steps",
+        "1",
+        "--prompts-per-step",
+        "2",
+        "--eval-limit",
+        "2",
+        "--max-completion-tokens",
+        "30",
+    ]
     assert main(["dpo", *options, *small, "--out", str(tmp_path / "run")]) == 0
     counts = json.loads((tmp_path / "run" / "summary.json").read_text())["data"]
     assert counts["rows read"] == 2299
@@ -325,7 +375,9 @@ def test_every_stop_counts_the_tokenizers_own_first(tokenizer, tmp_path):
 
 def test_a_prompt_does_not_keep_the_eos_that_its_tokenizer_appends(tokenizer):
     raw = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    raw.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", EOS)])
+    raw.post_processor = processors.TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", EOS)]
+    )
     appending = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<eos>")
     assert appending("hi")["input_ids"][-1] == EOS
     assert encode_prompt(appending, "hi") == encode_prompt(tokenizer, "hi")
@@ -339,7 +391,9 @@ def test_what_the_user_said_in_between_is_present_and_not_learned(load):
 
 
 def test_rows_with_a_label_are_single_completions(load, tokenizer):
-    rows = [{"prompt": "a", "completion": " b", "label": label} for label in (True, 0, "1", "False")]
+    rows = [
+        {"prompt": "a", "completion": " b", "label": label} for label in (True, 0, "1", "False")
+    ]
     examples, _ = load("feedback", *rows)
     assert [example.row["label"] for example in examples] == [True, False, True, False]
     assert all(len(example.completions) == 1 for example in examples)
@@ -349,6 +403,8 @@ def test_rows_with_a_label_are_single_completions(load, tokenizer):
 
 def test_real_unpaired_feedback(shared, tokenizer):
     path, counts = str(shared / "data/preference/kto_en_demo_unpaired.jsonl.gz"), Counter()
-    rows = load_examples(path, tokenizer, [EOS], "feedback", max_prompt=9999, max_completion=9999, counts=counts)
+    rows = load_examples(
+        path, tokenizer, [EOS], "feedback", max_prompt=9999, max_completion=9999, counts=counts
+    )
     assert counts["rows read"] == 300
     assert {example.row["label"] for example in rows} == {True, False}

@@ -13,11 +13,13 @@ from packaging.requirements import Requirement
 
 from trivet import dependencies
 from trivet.cli.main import main
-from trivet.dependencies import require_extra, require_tried_versions
+from trivet.dependencies import require_extra, require_tested_versions
 from trivet.errors import InputError
 
 ROOT = Path(__file__).parent.parent
-ANOTHER = os.environ.get("TRIVET_ANY_VERSION") == "1"  # an environment made to be another than the locked one
+ANOTHER = (
+    os.environ.get("TRIVET_ANY_VERSION") == "1"
+)  # an environment made to be another than the locked one
 
 
 @pytest.fixture
@@ -32,48 +34,59 @@ def installed(monkeypatch):
         return version(name) if found == "as it is" else found
 
     monkeypatch.setattr(dependencies, "version", told)
-    require_tried_versions.cache_clear()
+    require_tested_versions.cache_clear()
     yield other
-    require_tried_versions.cache_clear()
+    require_tested_versions.cache_clear()
 
 
 @pytest.mark.skipif(ANOTHER, reason="other versions are being tried")
 def test_the_installed_versions_are_tried_ones(installed):
-    require_tried_versions()
+    require_tested_versions()
 
 
 @pytest.mark.parametrize("found", ["4.57.1", "6.0.0", "99.1"])
 def test_an_untried_version_costs_one_sentence_with_both_versions(installed, monkeypatch, found):
     installed["transformers"] = found
     with pytest.raises(
-        InputError, match=rf"transformers {found} is installed.* tried with transformers<5\.\d+,>=5\."
+        InputError,
+        match=rf"transformers {found} is installed.* tested with transformers<5\.\d+,>=5\.",
     ) as told:
-        require_tried_versions()
+        require_tested_versions()
     assert "\n" not in str(told.value)
     assert "pip install" in str(told.value)
     monkeypatch.setenv("TRIVET_ANY_VERSION", "1")
-    require_tried_versions.cache_clear()
-    require_tried_versions()
+    require_tested_versions.cache_clear()
+    require_tested_versions()
 
 
 def test_builds_and_nightlies_of_a_tried_version_are_tried(installed):
     for build in ("2.13.0+cpu", "2.13.0+cu130", "2.14.1.post2", "2.15.0.dev20260801+cpu"):
         installed["torch"] = build
-        require_tried_versions.cache_clear()
-        require_tried_versions()
+        require_tested_versions.cache_clear()
+        require_tested_versions()
 
 
 def test_a_missing_extra_is_named_with_the_command_that_brings_it(installed, tmp_path, capsys):
     for extra, package in (("hub", "datasets"), ("plot", "matplotlib"), ("watch", "uvicorn")):
         installed[package] = None
-        with pytest.raises(InputError, match=rf'needs the package {package}.*pip install "trivet\[{extra}\]"'):
+        with pytest.raises(
+            InputError, match=rf'needs the package {package}.*pip install "trivet\[{extra}\]"'
+        ):
             require_extra(extra, "this")
     (tmp_path / "run.json").write_text("{}")
     (tmp_path / "rows.parquet").write_bytes(b"PAR1")
     for command in (
         ["watch", str(tmp_path)],
         ["plot", str(tmp_path), "--y", "loss"],
-        ["sft", "--preset", "toy", "--data", str(tmp_path / "rows.parquet"), "--out", str(tmp_path / "run")],
+        [
+            "sft",
+            "--preset",
+            "toy",
+            "--data",
+            str(tmp_path / "rows.parquet"),
+            "--out",
+            str(tmp_path / "run"),
+        ],
         ["sft", "--preset", "toy", "--data", "somebody/something", "--out", str(tmp_path / "run")],
     ):
         assert main(command) == 2
@@ -104,8 +117,8 @@ def test_a_mistake_is_told_before_anything_heavy_is_imported(tmp_path):
         "ppo --preset toy --reward nothing.py:f": "no file nothing.py",
         "ppo --preset toy --chat-template nothing.jinja": "no file nothing.jinja",
         f"sft --config {tmp_path}/nothing.toml": "No such file",
-        f"sft --config {tmp_path}/bad.toml": "not TOML",
-        "grpo --preset toyy": "--preset toyy",
+        f"sft --config {tmp_path}/bad.toml": "not valid TOML",
+        "grpo --preset toyy": "unknown preset 'toyy'",
         f"grpo --preset toy --out {run}": "already holds a run",
         "grpo --preset toy --track wandbb": "--track wandbb",
         "grpo --preset toy --group-size 1": "at least 2",
@@ -121,7 +134,9 @@ def test_a_mistake_is_told_before_anything_heavy_is_imported(tmp_path):
     }
     code = "import sys; from trivet.cli.main import main\nfor line in sys.stdin: print(main(line.split()), file=sys.stderr)\n"
     code += "assert not {'torch', 'transformers', 'numpy', 'datasets', 'matplotlib', 'starlette'} & set(sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], input="\n".join(wrong), capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], input="\n".join(wrong), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     said = done.stderr.splitlines()
     assert said[1::2] == ["2"] * len(wrong)
@@ -141,7 +156,9 @@ def test_what_is_installed_is_what_the_lock_says():
         seen.add(f"{name}[{extra}]")
         found = distribution(name)
         if name != "trivet" and not own_build.fullmatch(name):
-            assert found.version == lock[name], "another version than requirements.lock says; run `make install`"
+            assert found.version == lock[name], (
+                "another version than requirements.lock says; run `make install`"
+            )
         for needed in map(Requirement, found.requires or []):
             if needed.marker is None or needed.marker.evaluate({"extra": extra}):
                 left += [(_normal(needed.name), other) for other in ("", *needed.extras)]

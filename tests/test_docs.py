@@ -16,7 +16,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_the_readme_shows_the_grpo_loop_verbatim():
-    shown = re.search(r"<!-- grpo loop -->\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    shown = re.search(
+        r"<!-- grpo loop -->\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S
+    )
     assert shown
     lines = [line for line in shown[1].splitlines() if line.strip()]
     source = (ROOT / "src/trivet/recipes/grpo.py").read_text().splitlines()
@@ -33,7 +35,9 @@ def test_every_option_says_what_it_does_and_every_method_is_in_the_help(method):
         for path in ("step/options.py", f"recipes/{recipe.__name__.split('.')[-1]}.py")
     )
     for field in dataclasses.fields(recipe.Config):
-        said = re.search(rf'^    {field.name}: [^\n]+(  # \S|\n    """)', source, re.M)
+        said = re.search(
+            rf'^    {field.name}: [^\n]+(\n[^\n]+\n    \))?(  # \S|\n    """)', source, re.M
+        )
         assert said, f"{field.name} says nothing of itself"
     assert f"  {method} " in HELP
     assert "toy" in recipe.PRESETS
@@ -112,5 +116,7 @@ def test_methods_md_names_options_presets_and_every_variant():
         }
         for name in fields - shared - plain:
             flag = name.replace("_", "-")
-            named = re.search(rf"--(no-)?{flag}\b", section[1]) or any(name in p for p in recipe.PRESETS.values())
+            named = re.search(rf"--(no-)?{flag}\b", section[1]) or any(
+                name in p for p in recipe.PRESETS.values()
+            )
             assert named, f"--{flag} of {method} is not explained"

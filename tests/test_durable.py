@@ -62,7 +62,15 @@ def test_nothing_gets_its_name_before_it_is_on_the_disk(tmp_path, monkeypatch):
                 path = path.parent
                 assert path.stat().st_ino in synced, path
     names = {path.name for path in renamed}
-    assert names >= {"step-2", "step-4", "model", "config.toml", "run.json", "summary.json", "metrics.jsonl"}
+    assert names >= {
+        "step-2",
+        "step-4",
+        "model",
+        "config.toml",
+        "run.json",
+        "summary.json",
+        "metrics.jsonl",
+    }
 
 
 @pytest.mark.parametrize("name", ["config.toml", "run.json", "metrics.jsonl"])
@@ -100,7 +108,11 @@ def test_half_a_tensor_file_is_seen_though_nobody_said_so(tmp_path, place, monke
     def halved(call):
         def save(tensors, path, *args, **named):
             call(tensors, path, *args, **named)
-            wanted = {"state": ".step-4/state", "weights": ".step-4/model", "model at the end": "r/.model/"}[place]
+            wanted = {
+                "state": ".step-4/state",
+                "weights": ".step-4/model",
+                "model at the end": "r/.model/",
+            }[place]
             if wanted in str(path):
                 os.truncate(path, os.path.getsize(path) // 2)
 
@@ -122,13 +134,17 @@ def test_half_a_tensor_file_is_seen_though_nobody_said_so(tmp_path, place, monke
 @pytest.mark.parametrize(
     "error",
     [
-        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        ),
         Exception("No space left on device (os error 28)"),  # as tokenizers raises it
         OSError(errno.ENOSPC, "No space left on device"),
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_what_can_not_be_written_is_a_sentence_that_says_how_to_go_on(tmp_path, error, monkeypatch, capsys):
+def test_what_can_not_be_written_is_a_sentence_that_says_how_to_go_on(
+    tmp_path, error, monkeypatch, capsys
+):
     whole = launch(config(sft, tmp_path / "whole"))
 
     def full(model, tokenizer, folder):
@@ -139,8 +155,14 @@ def test_what_can_not_be_written_is_a_sentence_that_says_how_to_go_on(tmp_path, 
 
     monkeypatch.setattr(saving, "save_model", full)
     options = config(sft, tmp_path / "r")
-    flags = [f"--{key.replace('_', '-')}={getattr(options, key)}" for key in ("steps", "data", "out", "save_every")]
-    flags += [f"--{key.replace('_', '-')}={getattr(options, key)}" for key in ("prompts_per_step", "eval_limit")]
+    flags = [
+        f"--{key.replace('_', '-')}={getattr(options, key)}"
+        for key in ("steps", "data", "out", "save_every")
+    ]
+    flags += [
+        f"--{key.replace('_', '-')}={getattr(options, key)}"
+        for key in ("prompts_per_step", "eval_limit")
+    ]
     flags += ["--eval-every=2", "--keep-tokens-every=2"]
     assert main(["sft", "--preset", "toy", *flags]) == 2
     said = capsys.readouterr().err
@@ -156,7 +178,10 @@ def test_a_resumed_run_that_fails_in_its_first_step_can_still_be_resumed(tmp_pat
     with pytest.raises(KilledError):
         launch(config(sft, tmp_path / "r", save_every=0), killed_after(3))
     for _ in range(2):
-        monkeypatch.setattr("trivet.store.record._append", lambda path, lines: (_ for _ in ()).throw(KeyboardInterrupt))
+        monkeypatch.setattr(
+            "trivet.store.record._append",
+            lambda path, lines: (_ for _ in ()).throw(KeyboardInterrupt),
+        )
         with pytest.raises(KeyboardInterrupt):
             resume(tmp_path / "r")
         monkeypatch.undo()
@@ -165,7 +190,9 @@ def test_a_resumed_run_that_fails_in_its_first_step_can_still_be_resumed(tmp_pat
 
 def test_a_run_whose_first_checkpoint_fails_keeps_the_step_it_recorded(tmp_path, monkeypatch):
     whole = launch(config(sft, tmp_path / "whole", save_every=1))
-    monkeypatch.setattr(saving, "save_model", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "I/O error")))
+    monkeypatch.setattr(
+        saving, "save_model", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "I/O error"))
+    )
     with pytest.raises(InputError, match="trivet resume"):
         launch(config(sft, tmp_path / "r", save_every=1))
     monkeypatch.undo()
@@ -176,7 +203,14 @@ def test_a_run_whose_first_checkpoint_fails_keeps_the_step_it_recorded(tmp_path,
 @pytest.mark.slow
 def test_a_little_chaos():
     """The long form is `python tests/chaos.py --kills 200 --faults 200`."""
-    command = [sys.executable, str(Path(__file__).with_name("chaos.py")), "--kills", "4", "--faults", "7"]
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("chaos.py")),
+        "--kills",
+        "4",
+        "--faults",
+        "7",
+    ]
     ended = subprocess.run([*command, "--methods", "sft", "dpo"], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     counted = json.loads(ended.stdout.splitlines()[-1])

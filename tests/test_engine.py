@@ -15,7 +15,9 @@ PROMPTS = [
 ]
 
 
-def engine(room: int = 12, stops: tuple[int, ...] = (0, 1), temperature: float = 1.0, seed: int = 0) -> Engine:
+def engine(
+    room: int = 12, stops: tuple[int, ...] = (0, 1), temperature: float = 1.0, seed: int = 0
+) -> Engine:
     def decode(prompt, ids):
         return " ".join(map(str, ids))
 
@@ -61,7 +63,9 @@ def test_rows_end_at_any_stop_id_and_stay_as_they_were(model):
 
 
 def test_the_same_seed_samples_the_same_and_another_does_not(model):
-    first, again, other = (engine(seed=seed).generate(model, PROMPTS, 4).groups.completions for seed in (0, 0, 1))
+    first, again, other = (
+        engine(seed=seed).generate(model, PROMPTS, 4).groups.completions for seed in (0, 0, 1)
+    )
     assert torch.equal(first, again)
     assert first.shape != other.shape or not torch.equal(first, other)
 
@@ -78,7 +82,9 @@ def test_sliding_windows_hold_while_decoding():
     model = tiny(MistralConfig, sliding_window=4)
     rollouts = engine(stops=(60,)).generate(model, PROMPTS, 3)
     assert shares_prefix(model)
-    torch.testing.assert_close(rollouts.logprobs, token_logprobs(model, rollouts.groups), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        rollouts.logprobs, token_logprobs(model, rollouts.groups), rtol=0, atol=1e-5
+    )
 
 
 @pytest.fixture
@@ -117,7 +123,11 @@ def test_a_recurrent_model_ends_at_any_stop_which_is_part_of_the_completion(recu
 @pytest.mark.filterwarnings("ignore")
 def test_a_recurrent_model_repeats_with_the_seed_and_heeds_no_settings_but_the_engines(recurrent):
     def sample(seed: int):
-        return engine(room=20, stops=(60,), seed=seed).generate(recurrent, PROMPTS, 4).groups.completions
+        return (
+            engine(room=20, stops=(60,), seed=seed)
+            .generate(recurrent, PROMPTS, 4)
+            .groups.completions
+        )
 
     first = sample(0)
     assert torch.equal(first, sample(0))

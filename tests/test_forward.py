@@ -5,7 +5,13 @@ import dataclasses
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, Gemma2Config, MambaConfig, MistralConfig, Qwen3Config
+from transformers import (
+    AutoModelForSequenceClassification,
+    Gemma2Config,
+    MambaConfig,
+    MistralConfig,
+    Qwen3Config,
+)
 
 from conftest import SMALL, ragged, tiny
 from trivet.batch import Groups, collate, microbatches
@@ -21,7 +27,10 @@ def by_hand(model, groups: Groups, temperature: float = 1.0) -> Tensor:
     result = torch.zeros(groups.completions.shape)
     for b in range(len(groups.completions)):
         p = b // groups.group_size
-        prompt, completion = groups.prompts[p][groups.prompt_mask[p]], groups.completions[b][groups.present[b]]
+        prompt, completion = (
+            groups.prompts[p][groups.prompt_mask[p]],
+            groups.completions[b][groups.present[b]],
+        )
         logits = model(torch.cat([prompt, completion])[None]).logits[0] / temperature
         picked = logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, completion[:, None])[:, 0]
         result[b, : len(completion)] = picked
@@ -48,12 +57,17 @@ def test_same_logprobs_and_gradients_as_one_sequence_at_a_time(model, group_size
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [(MambaConfig, {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2}), (Gemma2Config, SMALL)],
+    [
+        (MambaConfig, {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2}),
+        (Gemma2Config, SMALL),
+    ],
     ids=["mamba", "gemma2 with softcap"],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_models_that_cannot_share_take_the_plain_way(kind, options):
-    model = tiny(kind, **{**SMALL, **options}) if kind is Gemma2Config else tiny_plain(kind, options)
+    model = (
+        tiny(kind, **{**SMALL, **options}) if kind is Gemma2Config else tiny_plain(kind, options)
+    )
     groups = ragged()
     assert not shares_prefix(model)
     for temperature in (1.0, 0.7):
@@ -92,7 +106,9 @@ def test_padding_amount_side_and_id_do_not_matter(model, side, pad_id):
         prompts=wider(groups.prompts.masked_fill(~groups.prompt_mask, pad_id), pad_id),
         prompt_mask=wider(groups.prompt_mask, 0),
     )
-    torch.testing.assert_close(token_logprobs(model, padded), token_logprobs(model, groups), **CLOSE)
+    torch.testing.assert_close(
+        token_logprobs(model, padded), token_logprobs(model, groups), **CLOSE
+    )
 
 
 @pytest.mark.parametrize("budget", [1, 40, 100, 10_000])
@@ -129,20 +145,29 @@ def test_tokens_seen_but_not_learned_are_context_and_get_no_number(model):
     groups = ragged()
     mask = groups.mask & (torch.rand(groups.mask.shape) < 0.5)
     partly = dataclasses.replace(groups, mask=mask)
-    torch.testing.assert_close(token_logprobs(model, partly), torch.where(mask, by_hand(model, groups), 0.0), **CLOSE)
+    torch.testing.assert_close(
+        token_logprobs(model, partly), torch.where(mask, by_hand(model, groups), 0.0), **CLOSE
+    )
 
 
 def test_scores_and_values_are_those_of_transformers_own_classifier():
     torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_config(Qwen3Config(**SMALL, num_labels=1, pad_token_id=60)).eval()
+    model = AutoModelForSequenceClassification.from_config(
+        Qwen3Config(**SMALL, num_labels=1, pad_token_id=60)
+    ).eval()
     groups = ragged()
     assert shares_prefix(model)
     ours, per_token = scores(model, groups), values(model, groups)
     for b in range(len(groups.completions)):
         p = b // groups.group_size
-        prompt, completion = groups.prompts[p][groups.prompt_mask[p]], groups.completions[b][groups.present[b]]
+        prompt, completion = (
+            groups.prompts[p][groups.prompt_mask[p]],
+            groups.completions[b][groups.present[b]],
+        )
         whole = torch.cat([prompt, completion])[None]
-        torch.testing.assert_close(ours[b], model.score(model.model(whole).last_hidden_state)[0, -1, 0], **CLOSE)
+        torch.testing.assert_close(
+            ours[b], model.score(model.model(whole).last_hidden_state)[0, -1, 0], **CLOSE
+        )
         states = model.score(model.model(whole).last_hidden_state)[0, len(prompt) - 1 : -1, 0]
         torch.testing.assert_close(per_token[b, : len(completion)], states, **CLOSE)
     torch.testing.assert_close(in_microbatches(scores, model, groups, 30), ours, **CLOSE)
@@ -159,7 +184,11 @@ def test_plain_calls_of_a_model_that_shares_still_honor_their_mask(model):
 @pytest.mark.parametrize("rows", [1, 7, 20_000])
 def test_chunked_logprobs_match_log_softmax_with_bias_in_float64(rows):
     torch.manual_seed(0)
-    hidden, weight, bias = torch.randn(rows, 4).double(), torch.randn(700, 4).double(), torch.randn(700).double()
+    hidden, weight, bias = (
+        torch.randn(rows, 4).double(),
+        torch.randn(700, 4).double(),
+        torch.randn(700).double(),
+    )
     targets, upstream = torch.randint(700, (rows,)), torch.randn(rows).double()
     inputs = [x.clone().requires_grad_(True) for x in (hidden, weight, bias)]
     ours = selected_logprobs(*inputs, targets, 0.6)
@@ -173,7 +202,9 @@ def test_chunked_logprobs_match_log_softmax_with_bias_in_float64(rows):
 
 def test_an_empty_prompt_is_refused(model):
     groups = ragged()
-    empty = dataclasses.replace(groups, prompt_mask=groups.prompt_mask & torch.tensor([[True], [False], [True]]))
+    empty = dataclasses.replace(
+        groups, prompt_mask=groups.prompt_mask & torch.tensor([[True], [False], [True]])
+    )
     with pytest.raises(ValueError, match="a prompt without tokens"):
         token_logprobs(model, empty)
 
@@ -192,7 +223,11 @@ def test_bfloat16_compute_keeps_float32_weights_and_gradients():
 def test_no_gradient_is_added_up_in_an_order_that_threads_decide(model):
     """index_put adds repeated rows, a prompt's last state for one, as threads come by: the last bits would vary."""
     heads = AutoModelForSequenceClassification.from_config(Qwen3Config(**SMALL, num_labels=1))
-    for value in (token_logprobs(model, ragged()), values(heads.eval(), ragged()), scores(heads, ragged())):
+    for value in (
+        token_logprobs(model, ragged()),
+        values(heads.eval(), ragged()),
+        scores(heads, ragged()),
+    ):
         seen, todo = set(), [value.grad_fn]
         while todo:
             node = todo.pop()
@@ -200,4 +235,6 @@ def test_no_gradient_is_added_up_in_an_order_that_threads_decide(model):
                 seen.add(node)
                 todo += [after for after, _ in node.next_functions]
         assert len(seen) > 20
-        assert not [node.name() for node in seen if node.name().startswith(("IndexBackward", "IndexPut"))]
+        assert not [
+            node.name() for node in seen if node.name().startswith(("IndexBackward", "IndexPut"))
+        ]

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from conftest import few_rows
 from fuzz_outside import rollouts, try_judge
 from test_resume import KilledError, config, killed_after, numbers, same
 from trivet.cli.main import main
@@ -29,7 +30,9 @@ def killed(tmp_path_factory):
     return folder / "killed", launch(config(sft, folder / "whole"))
 
 
-@pytest.mark.parametrize("line", ["null", "[]", "5", "{}", '{"step": null}', '{"step": "1"}', "[" * 9000, '"a'])
+@pytest.mark.parametrize(
+    "line", ["null", "[]", "5", "{}", '{"step": null}', '{"step": "1"}', "[" * 9000, '"a']
+)
 def test_lines_of_a_record_that_are_no_steps_are_cut(tmp_path, killed, line):
     shutil.copytree(killed[0], tmp_path / "r")
     kept = (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
@@ -47,15 +50,22 @@ def test_a_json_file_that_holds_no_object_is_as_good_as_none(tmp_path, killed, c
 
 
 @pytest.mark.parametrize("fact", ["method", "recipe"])
-@pytest.mark.parametrize("said", ["sgt", "", 5, ["sft"], "../sft", "grpo_variants", "trivet.recipes.sft", "\0"])
-def test_a_directory_of_a_method_that_is_none_can_not_be_resumed(tmp_path, killed, fact, said, capsys):
+@pytest.mark.parametrize(
+    "said", ["sgt", "", 5, ["sft"], "../sft", "grpo_variants", "trivet.recipes.sft", "\0"]
+)
+def test_a_directory_of_a_method_that_is_none_can_not_be_resumed(
+    tmp_path, killed, fact, said, capsys
+):
     shutil.copytree(killed[0], tmp_path / "r")
     (tmp_path / "r" / "run.json").write_text(json.dumps({fact: said}))
     lines = (tmp_path / "r" / "config.toml").read_text().splitlines()[1:]
     (tmp_path / "r" / "config.toml").write_text("\n".join(lines))
     assert main(["resume", str(tmp_path / "r")]) == 2
     told = capsys.readouterr().err
-    assert f"{tmp_path / 'r'} is not a run directory: there is no config.toml in it that names a method" in told
+    assert (
+        f"{tmp_path / 'r'} is not a run directory: it has no config.toml that names a method"
+        in told
+    )
     assert told.count("\n") == 1
     with pytest.raises(InputError, match="is not a run directory"):
         resume(tmp_path / "r")
@@ -65,14 +75,23 @@ def test_a_recipe_of_ones_own_that_is_gone_or_broken_is_a_sentence(tmp_path, cap
     """And its config may be any Python: early.py reads only those of Trivet."""
     recipe, out = tmp_path / "mine.py", tmp_path / "r"
     recipe.write_text(OWN)
-    flags = ["--preset", "toy", "--steps=2", "--prompts-per-step=2", "--eval-fraction=0", "--save-every=1"]
+    flags = [
+        "--preset",
+        "toy",
+        "--steps=2",
+        "--prompts-per-step=2",
+        "--eval-fraction=0",
+        "--save-every=1",
+        "--data",
+        few_rows(),
+    ]
     assert main(["run", str(recipe), *flags, "--out", str(out)]) == 0
     (out / "summary.json").unlink()
     shutil.rmtree(out / "model")
     capsys.readouterr()
     for broken, said in (
-        (lambda: recipe.write_text("def ("), r"mine.py can't be imported: SyntaxError"),
-        (recipe.unlink, "its recipe, .*mine.py, is not there any more"),
+        (lambda: recipe.write_text("def ("), r"recipe .*mine\.py.*: SyntaxError"),
+        (recipe.unlink, "its recipe, .*mine.py, no longer exists"),
     ):
         broken()
         sys.modules.pop("trivet_recipe_mine", None)
@@ -117,21 +136,35 @@ def test_half_of_a_surrogate_pair_can_be_printed(tmp_path, capsys):
     (tmp_path / "mine.py").write_text(
         "def f(completions):\n    print('odd \\ud800')\n    return [1.0] * len(completions)"
     )
-    flags = ["--preset", "toy", "--steps=1", "--prompts-per-step=2", "--max-completion-tokens=4", "--eval-limit=1"]
-    assert main(["grpo", *flags, "--reward", f"{tmp_path}/mine.py:f", "--out", str(tmp_path / "r")]) == 0
+    flags = [
+        "--preset",
+        "toy",
+        "--steps=1",
+        "--prompts-per-step=2",
+        "--max-completion-tokens=4",
+        "--eval-limit=1",
+    ]
+    assert (
+        main(["grpo", *flags, "--reward", f"{tmp_path}/mine.py:f", "--out", str(tmp_path / "r")])
+        == 0
+    )
     assert "odd \\ud800" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("spent", [10**400, -5, 1.5, "many", None])
 def test_a_server_that_counts_nonsense_costs_nothing(tmp_path, spent):
     body = {"choices": [{"message": {"content": "Score: 7"}}], "usage": {"prompt_tokens": spent}}
-    assert try_judge([(200, {}, json.dumps(body).encode())], False, "stop", "m", tmp_path) == "taken"
+    assert (
+        try_judge([(200, {}, json.dumps(body).encode())], False, "stop", "m", tmp_path) == "taken"
+    )
 
 
 def test_a_reward_logs_names_that_can_be_written_and_none_of_the_run(tmp_path):
-    made = FunctionReward(lambda completions, log_metric: log_metric("\ud800", 2) or [1.0] * 4, "mine.py:f")
+    made = FunctionReward(
+        lambda completions, log_metric: log_metric("\ud800", 2) or [1.0] * 4, "mine.py:f"
+    )
     made(rollouts())
     assert made.logged == {"\\ud800": 2.0}
     made = FunctionReward(lambda completions, log_metric: log_metric("step", 2), "mine.py:f")
-    with pytest.raises(InputError, match="step is the run's own; choose another name"):
+    with pytest.raises(InputError, match="the name 'step' is reserved; choose another"):
         made(rollouts())

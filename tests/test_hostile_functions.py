@@ -23,9 +23,9 @@ from torch.testing import assert_close
 from test_rewards import rollouts
 from trivet.cli.main import main
 from trivet.errors import InputError
-from trivet.http import pause, settled
+from trivet.http import pause, run_async
 from trivet.rewards.functions import FunctionReward, load_rewards
-from trivet.rewards.guard import AGAIN, OutOfTime, within
+from trivet.rewards.guard import AGAIN, OutOfTime, with_time_limit
 
 NAN = math.nan
 LONG = 20.0  # seconds that nothing here waits for
@@ -93,7 +93,8 @@ async def blocks_the_loop(completions):
 
 
 @pytest.mark.parametrize(
-    "function", [sleeps, loops, loops_and_swallows, backtracks, waits_for_a_lock, awaits, blocks_the_loop]
+    "function",
+    [sleeps, loops, loops_and_swallows, backtracks, waits_for_a_lock, awaits, blocks_the_loop],
 )
 def test_a_function_that_hangs_is_ended_and_told(function):
     threads = threading.active_count()
@@ -131,9 +132,9 @@ def test_the_alarm_is_off_afterwards_and_what_was_there_before_is_back():
     rang = []
     before = signal.signal(signal.SIGALRM, lambda *_: rang.append(1))
     try:
-        assert within(500, lambda: 3) == 3
+        assert with_time_limit(500, lambda: 3) == 3
         with pytest.raises(OutOfTime):
-            within(0.1, lambda: time.sleep(LONG))
+            with_time_limit(0.1, lambda: time.sleep(LONG))
         assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
         assert not rang
         signal.raise_signal(signal.SIGALRM)
@@ -149,7 +150,7 @@ def test_outside_the_main_thread_a_call_that_hangs_is_left_behind():
     def elsewhere():
         for seconds, call in ((500, lambda: 3), (0.1, lambda: sleeps([])), (500, lambda: 1 / 0)):
             try:
-                ended.append(within(seconds, call))
+                ended.append(with_time_limit(seconds, call))
             except BaseException as error:
                 ended.append(type(error))
 
@@ -204,7 +205,7 @@ def test_what_an_async_function_raises_is_told_and_the_loop_lives(error):
 
     with pytest.raises(InputError, match=f"raised {type(error).__name__}"):
         reward(f)(rollouts())
-    assert settled(asyncio.sleep(0, 5)) == 5
+    assert run_async(asyncio.sleep(0, 5)) == 5
 
 
 # Failures: retried, then stop or skip -------------------------------------------------------------------------------
@@ -242,13 +243,18 @@ HOWS = [
 @pytest.mark.parametrize("how", HOWS)
 def test_what_fails_twice_is_tried_a_third_time_where_asked(how):
     assert reward(flaky(2, how), retries=2)(rollouts()).tolist() == [1.0] * 4
-    with pytest.raises(InputError, match=r"^reward mine.py:f (raised|returned) [^\n]+ \(2 times in a row\)$"):
+    with pytest.raises(
+        InputError, match=r"^reward mine.py:f (raised|returned) [^\n]+ \(2 times in a row\)$"
+    ):
         reward(flaky(2, how), retries=1)(rollouts())
 
 
 def test_a_timeout_is_retried_too():
     assert reward(flaky(1, rings), retries=1)(rollouts()).tolist() == [1.0] * 4
-    with pytest.raises(InputError, match=r"^reward mine.py:f did not return within 600 seconds \(2 times in a row\)$"):
+    with pytest.raises(
+        InputError,
+        match=r"^reward mine.py:f did not return within 600 seconds \(2 times in a row\)$",
+    ):
         reward(flaky(2, rings), retries=1)(rollouts())
 
 
@@ -376,7 +382,7 @@ def test_endless_printing_is_ended_and_kept_short():
     ] * 10
     notes = [note for note in made.notes if "print" in note]  # type: ignore[attr-defined]
     assert len(notes) == 21
-    assert notes[-1] == "reward f prints much; the rest is not shown"
+    assert notes[-1] == "reward f prints a lot; further output is not shown"
     assert max(map(len, notes)) < 300
 
 
@@ -419,7 +425,9 @@ def test_logging_to_a_closed_ear_is_no_error():
 def test_a_toml_file_names_a_reward_and_its_settings(tmp_path):
     (tmp_path / "mine.py").write_text("def f(completions):\n    return [2.0] * len(completions)\n")
     file = tmp_path / "polite.toml"
-    file.write_text(f'reward = "{tmp_path}/mine.py:f"\ntimeout = 300\nretries = 1\non_failure = "skip"\n')
+    file.write_text(
+        f'reward = "{tmp_path}/mine.py:f"\ntimeout = 300\nretries = 1\non_failure = "skip"\n'
+    )
     sum_of = load_rewards([str(file), "brevity"], [], None, like=None)
     made = sum_of.rewards["polite"]
     assert isinstance(made, FunctionReward)
@@ -430,16 +438,22 @@ def test_a_toml_file_names_a_reward_and_its_settings(tmp_path):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("timeout = 3", "it must say which reward it is about"),
-        ('reward = "brevity"\ntimeot = 3', "unknown setting 'timeot'; the nearest known one is 'timeout'"),
+        ("timeout = 3", "the file must name its reward, as in reward = "),
+        (
+            'reward = "brevity"\ntimeot = 3',
+            "unknown setting 'timeot'; the nearest known one is 'timeout'",
+        ),
         ('reward = "brevity"\ntimeout = -1', "timeout is -1; expected a number, not negative"),
         ('reward = "brevity"\ntimeout = 0', "timeout is 0; it must be above 0"),
         ('reward = "brevity"\ntimeout = true', "timeout is True; expected a number"),
         ('reward = "brevity"\nretries = 1.5', "retries is 1.5; expected a whole number"),
-        ('reward = "brevity"\non_failure = "ignore"', "on_failure is 'ignore'; expected one of stop, skip"),
+        (
+            'reward = "brevity"\non_failure = "ignore"',
+            "on_failure is 'ignore'; expected one of stop, skip",
+        ),
         ('reward = "brevity"\nfunction = "f"', "unknown setting 'function'"),
         ('reward = "brevity"\nlogged = {}', "unknown setting 'logged'"),
-        ("reward = ", "not TOML"),
+        ("reward = ", "not valid TOML"),
     ],
 )
 def test_settings_that_can_not_be_meant_are_told(tmp_path, text, told):
@@ -480,7 +494,9 @@ def run(tmp_path, method: str, settings: str) -> int:
 @pytest.mark.parametrize("method", ["grpo", "ppo", "pairwise-grpo"])
 def test_a_run_goes_on_over_steps_without_rewards(tmp_path, method, capsys):
     assert run(tmp_path, method, 'on_failure = "skip"') == 0
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert ["rewards/mine/failed" in line for line in lines] == [False, True, False, False]
     assert lines[1]["rewards/unscored"] == 4.0
     told = " ".join(capsys.readouterr().out.split())  # the terminal wraps it

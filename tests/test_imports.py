@@ -14,7 +14,9 @@ import trivet
 ROOT = Path(__file__).parent.parent / "src" / "trivet"
 LEGS = ("rewards", "generation", "optimization")
 FILES = {
-    ".".join(("trivet", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
+    ".".join(("trivet", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(
+        ".__init__"
+    ): path
     for path in ROOT.rglob("*.py")
 }
 
@@ -77,7 +79,9 @@ def test_imports_point_one_way(module):
 def test_no_module_imports_itself_over_others():
     """No circles, lazy imports included: each module can be put behind all that it imports."""
     left = {module: own_imports(path) - {module, "trivet"} for module, path in FILES.items()}
-    left = {m: {n for n in names if not m.startswith(f"{n}.")} for m, names in left.items()}  # its own package
+    left = {
+        m: {n for n in names if not m.startswith(f"{n}.")} for m, names in left.items()
+    }  # its own package
     while free := [module for module, names in left.items() if not names]:
         left = {module: names - set(free) for module, names in left.items() if module not in free}
     assert not left, f"a circle among {sorted(left)}"
@@ -86,7 +90,9 @@ def test_no_module_imports_itself_over_others():
 def test_optimization_imports_torch_and_nothing_of_ours_but_itself():
     for path in (ROOT / "optimization").rglob("*.py"):
         for name in imports(path):
-            assert name.split(".")[0] == "torch" or name.startswith("trivet.optimization"), f"{path} imports {name}"
+            assert name.split(".")[0] == "torch" or name.startswith("trivet.optimization"), (
+                f"{path} imports {name}"
+            )
 
 
 def test_the_legs_never_import_each_other():
@@ -97,7 +103,9 @@ def test_the_legs_never_import_each_other():
 
 def test_rooms_are_not_crowded():
     for folder in {path.parent for path in FILES.values()}:
-        assert len([path for path in folder.glob("*.py") if path.name != "__init__.py"]) <= 14, folder
+        assert len([path for path in folder.glob("*.py") if path.name != "__init__.py"]) <= 14, (
+            folder
+        )
 
 
 def test_nothing_is_replaced_behind_its_back():
@@ -107,8 +115,12 @@ def test_nothing_is_replaced_behind_its_back():
         assert not any(name.startswith("unittest") for name in imports(path)), path
         assert not any(isinstance(node, ast.Global) for node in ast.walk(tree)), path
         nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom | ast.Import)]
-        bound = {(alias.asname or alias.name).split(".")[0] for node in nodes for alias in node.names}
-        bound |= {node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+        bound = {
+            (alias.asname or alias.name).split(".")[0] for node in nodes for alias in node.names
+        }
+        bound |= {
+            node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)
+        }
         for node in ast.walk(tree):
             for target in getattr(node, "targets", [getattr(node, "target", None)]):
                 if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name):
@@ -120,27 +132,47 @@ def test_nothing_is_replaced_behind_its_back():
 def loop_of(method: str) -> ast.For:
     """The loop over steps of a recipe."""
     tree = ast.parse(FILES[f"trivet.recipes.{method}"].read_text())
-    loops = [node for node in ast.walk(tree) if isinstance(node, ast.For) and "run.batches" in ast.unparse(node.iter)]
+    loops = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.For) and "run.batches" in ast.unparse(node.iter)
+    ]
     assert len(loops) == 1
     return loops[0]
 
 
 @pytest.mark.parametrize(
     ("recipe", "lines"),
-    [("sft", 25), ("reward_model", 25), ("dpo", 25), ("kto", 25), ("grpo", 25), ("pairwise_grpo", 25), ("ppo", 35)],
+    [
+        ("sft", 25),
+        ("reward_model", 25),
+        ("dpo", 25),
+        ("kto", 25),
+        ("grpo", 25),
+        ("pairwise_grpo", 25),
+        ("ppo", 35),
+    ],
 )
 def test_a_method_can_be_read_in_one_go(recipe, lines):
     loop = loop_of(recipe)
-    text = FILES[f"trivet.recipes.{recipe}"].read_text().splitlines()[loop.lineno - 1 : loop.end_lineno]
+    text = (
+        FILES[f"trivet.recipes.{recipe}"]
+        .read_text()
+        .splitlines()[loop.lineno - 1 : loop.end_lineno]
+    )
     assert len([line for line in text if line.strip()]) <= lines
-    reads = [node for node in ast.walk(loop) if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "config"]
+    reads = [
+        node
+        for node in ast.walk(loop)
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "config"
+    ]
     assert len(reads) <= 5
 
 
 def test_public_names_are_there_and_cost_nothing_until_they_are_asked_for():
     code = "import sys, trivet; dir(trivet); assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    assert all(getattr(trivet, name) for name in dir(trivet) if name in trivet._WHERE)
+    assert all(getattr(trivet, name) for name in dir(trivet) if name in trivet._MODULES)
     assert trivet.launch is importlib.import_module("trivet.report.notebook").launch
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         trivet.nonsense  # noqa: B018
@@ -153,5 +185,14 @@ def test_threads_spin_briefly_wherever_trivet_is_imported_first():
         ({"GOMP_SPINCOUNT": "7"}, "7 False"),
         ({"OMP_WAIT_POLICY": "active"}, "None False"),
     ):
-        own = {key: x for key, x in os.environ.items() if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-        assert subprocess.check_output([sys.executable, "-c", show], env=own | given, text=True).strip() == said
+        own = {
+            key: x
+            for key, x in os.environ.items()
+            if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+        }
+        assert (
+            subprocess.check_output(
+                [sys.executable, "-c", show], env=own | given, text=True
+            ).strip()
+            == said
+        )

@@ -44,11 +44,15 @@ def moved(model: Any, seed: int) -> Any:
 
 REFERENCE, OLD = moved(POLICY, 1), moved(POLICY, 2)
 torch.manual_seed(0)
-SCORER = AutoModelForSequenceClassification.from_config(Qwen3Config(**SMALL, num_labels=1, pad_token_id=60)).eval()
+SCORER = AutoModelForSequenceClassification.from_config(
+    Qwen3Config(**SMALL, num_labels=1, pad_token_id=60)
+).eval()
 OLD_LOGPROBS = token_logprobs(OLD, GROUPS).detach()
 
 
-def step(method: str, *, order: Tensor | None = None, groups: Groups | None = None, budget: int = 90) -> Steps:
+def step(
+    method: str, *, order: Tensor | None = None, groups: Groups | None = None, budget: int = 90
+) -> Steps:
     """The step of one method; order: of the prompts; groups: the same, laid out otherwise."""
     if method in ("sft", "reward-model", "dpo", "kto"):
         recipe, model, rows, options = {
@@ -58,29 +62,56 @@ def step(method: str, *, order: Tensor | None = None, groups: Groups | None = No
             "kto": (dpo, POLICY, SINGLES, {"loss": "kto"}),
         }[method]
         data = examples(rows, [{"label": p % 2 == 0} for p in range(len(rows.prompts))])
-        if order is not None and method != "kto":  # its reference point pairs neighbors, so there order is meant
+        if (
+            order is not None and method != "kto"
+        ):  # its reference point pairs neighbors, so there order is meant
             data = [data[p] for p in order.tolist()]
         if method in ("dpo", "kto"):
             options = {**options, "reference": REFERENCE}
         return recipe_step(recipe, model, data, microbatch_tokens=budget, **options)
     laid, rewards, old = groups or GROUPS, REWARDS, OLD_LOGPROBS
     if groups is not None:
-        old = torch.zeros(laid.completions.shape).masked_scatter(laid.mask, OLD_LOGPROBS[GROUPS.mask])
+        old = torch.zeros(laid.completions.shape).masked_scatter(
+            laid.mask, OLD_LOGPROBS[GROUPS.mask]
+        )
     data = examples(GROUPS)
     if order is not None:
         rows = (order[:, None] * SIZE + torch.arange(SIZE)).flatten()
-        laid, rewards, old, data = laid.select(order), rewards[rows], old[rows], [data[p] for p in order.tolist()]
-    given: dict[str, Any] = {"reference": REFERENCE, "rollouts": rollouts_of(laid, old), "rewards": rewards}
+        laid, rewards, old, data = (
+            laid.select(order),
+            rewards[rows],
+            old[rows],
+            [data[p] for p in order.tolist()],
+        )
+    given: dict[str, Any] = {
+        "reference": REFERENCE,
+        "rollouts": rollouts_of(laid, old),
+        "rewards": rewards,
+    }
     given |= {"group_size": SIZE, "microbatch_tokens": budget}
     if method == "ppo":
         return recipe_step(ppo, POLICY, data, critic=SCORER, epochs_per_batch=1, **given)
     if method == "pairwise-grpo":
         return recipe_step(pairwise_grpo, POLICY, data, **given)
-    options = {"grpo": {}, "deepseekmath": grpo.PRESETS["deepseekmath"], "dr-grpo": grpo.PRESETS["dr-grpo"]}[method]
+    options = {
+        "grpo": {},
+        "deepseekmath": grpo.PRESETS["deepseekmath"],
+        "dr-grpo": grpo.PRESETS["dr-grpo"],
+    }[method]
     return recipe_step(grpo, POLICY, data, before=OLD, epochs_per_batch=2, **given, **options)
 
 
-METHODS = ("sft", "reward-model", "dpo", "kto", "ppo", "grpo", "deepseekmath", "dr-grpo", "pairwise-grpo")
+METHODS = (
+    "sft",
+    "reward-model",
+    "dpo",
+    "kto",
+    "ppo",
+    "grpo",
+    "deepseekmath",
+    "dr-grpo",
+    "pairwise-grpo",
+)
 SAMPLING = METHODS[4:]
 
 
@@ -104,7 +135,10 @@ def test_split_into_microbatches_down_to_one_prompt_at_a_time(method, budget):
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "kto"])
 def test_order_of_rows(method):
     count = {"sft": 6}.get(method, 5)
-    same(step(method, order=torch.randperm(count, generator=torch.Generator().manual_seed(3))), step(method))
+    same(
+        step(method, order=torch.randperm(count, generator=torch.Generator().manual_seed(3))),
+        step(method),
+    )
 
 
 def wider(groups: Groups, before: int, after: int, pad_id: int) -> Groups:
@@ -163,7 +197,9 @@ def two_processes(rank: int, folder: str) -> None:
     """One of two gloo processes: its share of every method's step, summed over both; process 0 compares."""
     import torch.distributed as distributed
 
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
     for method in METHODS:
         expected = step(method, budget=40)
         with patch.object(OneProcess, "microbatches", share_of(rank)):
@@ -176,7 +212,9 @@ def two_processes(rank: int, folder: str) -> None:
             for g in gradient.values():
                 distributed.all_reduce(g)
             summed.append((float(total), gradient))
-        assert any(abs(a[0] - b[0]) > 1e-6 for a, b in zip(partial, expected, strict=True)), "nothing was shared"
+        assert any(abs(a[0] - b[0]) > 1e-6 for a, b in zip(partial, expected, strict=True)), (
+            "nothing was shared"
+        )
         same(summed, expected)
     distributed.destroy_process_group()
 
@@ -184,7 +222,9 @@ def two_processes(rank: int, folder: str) -> None:
 @pytest.mark.slow
 def test_two_processes_each_with_a_share_of_the_step(tmp_path):
     """The totals of the step are all that a process has to know of the others."""
-    code = "import sys, test_invariance; test_invariance.two_processes(int(sys.argv[1]), sys.argv[2])"
+    code = (
+        "import sys, test_invariance; test_invariance.two_processes(int(sys.argv[1]), sys.argv[2])"
+    )
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", code, str(rank), str(tmp_path)],

@@ -17,7 +17,8 @@ from trivet.step.optimizer import Optimizer
 
 
 @pytest.mark.parametrize(
-    "limits", [{"SMALL": 0}, {"BLOCK": {"cpu": 1}}, {"BLOCK": {"cpu": 300}}, {"ROUND": 1}, {"ROUND": 3}]
+    "limits",
+    [{"SMALL": 0}, {"BLOCK": {"cpu": 1}}, {"BLOCK": {"cpu": 300}}, {"ROUND": 1}, {"ROUND": 3}],
 )
 def test_blocks_of_any_size_and_the_fused_kernel(model, limits):
     assert shares_prefix(model)

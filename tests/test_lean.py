@@ -4,7 +4,14 @@ import copy
 
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig, MistralConfig, OlmoConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    OlmoConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from conftest import ragged, tiny
@@ -29,7 +36,9 @@ def test_the_same_numbers_and_gradients(kind, precision):
     with torch.no_grad():
         assert torch.equal(outs[0], token_logprobs(kept_less, groups))
     weights = torch.rand(outs[0].shape)
-    one, other = (gradients(m, (weights * x).sum()) for m, x in zip((plain, kept_less), outs, strict=True))
+    one, other = (
+        gradients(m, (weights * x).sum()) for m, x in zip((plain, kept_less), outs, strict=True)
+    )
     assert (one - other).norm() <= (1e-5 if precision is None else 2e-2) * one.norm()
 
 
@@ -60,7 +69,9 @@ def kept_bytes(model, groups) -> int:
     kept = {}
 
     def pack(x):
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage()  # held, so that no address is used twice
+        kept[x.untyped_storage().data_ptr()] = (
+            x.untyped_storage()
+        )  # held, so that no address is used twice
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
@@ -72,12 +83,20 @@ def test_what_a_token_and_layer_no_longer_keep():
     hidden, wide, groups = 32, 64, ragged(30, 1, 40)
     less = []
     for layers in (1, 3):
-        model = tiny(LlamaConfig, num_hidden_layers=layers, hidden_size=hidden, intermediate_size=wide)
+        model = tiny(
+            LlamaConfig, num_hidden_layers=layers, hidden_size=hidden, intermediate_size=wide
+        )
         model.compute_dtype = torch.bfloat16
         shares_prefix(model)
         less.append(kept_bytes(model, groups) - kept_bytes(make_lean(model), groups))
-    normed, casts, gated = 2 * 4 * hidden, 3 * 2 * hidden, 2 * 2 * wide  # of two norms; of k, v, up; silu, and times up
-    weights = 2 * sum(x.numel() for x in model.model.layers[0].parameters() if x.dim() == 2)  # in bfloat16
+    normed, casts, gated = (
+        2 * 4 * hidden,
+        3 * 2 * hidden,
+        2 * 2 * wide,
+    )  # of two norms; of k, v, up; silu, and times up
+    weights = 2 * sum(
+        x.numel() for x in model.model.layers[0].parameters() if x.dim() == 2
+    )  # in bfloat16
     assert less[1] - less[0] == 2 * (int(groups.lengths.sum()) * (normed + casts + gated) + weights)
 
 

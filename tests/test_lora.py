@@ -10,14 +10,26 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, LlamaConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    LlamaConfig,
+    Qwen3Config,
+)
 
 from conftest import few_rows, ragged, tiny
 from runs import stepwise
 from test_resume import RECIPES, KilledError, config, killed_after, numbers
 from trivet.cli.main import main
 from trivet.errors import InputError
-from trivet.model.adapters import is_adapters, merged, new_adapter, read_adapter, write_adapter
+from trivet.model.adapters import (
+    is_adapter_parameter,
+    merge_adapter,
+    new_adapter,
+    read_adapter,
+    write_adapter,
+)
 from trivet.model.copies import frozen_copy
 from trivet.model.forward import token_logprobs
 from trivet.model.load import load_policy, load_scorer
@@ -29,7 +41,9 @@ from trivet.runner.resume import resume
 from trivet.step.optimizer import Optimizer
 from trivet.toy import STORIES
 
-KINDS = pytest.mark.parametrize("kind", [Qwen3Config, LlamaConfig, GPT2Config], ids=lambda kind: kind.model_type)
+KINDS = pytest.mark.parametrize(
+    "kind", [Qwen3Config, LlamaConfig, GPT2Config], ids=lambda kind: kind.model_type
+)
 
 
 def adapted(kind=Qwen3Config, *, moved=True, wide=True, rank=3, **options):
@@ -50,7 +64,9 @@ def move(model):
 
 
 def base_tensors(model):
-    return {name: x.data_ptr() for name, x in model.named_parameters() if not is_adapters(name)}
+    return {
+        name: x.data_ptr() for name, x in model.named_parameters() if not is_adapter_parameter(name)
+    }
 
 
 # Mathematics
@@ -63,7 +79,9 @@ def test_a_new_adapter_changes_nothing_to_the_bit(kind, wide):
     plain = plain.double() if wide else plain
     model = adapted(kind, moved=False, wide=wide)
     assert torch.equal(token_logprobs(model, ragged()), token_logprobs(plain, ragged()))
-    assert torch.equal(values(with_scalar_head(model), ragged()), values(with_scalar_head(plain), ragged()))
+    assert torch.equal(
+        values(with_scalar_head(model), ragged()), values(with_scalar_head(plain), ragged())
+    )
     move(model)
     assert not torch.allclose(token_logprobs(model, ragged()), token_logprobs(plain, ragged()))
 
@@ -73,7 +91,7 @@ def test_the_gradients_are_those_of_the_product(kind):
     """W + s B A in place of W: dL/dA = s B' dL/dW, dL/dB = s dL/dW A', for weights of shape (out, in)."""
     model, groups = adapted(kind), ragged()
     token_logprobs(model, groups).square().sum().backward()
-    whole = merged(copy.deepcopy(model)).requires_grad_(True)
+    whole = merge_adapter(copy.deepcopy(model)).requires_grad_(True)
     token_logprobs(whole, groups).square().sum().backward()
     plain, seen = dict(whole.named_parameters()), 0
     for name, layer in model.named_modules():
@@ -94,8 +112,10 @@ def test_the_gradients_are_those_of_the_product(kind):
 def test_merged_is_the_same_function(kind):
     model, groups = adapted(kind), ragged()
     expected = token_logprobs(model, groups)
-    whole = merged(model)
-    assert {name for name, _ in whole.named_parameters()} == {name for name, _ in tiny(kind).named_parameters()}
+    whole = merge_adapter(model)
+    assert {name for name, _ in whole.named_parameters()} == {
+        name for name, _ in tiny(kind).named_parameters()
+    }
     torch.testing.assert_close(token_logprobs(whole, groups), expected, rtol=1e-11, atol=1e-11)
 
 
@@ -131,7 +151,7 @@ def test_only_adapter_and_head_are_trained(tmp_path):
     before = {name: x.clone() for name, x in run.model.named_parameters()}
     assert len(list(stepwise(launched))) == run.steps
     moved = {name for name, x in run.model.named_parameters() if not torch.equal(x, before[name])}
-    assert moved == {name for name in before if is_adapters(name)}
+    assert moved == {name for name in before if is_adapter_parameter(name)}
     assert "score.modules_to_save.default.weight" in moved
     assert {id(x) for x in Optimizer(run.model, run.config, 1).parameters} == {
         id(x) for name, x in run.model.named_parameters() if name in moved
@@ -143,7 +163,10 @@ def runs(tmp_path_factory):
     """An adapter by SFT, and a reward model as an adapter of the same base that went on from it."""
     folder = tmp_path_factory.mktemp("runs")
     start = launch(config(sft, folder / "sft", lora=4, lr=1e-2))
-    return {"sft": start, "rm": launch(config(reward_model, folder / "rm", model=str(start), lr=1e-2))}
+    return {
+        "sft": start,
+        "rm": launch(config(reward_model, folder / "rm", model=str(start), lr=1e-2)),
+    }
 
 
 def parts_of_ppo(launched):
@@ -155,34 +178,49 @@ def parts_of_ppo(launched):
 @pytest.mark.parametrize("start", ["base", "adapter"])
 def test_ppo_is_four_roles_over_one_base(tmp_path, runs, start):
     model = {"lora": 4} if start == "base" else {"model": str(runs["sft"])}
-    launched = Launch(config(ppo, tmp_path / "r", reward=(str(runs["rm"]),), critic_lr=1e-2, **model))
+    launched = Launch(
+        config(ppo, tmp_path / "r", reward=(str(runs["rm"]),), critic_lr=1e-2, **model)
+    )
     run = launched.run
     judge, base = run.reward.rewards["rm"].model, set(base_tensors(run.model).values())
     bits = {name: x.clone() for name, x in run.model.named_parameters()}
     heard = {name: x.clone() for name, x in judge.named_parameters()}
     held, metrics = parts_of_ppo(launched)
     for role in (held["reference"], held["critic"], judge):
-        shared = [x.data_ptr() for name, x in role.named_parameters() if not is_adapters(name) and "score" not in name]
+        shared = [
+            x.data_ptr()
+            for name, x in role.named_parameters()
+            if not is_adapter_parameter(name) and "score" not in name
+        ]
         assert set(shared) <= base
         assert len(shared) == len(base)
     assert metrics["kl"] == pytest.approx(0, abs=1e-5)  # the first pass is that of the start
     assert metrics["sampling/logprob_difference/max"] < 1e-5
     assert all(torch.equal(x, heard[name]) for name, x in judge.named_parameters())
-    assert all(torch.equal(x, bits[name]) == (not is_adapters(name)) for name, x in run.model.named_parameters())
+    assert all(
+        torch.equal(x, bits[name]) == (not is_adapter_parameter(name))
+        for name, x in run.model.named_parameters()
+    )
     moved = [name for name, x in held["critic"].named_parameters() if x.requires_grad]
     assert moved
-    assert all(is_adapters(name) for name in moved)
+    assert all(is_adapter_parameter(name) for name in moved)
     own = {id(x) for x in held["critic"].parameters() if x.requires_grad}
     assert {id(x) for x in held["critic_optimizer"].parameters} == own
     starts = dict(judge.named_parameters())
-    assert not all(torch.equal(x, starts[name]) for name, x in held["critic"].named_parameters() if name in moved)
+    assert not all(
+        torch.equal(x, starts[name])
+        for name, x in held["critic"].named_parameters()
+        if name in moved
+    )
 
 
 def test_over_the_policys_base_a_reward_model_is_what_it_is_by_itself(tmp_path, runs):
     judge = launch(config(reward_model, tmp_path / "rm", lora=2, lora_targets=("q_proj",), lr=1e-2))
     run = Launch(config(ppo, tmp_path / "r", model=str(runs["sft"]), reward=(str(judge),))).run
     expected = scores(load_scorer(str(judge / "model")), ragged(longest=5))
-    rounding = 1e-6 if os.environ.get("TRIVET_ANY_VERSION") == "1" else 0  # transformers 5.18 takes the plain way here
+    rounding = (
+        1e-6 if os.environ.get("TRIVET_ANY_VERSION") == "1" else 0
+    )  # transformers 5.18 takes the plain way here
     torch.testing.assert_close(
         scores(run.reward.rewards["rm"].model, ragged(longest=5)), expected, rtol=0, atol=rounding
     )
@@ -197,7 +235,9 @@ def test_the_critic_without_a_reward_model_is_an_adapter_of_its_own(tmp_path):
     assert own
     assert not policy & {x.data_ptr() for x in own.values()}
     assert {
-        x.data_ptr() for name, x in held["critic"].named_parameters() if name not in (*own, "score.weight")
+        x.data_ptr()
+        for name, x in held["critic"].named_parameters()
+        if name not in (*own, "score.weight")
     } <= policy
 
 
@@ -210,7 +250,7 @@ def test_over_a_reward_model_of_all_weights_the_critic_is_an_adapter(tmp_path):
     assert torch.equal(values(critic, ragged(longest=5)), expected)
     assert set(base_tensors(critic).values()) >= {x.data_ptr() for x in model.parameters()}
     assert {name for name, x in critic.named_parameters() if x.requires_grad} == {
-        name for name, _ in critic.named_parameters() if is_adapters(name)
+        name for name, _ in critic.named_parameters() if is_adapter_parameter(name)
     }
     assert "score.modules_to_save.default.weight" in dict(critic.named_parameters())
 
@@ -219,7 +259,9 @@ def test_a_policy_of_all_weights_takes_an_adapter_of_a_reward_model_merged(tmp_p
     run = Launch(config(ppo, tmp_path / "r", reward=(str(runs["rm"]),))).run
     judge = run.reward.rewards["rm"]
     expected = scores(load_scorer(str(runs["rm"] / "model")), ragged(longest=5))
-    torch.testing.assert_close(scores(judge.model, ragged(longest=5)), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        scores(judge.model, ragged(longest=5)), expected, rtol=1e-4, atol=1e-5
+    )
     assert not any("lora" in name for name, _ in judge.model.named_parameters())
     assert all(x.requires_grad for x in judge.critic().parameters())
 
@@ -231,7 +273,12 @@ def test_the_folder_is_loaded_by_peft_transformers_and_us(runs):
     folder, groups = str(runs["sft"] / "model"), ragged(longest=5)
     said = json.loads(Path(folder, "adapter_config.json").read_text())
     assert Path(said["base_model_name_or_path"]) == Path(STORIES["model"]).resolve()
-    assert (said["r"], said["lora_alpha"], said["task_type"], said["peft_type"]) == (4, 8, "CAUSAL_LM", "LORA")
+    assert (said["r"], said["lora_alpha"], said["task_type"], said["peft_type"]) == (
+        4,
+        8,
+        "CAUSAL_LM",
+        "LORA",
+    )
     assert said["target_modules"] == sorted(said["target_modules"])
     assert not {"lm_head", "score"} & set(said["target_modules"])
     ours = token_logprobs(load_policy(folder), groups)
@@ -259,7 +306,9 @@ def test_a_reward_model_brings_its_head(runs):
     ).eval()
     padded = torch.tensor([[7, 8, 9, 10, 11, 0, 0], [7] * 7])
     torch.testing.assert_close(theirs(padded).logits[:1], expected, rtol=1e-4, atol=1e-6)
-    theirs = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32).eval()
+    theirs = AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=1, dtype=torch.float32
+    ).eval()
     torch.testing.assert_close(theirs(ids).logits, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -275,14 +324,42 @@ def test_merge_saves_an_ordinary_model(tmp_path, recipe):
     expected = load(str(apart / "model"))(ids).logits
     torch.testing.assert_close(whole.eval()(ids).logits, expected, rtol=1e-4, atol=1e-4)
     plain = launch(config(recipe, tmp_path / "plain", steps=1))
-    assert {path.name for path in (run / "model").iterdir()} == {path.name for path in (plain / "model").iterdir()}
+    assert {path.name for path in (run / "model").iterdir()} == {
+        path.name for path in (plain / "model").iterdir()
+    }
 
 
 def test_generate_and_score_read_adapters(runs, tmp_path, capsys):
-    assert main(["generate", "--model", str(runs["sft"]), "--prompt", "Once", "--max-completion-tokens", "5"]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                "--model",
+                str(runs["sft"]),
+                "--prompt",
+                "Once",
+                "--max-completion-tokens",
+                "5",
+            ]
+        )
+        == 0
+    )
     written = capsys.readouterr().out
-    assert main(["score", "--data", few_rows(), "--reward", str(runs["rm"]), "--out", str(tmp_path / "s.jsonl")]) == 0
-    assert "pairs ranked right" in capsys.readouterr().out
+    assert (
+        main(
+            [
+                "score",
+                "--data",
+                few_rows(),
+                "--reward",
+                str(runs["rm"]),
+                "--out",
+                str(tmp_path / "s.jsonl"),
+            ]
+        )
+        == 0
+    )
+    assert "pairs ranked correctly" in capsys.readouterr().out
     first = json.loads((tmp_path / "s.jsonl").read_text().splitlines()[0])
     assert first["score_chosen"] != first["score_rejected"]
     assert written
@@ -301,14 +378,21 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(tmp_path, name):
     saved = tmp_path / "r" / "checkpoints" / "step-2"
     assert (saved / "adapter_model.safetensors").exists()
     assert not (saved / "model.safetensors").exists()
-    heavy = 400_000 if name != "ppo" else 800_000  # its critic is a second adapter; the base has 1.7 MB
+    heavy = (
+        400_000 if name != "ppo" else 800_000
+    )  # its critic is a second adapter; the base has 1.7 MB
     assert sum(path.stat().st_size for path in saved.iterdir()) < heavy
     same(whole, resume(tmp_path / "r"))
 
 
 @pytest.mark.slow
 def test_a_run_over_adapters_goes_on_to_the_same_bits(tmp_path, runs):
-    options = {"model": str(runs["sft"]), "reward": (str(runs["rm"]),), "lr": 1e-3, "critic_lr": 1e-3}
+    options = {
+        "model": str(runs["sft"]),
+        "reward": (str(runs["rm"]),),
+        "lr": 1e-3,
+        "critic_lr": 1e-3,
+    }
     whole = launch(config(ppo, tmp_path / "whole", **options))
     with pytest.raises(KilledError):
         launch(config(ppo, tmp_path / "r", **options), killed_after(3))
@@ -334,13 +418,17 @@ def test_an_adapter_is_gone_on_with(tmp_path, runs, recipe):
         assert torch.equal(x, start["base_model.model." + name.replace(".default", "")])
     metrics = list(stepwise(launched))
     first = metrics[0]["loss"] if recipe is dpo else metrics[0]["kl"]
-    assert first == pytest.approx(0.6931472 if recipe is dpo else 0, abs=1e-5)  # the reference is the adapter as it was
+    assert first == pytest.approx(
+        0.6931472 if recipe is dpo else 0, abs=1e-5
+    )  # the reference is the adapter as it was
     name, x = next((name, x) for name, x in run.model.named_parameters() if "lora_B" in name)
     assert not torch.equal(x, start["base_model.model." + name.replace(".default", "")])
 
 
 def test_the_memory_by_part_has_one_base(tmp_path, runs):
-    run = launch(config(ppo, tmp_path / "r", model=str(runs["sft"]), reward=(str(runs["rm"]),), steps=1))
+    run = launch(
+        config(ppo, tmp_path / "r", model=str(runs["sft"]), reward=(str(runs["rm"]),), steps=1)
+    )
     memory = json.loads((run / "summary.json").read_text())["memory"]
     adapter, base = 72_000, 1_640_000  # bytes
     assert memory["weights"] == pytest.approx(base + adapter, rel=0.02)
@@ -361,7 +449,9 @@ def test_products_in_bfloat16(tmp_path):
 @pytest.mark.slow
 def test_grpo_learns_with_an_adapter():
     small = {"prompts_per_step": 6, "group_size": 6, "max_completion_tokens": 32, "eval_limit": 1}
-    launched = Launch(grpo.Config(**{**grpo.PRESETS["toy"], **small, "lora": 8, "lr": 1e-2, "steps": 10}))
+    launched = Launch(
+        grpo.Config(**{**grpo.PRESETS["toy"], **small, "lora": 8, "lr": 1e-2, "steps": 10})
+    )
     rewards = [metrics["reward"] for metrics in stepwise(launched)]
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 1.5
 
@@ -372,12 +462,18 @@ def test_grpo_learns_with_an_adapter():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"merge": True}, "--merge belongs to an adapter"),
-        ({"quantize": "4bit"}, "--quantize belongs to an adapter"),
-        ({"lora_alpha": 4}, "--lora-alpha belongs to an adapter"),
+        ({"merge": True}, "--merge needs an adapter"),
+        ({"quantize": "4bit"}, "--quantize needs an adapter"),
+        ({"lora_alpha": 4}, "--lora-alpha needs an adapter"),
         ({"lora": 4, "from_scratch": True}, "--from-scratch trains all weights"),
-        ({"lora": 4, "lora_targets": ("q_prj",)}, "--lora-targets q_prj: no such linear layer .* q_proj"),
-        ({"lora": 4, "lora_targets": ("lm_head",)}, "--lora-targets lm_head: no such linear layer below the head"),
+        (
+            {"lora": 4, "lora_targets": ("q_prj",)},
+            "--lora-targets q_prj: no such linear layer .* q_proj",
+        ),
+        (
+            {"lora": 4, "lora_targets": ("lm_head",)},
+            "--lora-targets lm_head: no such linear layer below the head",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_said(tmp_path, options, said):
@@ -386,14 +482,20 @@ def test_what_does_not_go_together_is_said(tmp_path, options, said):
 
 
 def test_targets_are_those_asked_for(tmp_path):
-    run = launch(config(sft, tmp_path / "r", lora=4, lora_alpha=3, lora_targets=("v_proj", "q_proj"), steps=1))
+    run = launch(
+        config(
+            sft, tmp_path / "r", lora=4, lora_alpha=3, lora_targets=("v_proj", "q_proj"), steps=1
+        )
+    )
     said = json.loads((run / "model" / "adapter_config.json").read_text())
     assert (said["target_modules"], said["lora_alpha"]) == (["q_proj", "v_proj"], 3)
-    assert {name.split(".")[-4] for name in load_file(run / "model" / "adapter_model.safetensors")} == {"self_attn"}
+    assert {
+        name.split(".")[-4] for name in load_file(run / "model" / "adapter_model.safetensors")
+    } == {"self_attn"}
 
 
 def test_an_adapter_that_does_not_fit_is_said(tmp_path, runs):
-    with pytest.raises(InputError, match="is an adapter of rank 4 and alpha 8"):
+    with pytest.raises(InputError, match="is already a rank-4 adapter with alpha 8"):
         Launch(config(sft, tmp_path / "r", model=str(runs["sft"]), lora=8))
     assert Launch(config(sft, tmp_path / "r", model=str(runs["sft"]), lora=4)).run.model.peft_config
     folder = tmp_path / "adapter"
@@ -403,7 +505,7 @@ def test_an_adapter_that_does_not_fit_is_said(tmp_path, runs):
     for change, expected in (
         ({"base_model_name_or_path": str(tmp_path / "gone")}, "gone"),
         ({"base_model_name_or_path": None}, "names no base model"),
-        ({"peft_type": "IA3"}, "is of kind|can't be read"),
+        ({"peft_type": "IA3"}, "is of type|can't be read"),
         ({"r": 5}, "can't be loaded"),
         ({"target_modules": ["q_proj"]}, "do not fit"),
         ({"target_modules": ["no_proj"]}, "no_proj"),

@@ -15,7 +15,11 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import trivet.optimization
-from trivet.optimization.advantages import group_advantages, leave_one_out_advantages, scale_by_batch
+from trivet.optimization.advantages import (
+    group_advantages,
+    leave_one_out_advantages,
+    scale_by_batch,
+)
 from trivet.optimization.control import adapted_beta
 from trivet.optimization.kl import k1, k2, k3
 from trivet.optimization.normalize import scale_to_unit_variance, whiten
@@ -100,7 +104,9 @@ def two_tokens(logits: Tensor) -> Tensor:
     """(9, 2) log-probability of both tokens of every text "ab" over a vocabulary of 3. logits: (4, 3), the first row for
     a, row 1 + a for b after a."""
     table = logits.log_softmax(-1)
-    return torch.stack([torch.stack([table[0, a], table[1 + a, b]]) for a in range(3) for b in range(3)])
+    return torch.stack(
+        [torch.stack([table[0, a], table[1 + a, b]]) for a in range(3) for b in range(3)]
+    )
 
 
 # KL: what each estimator measures and teaches -----------------------------------------------------------------------
@@ -181,7 +187,9 @@ def test_over_texts_k2_per_token_is_the_kl_of_each_state_with_the_visits_held_fi
     weight = policy.detach().sum(1).exp()  # (9,)
     found = grad(weight @ k2(policy, two_tokens(reference)), logits)
     visits = torch.cat([torch.ones(1), logits[0].softmax(-1)]).detach()  # (4,) of the start, of a
-    assert_close(found, grad(visits @ kl(logits.log_softmax(-1), reference.log_softmax(-1)), logits))
+    assert_close(
+        found, grad(visits @ kl(logits.log_softmax(-1), reference.log_softmax(-1)), logits)
+    )
 
 
 # The policy gradient ------------------------------------------------------------------------------------------------
@@ -191,7 +199,9 @@ def test_over_texts_k2_per_token_is_the_kl_of_each_state_with_the_visits_held_fi
 def test_policy_gradient_theorem(baseline):
     logits, reward = leaf(numbers(4, 3, seed=6)), numbers(9, seed=7)
     policy = two_tokens(logits)  # (9, 2)
-    ascent = grad(policy.sum(1).exp() @ reward, logits)  # of the expected reward, all nine texts written out
+    ascent = grad(
+        policy.sum(1).exp() @ reward, logits
+    )  # of the expected reward, all nine texts written out
     of_state = torch.cat(
         [numbers(1, seed=8).expand(9, 1), numbers(3, seed=9).repeat_interleave(3)[:, None]], 1
     )  # (9, 2)
@@ -205,7 +215,9 @@ def test_policy_gradient_theorem(baseline):
 def test_leave_one_out_is_unbiased_and_the_group_mean_shrinks_the_gradient(group_size):
     logits, reward = leaf(numbers(3, seed=10)), numbers(3, seed=11)
     ascent = grad(logits.softmax(-1) @ reward, logits)
-    groups = torch.tensor(list(itertools.product(range(3), repeat=group_size)))  # every group there can be
+    groups = torch.tensor(
+        list(itertools.product(range(3), repeat=group_size))
+    )  # every group there can be
     policy = logits.log_softmax(-1)[groups]  # (3^G, G)
     weight = policy.detach().sum(1).exp()
 
@@ -215,7 +227,9 @@ def test_leave_one_out_is_unbiased_and_the_group_mean_shrinks_the_gradient(group
 
     rewards = reward[groups].flatten()
     assert_close(descent(leave_one_out_advantages(rewards, group_size)), -ascent)
-    assert_close(descent(group_advantages(rewards, group_size)), -ascent * (group_size - 1) / group_size)
+    assert_close(
+        descent(group_advantages(rewards, group_size)), -ascent * (group_size - 1) / group_size
+    )
 
 
 def test_policy_gradient_loss_is_minus_advantage_times_logprob():
@@ -223,7 +237,9 @@ def test_policy_gradient_loss_is_minus_advantage_times_logprob():
     assert_close(policy_gradient_loss(logprobs, advantages), -advantages * logprobs)
 
 
-@pytest.mark.parametrize("loss", [policy_gradient_loss, lambda x, a: clipped_surrogate_loss(x, x.detach(), a, **EPS)])
+@pytest.mark.parametrize(
+    "loss", [policy_gradient_loss, lambda x, a: clipped_surrogate_loss(x, x.detach(), a, **EPS)]
+)
 def test_advantages_carry_no_gradient(loss):
     logprobs, advantages = leaf(numbers(3)), leaf(numbers(3))
     loss(logprobs, advantages * 2).sum().backward()
@@ -264,7 +280,11 @@ def test_clipped_surrogate_below_inside_and_above(ratio, advantage, loss, slope)
 @some
 @given(seeds)
 def test_clipped_surrogate_is_its_definition(seed):
-    old, logprobs, advantages = numbers(3, 4, seed=seed), numbers(3, 4, seed=seed + 1), numbers(3, 4, seed=seed + 2)
+    old, logprobs, advantages = (
+        numbers(3, 4, seed=seed),
+        numbers(3, 4, seed=seed + 1),
+        numbers(3, 4, seed=seed + 2),
+    )
     found = clipped_surrogate_loss(logprobs, old, advantages, **EPS)
     for index in itertools.product(range(3), range(4)):
         rho, a = math.exp(logprobs[index] - old[index]), float(advantages[index])
@@ -274,7 +294,11 @@ def test_clipped_surrogate_is_its_definition(seed):
 @some
 @given(seeds)
 def test_is_clipped_where_the_surrogate_has_no_gradient(seed):
-    old, logprobs, advantages = numbers(40, seed=seed), leaf(numbers(40, seed=seed + 1)), numbers(40, seed=seed + 2)
+    old, logprobs, advantages = (
+        numbers(40, seed=seed),
+        leaf(numbers(40, seed=seed + 1)),
+        numbers(40, seed=seed + 2),
+    )
     slope = grad(clipped_surrogate_loss(logprobs, old, advantages, **EPS), logprobs)
     assert_close(is_clipped(logprobs.detach(), old, advantages, **EPS), slope == 0)
 
@@ -283,14 +307,22 @@ def test_on_policy_the_surrogate_is_the_policy_gradient():
     logprobs, advantages = leaf(numbers(4, 5)), numbers(4, 5, seed=1)
     surrogate = clipped_surrogate_loss(logprobs, logprobs.detach(), advantages, **EPS)
     assert_close(surrogate.detach(), -advantages)
-    assert_close(grad(surrogate, logprobs), grad(policy_gradient_loss(logprobs, advantages), logprobs), **EXACT)
+    assert_close(
+        grad(surrogate, logprobs),
+        grad(policy_gradient_loss(logprobs, advantages), logprobs),
+        **EXACT,
+    )
 
 
 def test_without_a_clip_the_surrogate_is_importance_sampling(one_token):
     logits, reward = one_token[0], numbers(5, seed=12)
     sampler = numbers(5, seed=13).log_softmax(-1)
-    loss = clipped_surrogate_loss(logits.log_softmax(-1), sampler, reward, clip_low=1.0, clip_high=INF)
-    assert_close(grad(expectation(sampler, loss), logits), -grad(logits.softmax(-1) @ reward, logits))
+    loss = clipped_surrogate_loss(
+        logits.log_softmax(-1), sampler, reward, clip_low=1.0, clip_high=INF
+    )
+    assert_close(
+        grad(expectation(sampler, loss), logits), -grad(logits.softmax(-1) @ reward, logits)
+    )
 
 
 # Advantages ---------------------------------------------------------------------------------------------------------
@@ -299,12 +331,16 @@ def test_without_a_clip_the_surrogate_is_importance_sampling(one_token):
 @pytest.mark.parametrize("normalize", [False, True])
 @some
 @given(
-    constants=st.lists(st.floats(allow_nan=False, allow_infinity=False, width=32), min_size=1, max_size=3),
+    constants=st.lists(
+        st.floats(allow_nan=False, allow_infinity=False, width=32), min_size=1, max_size=3
+    ),
     group_size=st.integers(1, 9),
     unknown=st.sets(st.integers(0, 26)),
 )
 @example(constants=[-0.1, 1000.1], group_size=8, unknown={0, 15})
-def test_a_group_of_equal_rewards_has_advantage_exactly_zero(normalize, constants, group_size, unknown):
+def test_a_group_of_equal_rewards_has_advantage_exactly_zero(
+    normalize, constants, group_size, unknown
+):
     rewards = torch.tensor(constants).repeat_interleave(group_size)
     zeros = [0.0] * len(rewards)
     assert group_advantages(rewards, group_size, normalize=normalize).tolist() == zeros
@@ -322,14 +358,18 @@ def test_group_advantages_subtract_the_mean_of_their_own_group():
 @pytest.mark.parametrize("scale", [1.0, 1e-4])
 def test_normalized_advantages_divide_by_unbiased_deviation_plus_1e_4(scale):
     rewards = scale * numbers(12)
-    for group, found in zip(rewards.view(3, 4), group_advantages(rewards, 4, normalize=True).view(3, 4), strict=True):
+    for group, found in zip(
+        rewards.view(3, 4), group_advantages(rewards, 4, normalize=True).view(3, 4), strict=True
+    ):
         assert_close(found, (group - group.mean()) / (group.std() + 1e-4))
 
 
 @pytest.mark.parametrize("normalize", [False, True])
 @some
 @given(seeds, st.sets(st.integers(0, 4), max_size=5))
-def test_a_completion_without_a_reward_leaves_its_group_as_if_it_were_not_there(normalize, seed, unknown):
+def test_a_completion_without_a_reward_leaves_its_group_as_if_it_were_not_there(
+    normalize, seed, unknown
+):
     rewards, known = numbers(5, seed=seed), [i for i in range(5) if i not in unknown]
     expected = torch.zeros(5, dtype=torch.float64)
     if known:
@@ -339,7 +379,10 @@ def test_a_completion_without_a_reward_leaves_its_group_as_if_it_were_not_there(
 
 
 def test_one_group_with_unknown_rewards_by_hand():
-    assert group_advantages(f64([1.0, NAN, 3.0, NAN, NAN, NAN, NAN, 5.0, NAN]), 3).tolist() == [-1, 0, 1] + [0] * 6
+    assert (
+        group_advantages(f64([1.0, NAN, 3.0, NAN, NAN, NAN, NAN, 5.0, NAN]), 3).tolist()
+        == [-1, 0, 1] + [0] * 6
+    )
 
 
 @some
@@ -356,7 +399,9 @@ def test_leave_one_out_is_reward_minus_the_mean_of_the_others(seed, group_size):
     assert_close(leave_one_out_advantages(rewards, group_size), scaled)
 
 
-def gae_by_definition(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
+def gae_by_definition(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
+) -> Tensor:
     """A_t = sum_l (gamma lam)^l delta_{t+l}, one completion at a time, over nothing but its real tokens."""
     advantages = torch.zeros_like(rewards)
     for b in range(len(rewards)):
@@ -364,7 +409,9 @@ def gae_by_definition(rewards: Tensor, values: Tensor, mask: Tensor, gamma: floa
         r, v = rewards[b, real].tolist(), [*values[b, real].tolist(), 0.0]
         delta = [r[t] + gamma * v[t + 1] - v[t] for t in range(len(real))]
         for t, column in enumerate(real):
-            advantages[b, column] = sum((gamma * lam) ** n * delta[t + n] for n in range(len(real) - t))
+            advantages[b, column] = sum(
+                (gamma * lam) ** n * delta[t + n] for n in range(len(real) - t)
+            )
     return advantages
 
 
@@ -387,7 +434,9 @@ def test_gae_at_lambda_zero_is_the_one_step_advantage():
 
 def test_gae_at_lambda_one_is_the_monte_carlo_return_minus_the_value():
     rewards, values, mask = numbers(2, 5), numbers(2, 5, seed=1), torch.ones(2, 5, dtype=torch.bool)
-    to_come = torch.stack([rewards[:, t:] @ (0.9 ** torch.arange(5.0 - t).double()) for t in range(5)], 1)
+    to_come = torch.stack(
+        [rewards[:, t:] @ (0.9 ** torch.arange(5.0 - t).double()) for t in range(5)], 1
+    )
     advantages, returns = gae(rewards, values, mask, gamma=0.9, lam=1.0)
     assert_close(advantages, to_come - values)
     assert_close(returns, to_come)
@@ -441,7 +490,9 @@ def test_equal_scores_cost_log_2():
 
 def test_implicit_reward_of_the_best_policy_is_the_reward_up_to_a_constant():
     reward, reference, beta = numbers(5), numbers(5, seed=1).log_softmax(-1), 0.3
-    best = (reference + reward / beta).log_softmax(-1)  # argmax E[r] - beta KL(pi || ref): Rafailov et al. 2023, eq. 4
+    best = (reference + reward / beta).log_softmax(
+        -1
+    )  # argmax E[r] - beta KL(pi || ref): Rafailov et al. 2023, eq. 4
     log_z = (reference + reward / beta).logsumexp(-1)
     assert_close(implicit_reward(best, reference, beta=beta), reward - beta * log_z)
 
@@ -452,7 +503,9 @@ def test_dpo_is_at_rest_where_policy_explains_the_preferences():
     policy = logits.log_softmax(-1)
     winner, loser = torch.cartesian_prod(torch.arange(4), torch.arange(4)).T
     prefers = torch.sigmoid(reward[winner] - reward[loser])
-    loss = prefers @ dpo_loss(policy[winner], policy[loser], reference[winner], reference[loser], beta=beta)
+    loss = prefers @ dpo_loss(
+        policy[winner], policy[loser], reference[winner], reference[loser], beta=beta
+    )
     assert_close(grad(loss, logits), torch.zeros_like(logits))
 
 
@@ -467,7 +520,9 @@ def test_dpo_value_and_gradient_written_out():
     margin = beta * ((policy[0] - policy[1]) - (ref[0] - ref[1]))
     loss = dpo_loss(policy[0], policy[1], ref[0], ref[1], beta=beta)
     assert_close(loss, torch.log1p((-margin).exp()))
-    weight = -beta * torch.sigmoid(-margin.detach())  # wrong pairs teach most: Rafailov et al. 2023, section 4
+    weight = -beta * torch.sigmoid(
+        -margin.detach()
+    )  # wrong pairs teach most: Rafailov et al. 2023, section 4
     assert_close(grad(loss, policy), torch.stack([weight, -weight]))
 
 
@@ -479,22 +534,31 @@ def test_dpo_at_the_reference_and_at_beta_zero_is_log_2():
     assert_close(dpo_loss(w, l_, ref_w, ref_l, beta=1e-9), log2)
 
 
-def pairwise_by_definition(logprob: Tensor, ref: Tensor, rewards: Tensor, group_size: int, beta: float) -> Tensor:
+def pairwise_by_definition(
+    logprob: Tensor, ref: Tensor, rewards: Tensor, group_size: int, beta: float
+) -> Tensor:
     """A double loop over each group."""
     losses = []
     for first in range(0, len(rewards), group_size):
         rows = range(first, first + group_size)
         pairs = [(i, j) for i in rows for j in rows if rewards[i] > rewards[j]]
-        terms = [-torch.sigmoid(beta * (logprob[i] - logprob[j] - (ref[i] - ref[j]))).log() for i, j in pairs]
+        terms = [
+            -torch.sigmoid(beta * (logprob[i] - logprob[j] - (ref[i] - ref[j]))).log()
+            for i, j in pairs
+        ]
         losses.append(sum(terms) / len(terms) if terms else 0.0 * logprob[first])
     return torch.stack(losses)
 
 
 @some
 @given(st.data(), seeds, st.integers(1, 5))
-def test_pairwise_loss_and_gradient_are_a_double_loop_for_any_group_size_and_ties(data, seed, group_size):
+def test_pairwise_loss_and_gradient_are_a_double_loop_for_any_group_size_and_ties(
+    data, seed, group_size
+):
     rows = 3 * group_size
-    rewards = f64(data.draw(st.lists(st.sampled_from([0.0, 1.0, 2.0, NAN]), min_size=rows, max_size=rows)))
+    rewards = f64(
+        data.draw(st.lists(st.sampled_from([0.0, 1.0, 2.0, NAN]), min_size=rows, max_size=rows))
+    )
     logprob, ref = leaf(numbers(rows, seed=seed)), numbers(rows, seed=seed + 1)
     found = pairwise_group_loss(logprob, ref, rewards, group_size, beta=0.7)
     expected = pairwise_by_definition(logprob, ref, rewards, group_size, 0.7)
@@ -513,13 +577,24 @@ def test_pairwise_loss_of_two_is_dpo_on_the_ordered_pair(rewards):
 
 def test_pairwise_loss_sees_only_the_ranking():
     logprob, ref, rewards = numbers(12), numbers(12, seed=1), numbers(12, seed=2)
-    losses = [pairwise_group_loss(logprob, ref, r, 4, beta=0.7) for r in (rewards, rewards.exp() * 1e6 - 3)]
+    losses = [
+        pairwise_group_loss(logprob, ref, r, 4, beta=0.7)
+        for r in (rewards, rewards.exp() * 1e6 - 3)
+    ]
     assert_close(*losses, **EXACT)
 
 
 def test_pairwise_loss_does_not_depend_on_the_order_within_a_group():
-    logprob, ref, rewards, order = numbers(5), numbers(5, seed=1), f64([1, 0, 2, 0, 1]), [3, 0, 4, 2, 1]
-    losses = [pairwise_group_loss(logprob[o], ref[o], rewards[o], 5, beta=0.7) for o in (list(range(5)), order)]
+    logprob, ref, rewards, order = (
+        numbers(5),
+        numbers(5, seed=1),
+        f64([1, 0, 2, 0, 1]),
+        [3, 0, 4, 2, 1],
+    )
+    losses = [
+        pairwise_group_loss(logprob[o], ref[o], rewards[o], 5, beta=0.7)
+        for o in (list(range(5)), order)
+    ]
     assert_close(*losses)
 
 
@@ -555,18 +630,26 @@ def test_nll_is_minus_the_logprob_and_log_v_at_a_uniform_policy():
 def test_nll_gradient_is_the_policy_minus_the_answer(one_token):
     logits = one_token[0]
     answer = f64([0, 0, 1, 0, 0])
-    assert_close(grad(nll_loss(logits.log_softmax(-1)[2]), logits), logits.detach().softmax(-1) - answer)
+    assert_close(
+        grad(nll_loss(logits.log_softmax(-1)[2]), logits), logits.detach().softmax(-1) - answer
+    )
 
 
 @some
 @given(seeds, st.floats(0, 2))
 def test_clipped_value_loss_is_its_definition(seed, clip):
-    values, old, returns = numbers(3, 4, seed=seed), numbers(3, 4, seed=seed + 1), numbers(3, 4, seed=seed + 2)
+    values, old, returns = (
+        numbers(3, 4, seed=seed),
+        numbers(3, 4, seed=seed + 1),
+        numbers(3, 4, seed=seed + 2),
+    )
     found = clipped_value_loss(values, old, returns, clip=clip)
     for i in itertools.product(range(3), range(4)):
         v, v_old, target = float(values[i]), float(old[i]), float(returns[i])
         limited = max(v_old - clip, min(v_old + clip, v))
-        assert float(found[i]) == pytest.approx(max((v - target) ** 2, (limited - target) ** 2) / 2, abs=1e-12)
+        assert float(found[i]) == pytest.approx(
+            max((v - target) ** 2, (limited - target) ** 2) / 2, abs=1e-12
+        )
 
 
 @pytest.mark.parametrize(
@@ -581,7 +664,9 @@ def test_clipped_value_loss_stops_teaching_once_the_value_has_moved_far_enough(v
 
 def test_without_a_clip_the_value_loss_is_half_the_squared_error():
     values, old, returns = numbers(3, 9)
-    assert_close(clipped_value_loss(values, old, returns, clip=INF), (values - returns).square() / 2)
+    assert_close(
+        clipped_value_loss(values, old, returns, clip=INF), (values - returns).square() / 2
+    )
 
 
 # Reductions ---------------------------------------------------------------------------------------------------------
@@ -607,7 +692,11 @@ def test_token_mean_and_mean_of_sequence_means_weigh_lengths_differently():
 @some
 @given(seeds, st.lists(st.integers(0, 2), min_size=9, max_size=9))
 def test_token_mean_with_a_total_does_not_depend_on_the_split_into_microbatches(seed, part):
-    x, mask, part = leaf(numbers(9, 6, seed=seed)), numbers(9, 6, seed=seed + 1) > 0, torch.tensor(part)
+    x, mask, part = (
+        leaf(numbers(9, 6, seed=seed)),
+        numbers(9, 6, seed=seed + 1) > 0,
+        torch.tensor(part),
+    )
     total = mask.sum()
     for given_total in (total, int(total), float(total)):
         pieces = [token_mean(x[part == n], mask[part == n], total=given_total) for n in range(3)]
@@ -632,14 +721,22 @@ def test_whiten_has_mean_0_and_unbiased_variance_1_over_real_tokens():
 
 def test_whiten_shifts_and_scales_and_does_nothing_else():
     x = numbers(4, 6)
-    assert_close(whiten(x, REAL), torch.where(REAL, (x - x[REAL].mean()) / (x[REAL].var() + 1e-8).sqrt(), 0.0))
+    assert_close(
+        whiten(x, REAL),
+        torch.where(REAL, (x - x[REAL].mean()) / (x[REAL].var() + 1e-8).sqrt(), 0.0),
+    )
     small = 1e-5 * x  # where the 1e-8 under the root is felt
-    assert_close(whiten(small, REAL)[REAL], (small[REAL] - small[REAL].mean()) / (small[REAL].var() + 1e-8).sqrt())
+    assert_close(
+        whiten(small, REAL)[REAL],
+        (small[REAL] - small[REAL].mean()) / (small[REAL].var() + 1e-8).sqrt(),
+    )
 
 
 def test_whiten_of_two_tokens():
     mask = torch.tensor([[True, True, False]])
-    assert_close(whiten(f64([[4.0, 8.0, NAN]]), mask), f64([[-math.sqrt(0.5), math.sqrt(0.5), 0.0]]))
+    assert_close(
+        whiten(f64([[4.0, 8.0, NAN]]), mask), f64([[-math.sqrt(0.5), math.sqrt(0.5), 0.0]])
+    )
 
 
 def test_whiten_of_one_token_only_takes_the_mean_away():
@@ -677,7 +774,9 @@ def test_conservative_is_the_cross_entropy_with_the_smoothed_label(eps):
     assert_close(conservative_loss(chosen, rejected, label_smoothing=eps), expected)
     if eps:
         best = leaf(f64([math.log((1 - eps) / eps)]))  # the lead that the label allows
-        assert_close(grad(conservative_loss(best, f64([0.0]), label_smoothing=eps), best), f64([0.0]))
+        assert_close(
+            grad(conservative_loss(best, f64([0.0]), label_smoothing=eps), best), f64([0.0])
+        )
 
 
 @pytest.mark.parametrize("loss", [conservative_loss, robust_loss])
@@ -693,7 +792,10 @@ def test_robust_is_unbiased_under_flips_of_that_probability_and_conservative_is_
     chosen, rejected = numbers(9), numbers(9, seed=1)
 
     def expected(loss) -> Tensor:
-        right, flipped = loss(chosen, rejected, label_smoothing=eps), loss(rejected, chosen, label_smoothing=eps)
+        right, flipped = (
+            loss(chosen, rejected, label_smoothing=eps),
+            loss(rejected, chosen, label_smoothing=eps),
+        )
         return (1 - eps) * right + eps * flipped
 
     assert_close(expected(robust_loss), bradley_terry_loss(chosen, rejected))
@@ -707,7 +809,10 @@ def test_ipo_regresses_the_log_ratio_margin_to_one_over_two_beta():
     assert_close(loss, (margin - 1 / (2 * beta)) ** 2)
     slope = 2 * (margin.detach() - 1 / (2 * beta))
     assert_close(grad(loss, policy), torch.stack([slope, -slope]))
-    assert_close(ipo_loss(ref[0], ref[1], ref[0], ref[1], beta=beta), torch.full((6,), 1 / (4 * beta**2)).double())
+    assert_close(
+        ipo_loss(ref[0], ref[1], ref[0], ref[1], beta=beta),
+        torch.full((6,), 1 / (4 * beta**2)).double(),
+    )
 
 
 def test_simpo_is_bradley_terry_on_mean_logprobs_with_a_target_margin():
@@ -727,7 +832,9 @@ def test_odds_ratio_is_its_definition(chosen, rejected):
 
 def test_odds_ratio_keeps_its_digits_where_a_completion_is_almost_certain():
     found = odds_ratio_loss(torch.tensor([-1e-5]), torch.tensor([-1.0]))  # in float32
-    assert float(found) == pytest.approx(float(odds_ratio_loss(f64([-1e-5]), f64([-1.0]))), rel=1e-4)
+    assert float(found) == pytest.approx(
+        float(odds_ratio_loss(f64([-1e-5]), f64([-1.0]))), rel=1e-4
+    )
 
 
 def test_odds_ratio_stays_finite_at_both_ends():
@@ -772,7 +879,9 @@ def test_centering_is_least_where_the_scores_are_each_others_negative():
         (0.2, 2.0, -0.4, -0.4),
     ],
 )
-def test_dual_clip_bounds_the_loss_of_a_bad_token_that_has_become_likely(ratio, advantage, loss, slope):
+def test_dual_clip_bounds_the_loss_of_a_bad_token_that_has_become_likely(
+    ratio, advantage, loss, slope
+):
     old = f64([-1.3])
     logprobs = leaf(old + math.log(ratio))
     found = clipped_surrogate_loss(logprobs, old, f64([advantage]), **EPS, clip_dual=3.0)
@@ -780,7 +889,9 @@ def test_dual_clip_bounds_the_loss_of_a_bad_token_that_has_become_likely(ratio, 
     assert_close(grad(found, logprobs), f64([slope]))
 
 
-def gspo_by_definition(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> list[float]:
+def gspo_by_definition(
+    logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor
+) -> list[float]:
     """One loss a completion, written out."""
     result = []
     for b in range(len(mask)):
@@ -794,7 +905,11 @@ def gspo_by_definition(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: 
 @some
 @given(seeds)
 def test_gspo_is_its_definition_and_one_number_a_completion(seed):
-    logprobs, old, advantages = numbers(4, 6, seed=seed), numbers(4, 6, seed=seed + 1), numbers(4, seed=seed + 2)
+    logprobs, old, advantages = (
+        numbers(4, 6, seed=seed),
+        numbers(4, 6, seed=seed + 1),
+        numbers(4, seed=seed + 2),
+    )
     loss = gspo_loss(logprobs, old, advantages[:, None].expand(4, 6), REAL, **EPS)
     assert loss.shape == (4, 6)
     expected = gspo_by_definition(logprobs, old, advantages, REAL)
@@ -811,7 +926,11 @@ def test_gspo_on_policy_has_the_gradient_of_the_policy_gradient_under_sequence_m
 @some
 @given(seeds)
 def test_cispo_weighs_by_the_limited_ratio_and_never_stops_learning(seed):
-    logprobs, old, advantages = leaf(numbers(40, seed=seed)), numbers(40, seed=seed + 1), numbers(40, seed=seed + 2)
+    logprobs, old, advantages = (
+        leaf(numbers(40, seed=seed)),
+        numbers(40, seed=seed + 1),
+        numbers(40, seed=seed + 2),
+    )
     loss = cispo_loss(logprobs, old, advantages, **EPS)
     weight = (logprobs - old).exp().detach().clamp(0.8, 1.3)
     assert_close(loss, -weight * advantages * logprobs)
@@ -870,7 +989,9 @@ def test_leave_one_out_leaves_out_what_is_not_known(seed, unknown):
     assert_close(leave_one_out_advantages(rewards, 5), expected)
 
 
-@pytest.mark.parametrize(("kl", "factor"), [(6.0, 1.0), (6.6, 1.01), (5.4, 0.99), (60.0, 1.02), (0.0, 0.98)])
+@pytest.mark.parametrize(
+    ("kl", "factor"), [(6.0, 1.0), (6.6, 1.01), (5.4, 0.99), (60.0, 1.02), (0.0, 0.98)]
+)
 def test_adapted_beta_rises_above_the_target_falls_below_it_and_never_leaps(kl, factor):
     assert float(adapted_beta(0.05, f64(kl), target=6.0)) == pytest.approx(0.05 * factor)
 
@@ -882,7 +1003,9 @@ def test_unit_variance_keeps_signs_and_zeros_and_forgets_the_unit():
     assert_close(found[REAL].var(), f64(1.0), rtol=1e-5, atol=1e-5)
     assert (found.sign() == torch.where(REAL, x, 0.0).sign()).all()
     assert_close(scale_to_unit_variance(1000 * x, REAL), found, rtol=1e-5, atol=1e-5)
-    assert (found[REAL].mean() - x[REAL].mean() / x[REAL].std()).abs() < 1e-6  # the mean shrinks with the rest
+    assert (
+        found[REAL].mean() - x[REAL].mean() / x[REAL].std()
+    ).abs() < 1e-6  # the mean shrinks with the rest
 
 
 # Diagnostics --------------------------------------------------------------------------------------------------------
@@ -900,12 +1023,17 @@ def test_one_advantage_for_a_completion_is_that_of_each_of_its_tokens():
     assert_close(policy_gradient_loss(logprobs, advantages), policy_gradient_loss(logprobs, each))
     for loss in (clipped_surrogate_loss, is_clipped, cispo_loss):
         assert_close(loss(logprobs, old, advantages, **clip), loss(logprobs, old, each, **clip))
-    assert_close(gspo_loss(logprobs, old, advantages, mask, **clip), gspo_loss(logprobs, old, each, mask, **clip))
+    assert_close(
+        gspo_loss(logprobs, old, advantages, mask, **clip),
+        gspo_loss(logprobs, old, each, mask, **clip),
+    )
 
 
 def test_explained_variance_is_1_of_a_perfect_critic_0_of_a_constant_and_less_of_a_bad_one():
     returns = numbers(4, 6)
-    assert_close(explained_variance(returns + 3, returns, REAL), f64(1.0))  # a shift is not variance
+    assert_close(
+        explained_variance(returns + 3, returns, REAL), f64(1.0)
+    )  # a shift is not variance
     assert_close(explained_variance(torch.full_like(returns, 2.0), returns, REAL), f64(0.0))
     assert_close(explained_variance(-returns, returns, REAL), f64(-3.0))
     assert_close(explained_variance(returns / 2, returns, REAL), f64(0.75))
@@ -920,7 +1048,10 @@ def test_explained_variance_is_1_of_a_perfect_critic_0_of_a_constant_and_less_of
 )
 def test_explained_variance_is_0_where_returns_do_not_vary(constant):
     returns = torch.full((3, 7), constant)
-    assert float(explained_variance(torch.rand(3, 7), returns, torch.ones(3, 7, dtype=torch.bool))) == 0.0
+    assert (
+        float(explained_variance(torch.rand(3, 7), returns, torch.ones(3, 7, dtype=torch.bool)))
+        == 0.0
+    )
 
 
 # Padding ------------------------------------------------------------------------------------------------------------
@@ -932,10 +1063,18 @@ REDUCED = {  # everything that takes a mask
     "sequence_mean": sequence_mean,
     "whiten": whiten,
     "scale_to_unit_variance": scale_to_unit_variance,
-    "gae of rewards": lambda x, mask: torch.stack(gae(x, numbers(4, 6, seed=1), mask, gamma=0.9, lam=0.8)),
-    "gae of values": lambda x, mask: torch.stack(gae(numbers(4, 6, seed=1), x, mask, gamma=0.9, lam=0.8)),
-    "explained_variance of values": lambda x, mask: explained_variance(x, numbers(4, 6, seed=1), mask),
-    "explained_variance of returns": lambda x, mask: explained_variance(numbers(4, 6, seed=1), x, mask),
+    "gae of rewards": lambda x, mask: torch.stack(
+        gae(x, numbers(4, 6, seed=1), mask, gamma=0.9, lam=0.8)
+    ),
+    "gae of values": lambda x, mask: torch.stack(
+        gae(numbers(4, 6, seed=1), x, mask, gamma=0.9, lam=0.8)
+    ),
+    "explained_variance of values": lambda x, mask: explained_variance(
+        x, numbers(4, 6, seed=1), mask
+    ),
+    "explained_variance of returns": lambda x, mask: explained_variance(
+        numbers(4, 6, seed=1), x, mask
+    ),
 }
 
 
@@ -947,7 +1086,9 @@ def test_no_value_and_no_gradient_depends_on_masked_positions(name, garbage):
     results = [REDUCED[name](x, REAL) for x in (clean, dirty)]
     assert_close(*results, **EXACT)
     upstream = numbers(*results[0].shape, seed=2)
-    gradients = [grad(upstream * result, x) for x, result in zip((clean, dirty), results, strict=True)]
+    gradients = [
+        grad(upstream * result, x) for x, result in zip((clean, dirty), results, strict=True)
+    ]
     assert_close(*gradients, **EXACT)
     assert (gradients[0][~REAL] == 0).all()
     assert (gradients[0][REAL] != 0).any()
@@ -1022,10 +1163,20 @@ PUBLIC = {
     name: function
     for module in pkgutil.iter_modules(trivet.optimization.__path__, "trivet.optimization.")
     for name, function in vars(importlib.import_module(module.name)).items()
-    if inspect.isfunction(function) and function.__module__ == module.name and not name.startswith("_")
+    if inspect.isfunction(function)
+    and function.__module__ == module.name
+    and not name.startswith("_")
 }
 B, P, G, T = 6, 2, 3, 4
-GIVEN = {"beta": 0.1, "clip_low": 0.2, "clip_high": 0.2, "clip": 0.2, "gamma": 0.9, "lam": 0.8, "group_size": G}
+GIVEN = {
+    "beta": 0.1,
+    "clip_low": 0.2,
+    "clip_high": 0.2,
+    "clip": 0.2,
+    "gamma": 0.9,
+    "lam": 0.8,
+    "group_size": G,
+}
 GIVEN |= {"label_smoothing": 0.1, "target": 6.0}
 PER_COMPLETION = (
     *(
@@ -1048,7 +1199,10 @@ PER_COMPLETION = (
 def call(name: str, device: str = "cpu") -> Tensor | tuple[Tensor, ...]:
     """The function on ones of the shapes that its arguments' names stand for."""
     shape = (B,) if name.startswith(PER_COMPLETION) else (B, T)
-    known = {**GIVEN, **{key: torch.ones(shape, device=device).bool() for key in ("mask", "desirable")}}
+    known = {
+        **GIVEN,
+        **{key: torch.ones(shape, device=device).bool() for key in ("mask", "desirable")},
+    }
     if name in ("kto_loss", "adapted_beta"):
         known["kl"] = torch.ones((), device=device)
     arguments = {
@@ -1062,15 +1216,21 @@ def call(name: str, device: str = "cpu") -> Tensor | tuple[Tensor, ...]:
 def test_the_public_functions_and_their_signatures_are_those_of_the_design():
     def plain(name: str) -> str:
         signature = inspect.signature(PUBLIC[name])
-        parameters = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
-        return name + str(signature.replace(parameters=parameters, return_annotation=inspect.Signature.empty))
+        parameters = [
+            p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()
+        ]
+        return name + str(
+            signature.replace(parameters=parameters, return_annotation=inspect.Signature.empty)
+        )
 
     assert sorted(map(plain, PUBLIC)) == sorted(SIGNATURES)
 
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_every_docstring_tells_the_shape_that_comes_out(name):
-    stated = re.findall(r"(?:[Rr]eturns|->)[^()]*?(?:\(([BPGT, ]+)\)|(scalar))", PUBLIC[name].__doc__ or "")
+    stated = re.findall(
+        r"(?:[Rr]eturns|->)[^()]*?(?:\(([BPGT, ]+)\)|(scalar))", PUBLIC[name].__doc__ or ""
+    )
     assert stated, "no shape after 'returns' or '->'"
     letters = [letter for letter in stated[-1][0].replace(" ", "").split(",") if letter]
     results = call(name)
@@ -1080,6 +1240,8 @@ def test_every_docstring_tells_the_shape_that_comes_out(name):
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_nothing_waits_for_a_device(name):
-    results = call(name, device="meta")  # where there are shapes and no numbers, so reading one is an error
+    results = call(
+        name, device="meta"
+    )  # where there are shapes and no numbers, so reading one is an error
     for result in results if isinstance(results, tuple) else (results,):
         assert result.is_meta

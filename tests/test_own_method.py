@@ -23,7 +23,12 @@ from trivet.toy import STORIES
 PAGE = (Path(__file__).parent.parent / "docs" / "your-own-method.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 SMALL = {"model": STORIES["model"], "prompts_per_step": 4, "steps": 4, "max_completion_tokens": 8}
-SMALL |= {"reward": ("trivet.toy.stories:gold",), "eval_limit": 4, "save_every": 1, "keep_tokens_every": 1}
+SMALL |= {
+    "reward": ("trivet.toy.stories:gold",),
+    "eval_limit": 4,
+    "save_every": 1,
+    "keep_tokens_every": 1,
+}
 
 
 @pytest.fixture
@@ -41,7 +46,10 @@ def own(tmp_path):
 def flags(options) -> list[str]:
     words = []
     for name, value in options.items():
-        words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
+        words += [
+            f"--{name.replace('_', '-')}",
+            *map(str, value if isinstance(value, tuple) else [value]),
+        ]
     return words
 
 
@@ -103,22 +111,26 @@ def test_its_options_are_explained_and_checked_like_any(own, tmp_path, capsys):
     file = str(tmp_path / "distill.py")
     assert main(["run", file, "--help"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "--teacher TEXT Run directory, folder or hub name of a model with the student's tokenizer." in said
+    assert (
+        "--teacher TEXT Run directory, folder or hub name of a model with the student's tokenizer."
+        in said
+    )
     assert "--importance-cap" in said  # inherited
     assert main(["run", file, "--techer", "x"]) == 2
     assert "the nearest known one is --teacher" in capsys.readouterr().err
     assert main(["run", str(tmp_path / "none.py")]) == 2
-    assert f"there is no file {tmp_path / 'none.py'}" in capsys.readouterr().err
+    assert f"no file {tmp_path / 'none.py'}" in capsys.readouterr().err
     assert main(["run"]) == 2
     assert "name the file of a recipe first" in capsys.readouterr().err
 
 
 def test_a_teacher_with_another_tokenizer_is_refused(own, tmp_path):
     recipe, options = own
-    with pytest.raises(InputError, match="its tokenizer is not that of"):
+    with pytest.raises(InputError, match=r"the tokenizer of .* differs from that of"):
         launch(
             recipe.Config(
-                **options | {"teacher": str(Path(STORIES["model"]).parent / "arithmetic")}, out=str(tmp_path / "r")
+                **options | {"teacher": str(Path(STORIES["model"]).parent / "arithmetic")},
+                out=str(tmp_path / "r"),
             )
         )
     assert not (tmp_path / "r").exists()
@@ -127,11 +139,17 @@ def test_a_teacher_with_another_tokenizer_is_refused(own, tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (("ROWS, TRAINS", "KINDS"), "no recipe: ROWS must be 'prompts'"),
-        (('"policy"', '"actor"'), "no recipe: TRAINS must be 'policy' or 'scorer'"),
-        (("def train", "def learn"), "no recipe: train must be a function"),
-        (("class Config(SamplingOptions)", "class Config"), "no recipe: Config must be a dataclass that inherits"),
-        (("from dataclasses import dataclass", "import nothing_there"), "can't be imported: ModuleNotFoundError"),
+        (("ROWS, TRAINS", "KINDS"), "not a recipe: ROWS must be 'prompts'"),
+        (('"policy"', '"actor"'), "not a recipe: TRAINS must be 'policy' or 'scorer'"),
+        (("def train", "def learn"), "not a recipe: train must be a function"),
+        (
+            ("class Config(SamplingOptions)", "class Config"),
+            "not a recipe: Config must be a dataclass that inherits",
+        ),
+        (
+            ("from dataclasses import dataclass", "import nothing_there"),
+            "can't be imported: ModuleNotFoundError",
+        ),
     ],
 )
 def test_what_a_recipe_lacks_is_said_in_a_sentence(change, said, tmp_path, capsys):
@@ -153,7 +171,10 @@ def test_a_run_whose_recipe_has_gone_says_so(own, tmp_path, capsys):
         launch(recipe.Config(**options, out=str(out)), stop)
     (tmp_path / "distill.py").unlink()
     assert main(["resume", str(out)]) == 2
-    assert f"its recipe, {tmp_path / 'distill.py'}, is not there any more; restore it" in capsys.readouterr().err
+    assert (
+        f"its recipe, {tmp_path / 'distill.py'}, no longer exists; restore it"
+        in capsys.readouterr().err
+    )
 
 
 def test_another_objective_is_a_few_lines(tmp_path):
@@ -179,13 +200,40 @@ def test_methods_are_found_again_by_what_is_noted_of_them(tmp_path):
 @pytest.mark.slow
 def test_two_processes_share_it(own, tmp_path):
     _, options = own
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "trivet", "run"]
-    command += [str(tmp_path / "distill.py"), *flags(options | {"out": str(tmp_path / "two")}), "--quiet"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "trivet",
+        "run",
+    ]
+    command += [
+        str(tmp_path / "distill.py"),
+        *flags(options | {"out": str(tmp_path / "two")}),
+        "--quiet",
+    ]
     done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
+        command,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
     )
     assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert len(lines) == 4
     assert all(line["kl"] > 0 for line in lines)
     assert not equal(tmp_path / "two", tmp_path / "teacher")
+
+
+def test_a_file_that_can_not_be_imported_is_not_taken_for_one_that_can(tmp_path):
+    file = tmp_path / "mended.py"
+    file.write_text("import nothing_there")
+    for _ in range(2):
+        with pytest.raises(InputError, match="can't be imported: ModuleNotFoundError"):
+            load_recipe(str(file))

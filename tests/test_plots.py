@@ -33,8 +33,16 @@ def lines_of(path: Path) -> list[tuple[str, str, int]]:
     for node in ElementTree.parse(path).iter(f"{SVG}path"):
         style = node.get("style", "")
         if "stroke-width: 1.5" in style and node.get("clip-path"):
-            color, dashes = (re.search(rf"{key}: ([^;]+)", style) for key in ("stroke", "stroke-dasharray"))
-            found.append((color[1].upper(), dashes[1] if dashes else "", len(re.findall("[ML]", node.get("d")))))
+            color, dashes = (
+                re.search(rf"{key}: ([^;]+)", style) for key in ("stroke", "stroke-dasharray")
+            )
+            found.append(
+                (
+                    color[1].upper(),
+                    dashes[1] if dashes else "",
+                    len(re.findall("[ML]", node.get("d"))),
+                )
+            )
     return found
 
 
@@ -44,7 +52,9 @@ def test_panels_lines_labels_and_both_files(two, tmp_path, capsys):
     assert capsys.readouterr().out == f"{png}  ·  {svg}\n"
     assert png.read_bytes().startswith(b"\x89PNG")
     said = texts(svg)
-    assert {"ppo", "grpo", "reward", "step", "KL to the reference", "(nats per completion)"} <= set(said)
+    assert {"ppo", "grpo", "reward", "step", "KL to the reference", "(nats per completion)"} <= set(
+        said
+    )
     assert said.count("mean of the last 5 steps; faint: each step") == 2
     drawn = lines_of(svg)
     assert [color for color, _, _ in drawn] == [plots.COLORS["ppo"], plots.COLORS["grpo"]] * 2
@@ -54,13 +64,41 @@ def test_panels_lines_labels_and_both_files(two, tmp_path, capsys):
 
 def test_one_metric_against_another_unsmoothed_to_a_file_of_ones_own(two, tmp_path, capsys):
     out = tmp_path / "deep" / "frontier.v1"
-    assert main(["plot", str(two[0]), "--y", "rewards/gold/mean", "--x=kl", "--smooth=1", "--out", f"{out}.svg"]) == 0
+    assert (
+        main(
+            [
+                "plot",
+                str(two[0]),
+                "--y",
+                "rewards/gold/mean",
+                "--x=kl",
+                "--smooth=1",
+                "--out",
+                f"{out}.svg",
+            ]
+        )
+        == 0
+    )
     assert {"as measured", "reward: gold", "KL to the reference (nats per completion)"} <= set(
         texts(Path(f"{out}.svg"))
     )
     assert Path(f"{out}.png").exists()
     again = Path(f"{out}.svg").read_bytes()
-    assert main(["plot", str(two[0]), "--y", "rewards/gold/mean", "--x=kl", "--smooth=1", "--out", str(out)]) == 0
+    assert (
+        main(
+            [
+                "plot",
+                str(two[0]),
+                "--y",
+                "rewards/gold/mean",
+                "--x=kl",
+                "--smooth=1",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
     assert Path(f"{out}.svg").read_bytes() == again
 
 
@@ -75,7 +113,9 @@ def test_nulls_are_gaps_and_a_half_written_line_is_left_out(tmp_path):
     run = write_run(tmp_path / "grpo", "grpo", 9)
     rows = read_metrics(run)
     rows[4]["kl"] = None
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 10, "kl": 3.')
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 10, "kl": 3.'
+    )
     assert len(read_metrics(run)) == 9
     points = plots.points(read_metrics(run), "step", "kl")
     assert [x for x, y in points if math.isnan(y)] == [5]
@@ -83,7 +123,11 @@ def test_nulls_are_gaps_and_a_half_written_line_is_left_out(tmp_path):
     assert main(["plot", str(run), "--y", "kl", "--smooth", "1"]) == 0
     ((_, _, count),) = lines_of(run / "plot-kl.svg")
     assert count == 8
-    drawn = next(node for node in (run / "plot-kl.svg").read_text().split("<path") if "stroke-width: 1.5" in node)
+    drawn = next(
+        node
+        for node in (run / "plot-kl.svg").read_text().split("<path")
+        if "stroke-width: 1.5" in node
+    )
     assert drawn.count("M ") == 2
 
 
@@ -99,7 +143,10 @@ def test_runs_of_one_method_and_of_one_name_are_told_apart(tmp_path):
 def test_runs_named_from_here_are_drawn_beside_them_and_said_so(two, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(two[0].parent)
     (tmp_path / "inside").mkdir()
-    for here, runs, out in ((tmp_path, ("ppo", "grpo"), ""), (tmp_path / "inside", ("../ppo", "../grpo"), "../")):
+    for here, runs, out in (
+        (tmp_path, ("ppo", "grpo"), ""),
+        (tmp_path / "inside", ("../ppo", "../grpo"), "../"),
+    ):
         monkeypatch.chdir(here)
         assert main(["plot", *runs, "--y", "kl"]) == 0
         assert capsys.readouterr().out == f"{out}plot-kl.png  ·  {out}plot-kl.svg\n"
@@ -114,13 +161,16 @@ def test_names_are_not_read_as_formulas(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--y", "rewrd"], "no metric 'rewrd'; there is reward"),
+        (["--y", "rewrd"], "unknown metric 'rewrd'; choose from reward"),
         (["--y", "gold"], "rewards/gold/mean"),
-        (["--y", "KL"], "no metric 'KL'; there is kl, eval/kl"),
-        (["--y", "nonsense"], "entropy, eval/completions/clipped_ratio"),  # none is near: all of them
+        (["--y", "KL"], "unknown metric 'KL'; choose from kl, eval/kl"),
+        (
+            ["--y", "nonsense"],
+            "entropy, eval/completions/clipped_ratio",
+        ),  # none is near: all of them
         (["--y", "nonsense"], "kl, lr"),
-        (["--y", "reward", "--x", "stp"], "no metric 'stp'; there is step"),
-        (["--y", "eval/reward", "--x", "notes"], "no metric 'notes'"),
+        (["--y", "reward", "--x", "stp"], "unknown metric 'stp'; choose from step"),
+        (["--y", "eval/reward", "--x", "notes"], "unknown metric 'notes'"),
         (["--y", "rare", "--x", "eval/kl"], "no step has both rare and eval/kl"),
         ([], "--y reward"),
         (["--y", "reward", "--smooth", "0"], "--smooth is 0"),
@@ -144,7 +194,11 @@ def test_what_is_no_run_and_what_has_no_line_yet(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "run.json").write_text('{"method": "dpo"')
-    for run, said in (("nope", "no such directory"), ("empty", "not a run directory"), ("begun", "no line yet")):
+    for run, said in (
+        ("nope", "it does not exist"),
+        ("empty", "not a run directory"),
+        ("begun", "no lines yet"),
+    ):
         assert main(["plot", str(tmp_path / run), "--y", "loss"]) == 2
         assert said in capsys.readouterr().err
     assert main(["plot", "--y", "loss"]) == 2
@@ -154,7 +208,7 @@ def test_what_is_no_run_and_what_has_no_line_yet(tmp_path, capsys):
 def test_a_metric_that_some_runs_lack_is_drawn_for_the_others(tmp_path, capsys):
     runs = [write_run(tmp_path / method, method, 6) for method in ("sft", "ppo")]
     assert main(["plot", *map(str, runs), "--y", "kl"]) == 0
-    assert f"{runs[0]} has no kl" in capsys.readouterr().err
+    assert f"{runs[0]} has no steps with both kl" in capsys.readouterr().err
     assert "sft" not in texts(tmp_path / "plot-kl.svg")
 
 

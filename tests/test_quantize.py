@@ -34,9 +34,14 @@ def test_a_quantized_base_is_near_the_full_one_and_shared(bits):
     run = Launch(config(sft, "")).run
     groups, full = to_groups(run.train[:6], "cpu"), run.model
     model = load_policy(STORIES["model"], quantize=bits)
-    difference = (token_logprobs(model, groups) - token_logprobs(full, groups)).abs().sum() / groups.mask.sum()
+    difference = (
+        token_logprobs(model, groups) - token_logprobs(full, groups)
+    ).abs().sum() / groups.mask.sum()
     assert 0 < difference < (0.2 if bits == "4bit" else 0.02)
-    one, two = token_logprobs(model, groups), token_logprobs(model, groups.select(torch.tensor([1])))
+    one, two = (
+        token_logprobs(model, groups),
+        token_logprobs(model, groups.select(torch.tensor([1]))),
+    )
     torch.testing.assert_close(one[1:2], two)  # whatever is in the batch with it
     assert torch.equal(token_logprobs(frozen_copy(model), groups), one)
 
@@ -61,9 +66,13 @@ def test_an_adapter_learns_on_it_and_goes_on_to_the_same_bits(tmp_path, name, bi
 
 def test_the_loss_falls(tmp_path, bits):
     data = tmp_path / "few.jsonl"
-    data.write_text("".join(Path(few_rows()).read_text().splitlines(keepends=True)[:9]))  # learned by heart
+    data.write_text(
+        "".join(Path(few_rows()).read_text().splitlines(keepends=True)[:9])
+    )  # learned by heart
     options = {"lora": 8, "lr": 1e-2, "quantize": bits, "steps": 15, "prompts_per_step": 8}
-    losses = [metrics["loss"] for metrics in stepwise(Launch(config(sft, "", data=str(data), **options)))]
+    losses = [
+        metrics["loss"] for metrics in stepwise(Launch(config(sft, "", data=str(data), **options)))
+    ]
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
 
 
@@ -72,7 +81,9 @@ def test_merged_into_the_full_base(tmp_path, bits):
     apart = launch(config(sft, tmp_path / "a", lora=4, lr=1e-2, quantize=bits))
     groups = ragged(longest=5)
     merged, beside = load_policy(str(run / "model")), load_policy(str(apart / "model"))
-    torch.testing.assert_close(token_logprobs(merged, groups), token_logprobs(beside, groups), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        token_logprobs(merged, groups), token_logprobs(beside, groups), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_a_base_that_is_quantized_on_disk(tmp_path):

@@ -13,8 +13,12 @@ def page_of(out, show):  # noqa: F811
     """In a browser every chart has marks, nothing complains, and the tokens are those of samples.jsonl."""
     tab = show(runs_in(out))
     assert tab.evaluate(EMPTY_CHARTS) == []
-    assert {"What the reward costs in KL", "Where the time goes", "What fills the memory"} <= set(tab.evaluate(TITLES))
-    recorded = [json.loads(line) for line in (out / "grpo" / "samples.jsonl").read_text().splitlines()]
+    assert {"What the reward costs in KL", "Where the time goes", "What fills the memory"} <= set(
+        tab.evaluate(TITLES)
+    )
+    recorded = [
+        json.loads(line) for line in (out / "grpo" / "samples.jsonl").read_text().splitlines()
+    ]
     last = [line for line in recorded if "tokens" in line][-8:]
     tab.locator("#tokens select").first.select_option(label="grpo")
     said = tab.locator("#tokens .tokens").all_inner_texts()

@@ -50,16 +50,27 @@ def start(method: str) -> str:
 
 def options_of(method: str, options: dict) -> dict:
     """With the names of runs and models in place of short ones; what rewards is an adapter too."""
-    names = {name: start(name) for name in ("sft", "reward-model")} | {"scorer": str(folder() / "scorer")}
+    names = {name: start(name) for name in ("sft", "reward-model")} | {
+        "scorer": str(folder() / "scorer")
+    }
     options = ({"reward": ("reward-model",)} if method in SMALL else {}) | options
     options |= {"critic_lr": 3e-3} if method == "ppo" else {}
     options = {key: names.get(x, x) if isinstance(x, str) else x for key, x in options.items()}
-    return options | {key: tuple(names.get(name, name) for name in options[key]) for key in options if key == "reward"}
+    return options | {
+        key: tuple(names.get(name, name) for name in options[key])
+        for key in options
+        if key == "reward"
+    }
 
 
-def compared(method: str, tmp_path: Path, one: int, other: int, rounding: float = 2e-5, **options) -> list[Path]:
+def compared(
+    method: str, tmp_path: Path, one: int, other: int, rounding: float = 2e-5, **options
+) -> list[Path]:
     """Two runs, on so many processes, that must be the same; 0 is one that torchrun has not started."""
-    runs = [trained(method, tmp_path / f"on {n}", n, **options_of(method, options)) for n in (one, other)]
+    runs = [
+        trained(method, tmp_path / f"on {n}", n, **options_of(method, options))
+        for n in (one, other)
+    ]
     same(*runs, rounding)
     facts = [json.loads((run / "run.json").read_text()) for run in runs]
     assert facts[0]["start"] == facts[1]["start"]
@@ -73,7 +84,9 @@ def compared(method: str, tmp_path: Path, one: int, other: int, rounding: float 
 
 @pytest.mark.parametrize("method", RECIPES)
 def test_an_adapter_is_trained_as_in_one_process(tmp_path, method):
-    alone = {"max_completion_tokens": 1} if method in SMALL else {}  # both draw for all rows as long as all are written
+    alone = (
+        {"max_completion_tokens": 1} if method in SMALL else {}
+    )  # both draw for all rows as long as all are written
     compared(method, tmp_path, 0, 4, **LORA, steps=3, **alone)
 
 
@@ -83,9 +96,19 @@ def test_an_adapter_is_trained_as_in_one_process(tmp_path, method):
         ("ppo", LORA),
         ("ppo", CONTINUED),
         ("grpo", CONTINUED),
-        ("ppo", LORA | {"reward": ("scorer",)}),  # the critic is an adapter over the reward model's weights
-        ("ppo", {"reward": ("reward-model",)}),  # a policy of all weights; the reward model is merged
-        ("ppo", LORA | {"reward": ("trivet.toy.stories:gold",), "lora_targets": ("q_proj", "down_proj")}),
+        (
+            "ppo",
+            LORA | {"reward": ("scorer",)},
+        ),  # the critic is an adapter over the reward model's weights
+        (
+            "ppo",
+            {"reward": ("reward-model",)},
+        ),  # a policy of all weights; the reward model is merged
+        (
+            "ppo",
+            LORA
+            | {"reward": ("trivet.toy.stories:gold",), "lora_targets": ("q_proj", "down_proj")},
+        ),
         ("ppo", LORA | {"shared_critic": True}),
     ],
 )
@@ -114,11 +137,20 @@ def test_all_roles_have_one_base_in_shards(tmp_path):
 
     def living() -> int:
         gc.collect()
-        tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, torch.nn.Parameter) and not x.is_meta]
-        return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+        tensors = [
+            x
+            for x in gc.get_objects()
+            if type(x) in (torch.Tensor, torch.nn.Parameter) and not x.is_meta
+        ]
+        return sum(
+            {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values()
+        )
 
     def work() -> None:
-        held, base = [], sum(x.nbytes for x in load_file(folder() / "policy" / "model.safetensors").values())
+        held, base = (
+            [],
+            sum(x.nbytes for x in load_file(folder() / "policy" / "model.safetensors").values()),
+        )
         begin, before = ShardedCheckpoints.begin, living()  # of earlier tests
 
         def count(self) -> None:
@@ -128,12 +160,17 @@ def test_all_roles_have_one_base_in_shards(tmp_path):
         with patch.object(ShardedCheckpoints, "begin", count):
             launch(given)
         # four adapters of rank 1, heads, and buffers beside it
-        assert base / 2 < held[0] < 1.5 * base, (held, base)  # a base for each role would be 2 base and more
+        assert base / 2 < held[0] < 1.5 * base, (
+            held,
+            base,
+        )  # a base for each role would be 2 base and more
 
     given = config("ppo", tmp_path / "run", **options_of("ppo", LORA | {"lora": 1, "steps": 1}))
     assert on_ranks(2, work) == [0, 0]
     parts = json.loads((tmp_path / "run" / "summary.json").read_text())["memory"]
-    assert "reference" not in parts  # under a new adapter it is the base, and has nothing of its own
+    assert (
+        "reference" not in parts
+    )  # under a new adapter it is the base, and has nothing of its own
 
 
 @pytest.mark.parametrize("size", [0, 2])
@@ -157,10 +194,19 @@ def test_a_checkpoint_is_the_adapters_and_any_number_goes_on_from_it(tmp_path, s
 
 
 def test_a_quantized_base_is_refused_in_a_sentence(tmp_path, capfd):
-    flags = ["--model", str(folder() / "policy"), "--data", str(folder() / "few.jsonl"), "--out", str(tmp_path / "run")]
-    codes = on_ranks(2, lambda: main(["sft", *flags, "--lora", "4", "--quantize", "8bit", "--quiet"]))
+    flags = [
+        "--model",
+        str(folder() / "policy"),
+        "--data",
+        str(folder() / "few.jsonl"),
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    codes = on_ranks(
+        2, lambda: main(["sft", *flags, "--lora", "4", "--quantize", "8bit", "--quiet"])
+    )
     assert codes == [2, 2]
-    assert capfd.readouterr().err.count("--quantize 8bit: quantized weights can't be held in shards") == 1
+    assert capfd.readouterr().err.count("--quantize 8bit: quantized weights can't be sharded") == 1
 
 
 if __name__ == "__main__":
@@ -169,7 +215,9 @@ if __name__ == "__main__":
             os.environ["XDG_CACHE_HOME"] = scratch
             for continued in (False, True):
                 begun = (
-                    {"model": "reward-model" if name == "reward-model" else "sft", "lr": 3e-3} if continued else LORA
+                    {"model": "reward-model" if name == "reward-model" else "sft", "lr": 3e-3}
+                    if continued
+                    else LORA
                 )
                 options = options_of(name, begun | {"steps": 20, "prompts_per_step": 6})
                 alone = options | ({"max_completion_tokens": 1} if name in SMALL else {})
@@ -180,4 +228,6 @@ if __name__ == "__main__":
                             trained(name, run, n, **given)
                     weights, metric, which = differences(*runs.values())
                     told = f"{name:14} {'continued' if continued else 'new':9} {a} against {b}"
-                    print(f"{told}: weights {weights:.1e}, metrics {metric:.1e} ({which})", flush=True)
+                    print(
+                        f"{told}: weights {weights:.1e}, metrics {metric:.1e} ({which})", flush=True
+                    )

@@ -15,14 +15,15 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from conftest import few_rows, ragged, tiny
 from runs import stepwise
 from steps import examples, recipe_step, rollouts_of
-from trivet.arguments import read_toml, typed
-from trivet.batch import Example, collate
+from trivet.arguments import parse_values, read_toml
+from trivet.batch import Example, Rollouts, collate
 from trivet.model.copies import frozen_copy
 from trivet.model.forward import token_logprobs
 from trivet.model.load import load_policy, load_scorer
 from trivet.model.scalar import scores, values, with_scalar_head
 from trivet.optimization import k2, k3, token_mean, weighted_kl
 from trivet.recipes import dpo, grpo, pairwise_grpo, ppo, reward_model, sft
+from trivet.recipes.dynamic_sampling import Refilling
 from trivet.recipes.grpo_variants import objective_of
 from trivet.recipes.ppo_parts import critic_from
 from trivet.rewards.overlong import overlong_penalty
@@ -33,7 +34,14 @@ from trivet.step.optimizer import Optimizer
 from trivet.step.run import Run
 from trivet.toy import ARITHMETIC, STORIES
 
-CHEAP = {**STORIES, "data": few_rows(), "prompts_per_step": 4, "steps": 2, "eval_fraction": 0.1, "eval_limit": 8}
+CHEAP = {
+    **STORIES,
+    "data": few_rows(),
+    "prompts_per_step": 4,
+    "steps": 2,
+    "eval_fraction": 0.1,
+    "eval_limit": 8,
+}
 GOLD = {"reward": ("trivet.toy.stories:gold",), "group_size": 3}
 
 
@@ -60,7 +68,9 @@ def test_dpo_starts_at_log_2_and_learns_to_rank():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", [grpo, ppo, pairwise_grpo], ids=lambda recipe: recipe.__name__.rpartition(".")[2])
+@pytest.mark.parametrize(
+    "recipe", [grpo, ppo, pairwise_grpo], ids=lambda recipe: recipe.__name__.rpartition(".")[2]
+)
 def test_learns_arithmetic_from_scratch_by_reward_alone(recipe):
     metrics = curve(recipe, seed=0)
     assert metrics[0]["reward"] < 0.3
@@ -92,7 +102,10 @@ def test_each_variant_of_dpo_learns_to_rank(name):
 def test_kto_learns_from_single_labels(tmp_path):
     rows = [json.loads(line) for line in Path(ARITHMETIC["data"]).read_text().splitlines()]
     sides = [(row, side) for row in rows for side in ("chosen", "rejected")]
-    labelled = [{"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"} for row, side in sides]
+    labelled = [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+        for row, side in sides
+    ]
     data = tmp_path / "labels.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in labelled))
     metrics = curve(dpo, loss="kto", data=str(data), eval_data=str(data))
@@ -116,7 +129,9 @@ def test_each_variant_of_grpo_climbs(name):
     assert sum(m["reward"] for m in metrics[-5:]) / 5 > 0.08  # tenfold
     assert ("clip_ratio" in metrics[-1]) == (GRPO_VARIANTS[name].get("epochs_per_batch", 1) > 1)
     if name == "dapo":
-        assert metrics[0]["dynamic_sampling/useful"] > 1.5 * (1 - metrics[0]["frac_reward_zero_std"])
+        assert metrics[0]["dynamic_sampling/useful"] > 1.5 * (
+            1 - metrics[0]["frac_reward_zero_std"]
+        )
 
 
 PPO_VARIANTS = {
@@ -136,7 +151,9 @@ def test_each_variant_of_ppo_climbs(name):
     assert metrics[0]["reward"] < 0.02
     assert sum(m["reward"] for m in metrics[-5:]) / 5 > 0.08  # tenfold
     if name == "adaptive KL":
-        assert metrics[-1]["objective/kl_coef"] < metrics[0]["objective/kl_coef"]  # from 0 nats, it has room
+        assert (
+            metrics[-1]["objective/kl_coef"] < metrics[0]["objective/kl_coef"]
+        )  # from 0 nats, it has room
 
 
 def test_the_overlong_charge_falls_on_the_last_tokens_before_the_limit():
@@ -188,7 +205,11 @@ def small_run(rows: int = 5, **options) -> Run:
 
 def test_batches_visit_every_row_once_an_epoch_in_an_order_of_the_seeds():
     def order(**options) -> list[int]:
-        return [example.prompt[0] for _, examples in small_run(**options).batches() for example in examples]
+        return [
+            example.prompt[0]
+            for _, examples in small_run(**options).batches()
+            for example in examples
+        ]
 
     first = order()
     assert len(first) == 20
@@ -218,12 +239,16 @@ def test_the_optimizers_learning_rate(options, expected):
 
 
 def test_sampling_follows_the_seed():
-    runs = [Launch(grpo.Config(**{**grpo.PRESETS["arithmetic"], "seed": seed})).run for seed in (3, 4)]
+    runs = [
+        Launch(grpo.Config(**{**grpo.PRESETS["arithmetic"], "seed": seed})).run for seed in (3, 4)
+    ]
     assert [run.generator.initial_seed() for run in runs] == [3, 4]
 
 
 def test_kl_terms_are_k2_unless_asked_otherwise():
-    logprobs, old, ref = (torch.randn(2, 3, generator=torch.Generator().manual_seed(n)) for n in range(3))
+    logprobs, old, ref = (
+        torch.randn(2, 3, generator=torch.Generator().manual_seed(n)) for n in range(3)
+    )
 
     def kl_term(**options) -> torch.Tensor:
         return objective_of(grpo.Config(**options)).kl(logprobs, old, ref)
@@ -240,7 +265,9 @@ def test_the_batch_baseline_is_the_mean_of_the_step():
 
     def centered(**options) -> list[float]:
         objective = objective_of(grpo.Config(group_size=2, **options))
-        return objective.advantages(rewards, logprobs, logprobs, torch.ones(4, 5, dtype=torch.bool)).tolist()
+        return objective.advantages(
+            rewards, logprobs, logprobs, torch.ones(4, 5, dtype=torch.bool)
+        ).tolist()
 
     assert centered(baseline="batch") == [-1.0, -1.0, 0.0, 2.0]
     assert centered() == [0.0, 0.0, -1.0, 1.0]
@@ -270,13 +297,19 @@ def test_several_epochs_per_batch_learn_through_the_clipped_ratio():
     assert metrics[-1]["reward"] > 20 * metrics[0]["reward"]
 
 
-@pytest.mark.parametrize("recipe", [grpo, ppo, pairwise_grpo], ids=lambda recipe: recipe.__name__.rpartition(".")[2])
+@pytest.mark.parametrize(
+    "recipe", [grpo, ppo, pairwise_grpo], ids=lambda recipe: recipe.__name__.rpartition(".")[2]
+)
 def test_the_first_step_has_exactly_no_kl(recipe):
     options = (
-        {} if recipe is not pairwise_grpo else {"reward": ("trivet.rewards.rules:brevity",), "max_completion_tokens": 2}
+        {}
+        if recipe is not pairwise_grpo
+        else {"reward": ("trivet.rewards.rules:brevity",), "max_completion_tokens": 2}
     )
     first = curve(recipe, steps=1, **options)[0]
-    assert abs(first["kl"]) <= (0.0 if recipe is not pairwise_grpo else 1e-6)  # groups without pairs are not visited
+    assert abs(first["kl"]) <= (
+        0.0 if recipe is not pairwise_grpo else 1e-6
+    )  # groups without pairs are not visited
 
 
 @pytest.mark.parametrize(
@@ -302,7 +335,9 @@ def test_a_run_directory_explains_itself_and_loads_in_transformers(recipe, optio
     assert summary["tokens_trained"] > 0
     assert any(key.startswith("eval/") for key in summary["eval"])
     assert (
-        recipe.Config(**typed(recipe.Config, read_toml(str(out / "config.toml")), "config.toml: ")).prompts_per_step
+        recipe.Config(
+            **parse_values(recipe.Config, read_toml(str(out / "config.toml")), "config.toml: ")
+        ).prompts_per_step
         == 4
     )
     assert tomllib.loads((out / "config.toml").read_text())["prompts_per_step"] == 4
@@ -311,9 +346,17 @@ def test_a_run_directory_explains_itself_and_loads_in_transformers(recipe, optio
     if "save_every" in options:
         assert (out / "checkpoints" / "step-1" / "model.safetensors").exists()
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(out / "model"), AutoTokenizer.from_pretrained(out / "model")
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(out / "model"),
+        AutoTokenizer.from_pretrained(out / "model"),
+    )
     ids = tokenizer("One day, Mia the fox met a small bird.")["input_ids"]
-    theirs = model(torch.tensor([ids])).logits[0].log_softmax(-1)[4:-1].gather(1, torch.tensor(ids[5:])[:, None])[:, 0]
+    theirs = (
+        model(torch.tensor([ids]))
+        .logits[0]
+        .log_softmax(-1)[4:-1]
+        .gather(1, torch.tensor(ids[5:])[:, None])[:, 0]
+    )
     ours = token_logprobs(load_policy(str(out / "model")), collate([ids[:5]], [ids[5:]]))[0]
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
@@ -322,12 +365,22 @@ def test_a_run_directory_explains_itself_and_loads_in_transformers(recipe, optio
 def test_a_reward_model_scores_the_same_in_transformers_padded_or_not(tmp_path):
     out = launch(reward_model.Config(**CHEAP, out=str(tmp_path / "run"), lr=1e-2))
     folder = str(out / "model")
-    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    texts = ["One day, Mia the fox met a bird. Mia shared her cake.<eos>", "One day, Tom hit the dog.<eos>"]
+    model, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    texts = [
+        "One day, Mia the fox met a bird. Mia shared her cake.<eos>",
+        "One day, Tom hit the dog.<eos>",
+    ]
     encoded = tokenizer(texts, return_tensors="pt", padding=True)
-    theirs = model(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"]).logits[:, 0]
+    theirs = model(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"]).logits[
+        :, 0
+    ]
     rows = [tokenizer(text)["input_ids"] for text in texts]
-    ours = scores(load_scorer(folder), collate([row[:3] for row in rows], [row[3:] for row in rows]))
+    ours = scores(
+        load_scorer(folder), collate([row[:3] for row in rows], [row[3:] for row in rows])
+    )
     assert ours.abs().min() > 1e-3
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
@@ -347,7 +400,15 @@ def test_the_critic_starts_as_the_reward_model(tmp_path):
 @pytest.mark.slow
 def test_microbatch_size_does_not_change_a_run():
     losses = [
-        curve(dpo, "toy", steps=3, prompts_per_step=4, eval_fraction=0.01, eval_limit=4, microbatch_tokens=n)
+        curve(
+            dpo,
+            "toy",
+            steps=3,
+            prompts_per_step=4,
+            eval_fraction=0.01,
+            eval_limit=4,
+            microbatch_tokens=n,
+        )
         for n in (150, 8192)
     ]
     for small, large in zip(*losses, strict=True):
@@ -358,7 +419,11 @@ def test_microbatch_size_does_not_change_a_run():
 @pytest.mark.parametrize("preset", ["dr-grpo", "rloo", "reinforce++"])
 def test_a_constant_reward_leaves_the_weights_exactly_as_they_are_at_first(preset, monkeypatch):
     """What is charged for the KL is exactly 0 too: AdamW would make a whole step of its rounding."""
-    monkeypatch.setitem(sys.modules, "constant", SimpleNamespace(one=lambda completions, **_: [1.0] * len(completions)))
+    monkeypatch.setitem(
+        sys.modules,
+        "constant",
+        SimpleNamespace(one=lambda completions, **_: [1.0] * len(completions)),
+    )
     options = {
         **CHEAP,
         **grpo.PRESETS[preset],
@@ -371,20 +436,73 @@ def test_a_constant_reward_leaves_the_weights_exactly_as_they_are_at_first(prese
     before = [x.detach().clone() for x in launched.run.model.parameters()]
     (metrics,) = stepwise(launched)
     assert metrics["grad_norm"] == 0
-    assert all(torch.equal(x, y) for x, y in zip(before, launched.run.model.parameters(), strict=True))
-    assert math.isnan(metrics["sampling/logprob_difference/mean"])  # the learner looked at none of them
+    assert all(
+        torch.equal(x, y) for x, y in zip(before, launched.run.model.parameters(), strict=True)
+    )
+    assert math.isnan(
+        metrics["sampling/logprob_difference/mean"]
+    )  # the learner looked at none of them
     assert math.isnan(metrics["sampling/logprob_difference/max"])
 
 
 def test_the_sampler_is_compared_where_the_learner_has_looked(monkeypatch):
     """Half of the groups have no pair: they don't halve the difference."""
     original = trace.token_logprobs
-    monkeypatch.setattr(trace, "token_logprobs", lambda *args, **options: original(*args, **options) + 0.5)
+    monkeypatch.setattr(
+        trace, "token_logprobs", lambda *args, **options: original(*args, **options) + 0.5
+    )
     half = SimpleNamespace(
-        half=lambda completions, **_: [(i % 3) * (i < len(completions) / 2) for i in range(len(completions))]
+        half=lambda completions, **_: [
+            (i % 3) * (i < len(completions) / 2) for i in range(len(completions))
+        ]
     )
     monkeypatch.setitem(sys.modules, "constant", half)
     options = {**CHEAP, **GOLD, "reward": ("constant:half",), "steps": 1, "eval_fraction": 0.0}
     (metrics,) = stepwise(Launch(pairwise_grpo.Config(**options)))
     assert metrics["sampling/logprob_difference/mean"] == pytest.approx(0.5, abs=1e-4)
     assert metrics["sampling/logprob_difference/max"] == pytest.approx(0.5, abs=1e-4)
+
+
+@pytest.mark.parametrize(("loss", "start"), [("sigmoid", math.log(2)), ("kto", 0.5)])
+def test_every_row_has_a_reference_of_its_own_held_out_or_not(loss, start):
+    """With a policy that has not moved, every loss is that of equal models."""
+    metrics = curve(dpo, "toy", **CHEAP | {"prompts_per_step": 64, "lr": 1e-30}, loss=loss)
+    assert [line["loss"] for line in metrics] == pytest.approx([start] * 2, abs=1e-5)
+    assert metrics[-1]["eval/loss"] == pytest.approx(start, abs=1e-5)
+
+
+def test_what_takes_the_place_of_other_groups_keeps_its_completions_and_rewards():
+    asked = []
+
+    def generate(policy, prompts, size):
+        asked.append(len(prompts))
+        words = [
+            [100 + 10 * prompt.prompt[0] + i] * (1 + i) for prompt in prompts for i in range(size)
+        ]
+        groups = collate([prompt.prompt for prompt in prompts], words)
+        texts, finished = [str(ids[0]) for ids in words], torch.ones(len(words), dtype=torch.bool)
+        given = {"finished": finished, "texts": texts, "rows": [prompt.row for prompt in prompts]}
+        return Rollouts(groups=groups, logprobs=groups.completions.float(), **given)
+
+    def reward(rollouts):  # prompts below 4 teach nothing
+        return torch.tensor([float(text) if int(text) >= 140 else 1.0 for text in rollouts.texts])
+
+    reward.metrics = dict
+    data = [Example(prompt=[n], completions=[], learned=[], row={"prompt": n}) for n in range(8)]
+    draw = SimpleNamespace(choices=lambda prompts, k: prompts[6 : 6 + k])
+    both = Refilling(SimpleNamespace(generate=generate), reward, data, 3, lambda: draw)
+    rollouts = both.generate(None, [data[n] for n in (1, 5, 2, 4)], 2)
+    assert asked == [4, 2]
+    assert (
+        [row["prompt"] for row in rollouts.rows]
+        == rollouts.groups.prompts[:, 0].tolist()
+        == [5, 4, 6, 7]
+    )
+    assert rollouts.texts == ["150", "151", "140", "141", "160", "161", "170", "171"]
+    assert (
+        rollouts.groups.completions[:, 0].tolist()
+        == both(rollouts).tolist()
+        == [float(x) for x in rollouts.texts]
+    )
+    assert both.metrics()["dynamic_sampling/useful"] == 1
+    assert both.metrics()["tokens/generated"] == 12 + 6

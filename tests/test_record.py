@@ -18,10 +18,10 @@ from trivet.optimization.advantages import group_advantages
 from trivet.recipes import dpo, grpo, sft
 from trivet.recipes.offline import completion_logprob
 from trivet.runner.launch import launch
-from trivet.runner.memory import by_part
+from trivet.runner.memory import bytes_by_part
 from trivet.runner.prepare import Launch
 from trivet.step.metrics import mean, reduced
-from trivet.store.record import spelled
+from trivet.store.record import token_texts
 from trivet.timing import Clock, timed
 
 
@@ -30,8 +30,17 @@ def runs(tmp_path_factory):
     """Run directories of all six methods, four steps each, tokens kept at steps 1, 3 and 4."""
     out = {}
     for name, recipe in RECIPES.items():
-        options = recipe.PRESETS["toy"] | {"steps": 4, "prompts_per_step": 4, "eval_limit": 3, "keep_tokens_every": 3}
-        options |= {"data": few_rows(), "out": str(tmp_path_factory.mktemp(name) / "run"), "eval_every": 2}
+        options = recipe.PRESETS["toy"] | {
+            "steps": 4,
+            "prompts_per_step": 4,
+            "eval_limit": 3,
+            "keep_tokens_every": 3,
+        }
+        options |= {
+            "data": few_rows(),
+            "out": str(tmp_path_factory.mktemp(name) / "run"),
+            "eval_every": 2,
+        }
         out[name] = launch(recipe.Config(**options))
     return out
 
@@ -45,11 +54,15 @@ def test_tokens_are_kept_at_the_first_the_last_and_every_nth_step(runs, method):
     kept = lines(runs[method])
     by_token = {line["step"] for line in kept if "tokens" in line}
     assert by_token == (set() if method == "reward-model" else {1, 3, 4})
-    assert {line["step"] for line in kept} == ({1, 2, 3, 4} if "grpo" in method or method == "ppo" else {1, 3, 4})
+    assert {line["step"] for line in kept} == (
+        {1, 2, 3, 4} if "grpo" in method or method == "ppo" else {1, 3, 4}
+    )
     for line in kept:
         assert line.keys() >= {"step", "group", "prompt", "completion"}
         if "tokens" in line:
-            assert "".join(line["tokens"]).startswith(line["completion"])  # the rest is what ended it
+            assert "".join(line["tokens"]).startswith(
+                line["completion"]
+            )  # the rest is what ended it
             lists = {name: x for name, x in line.items() if isinstance(x, list)}
             assert {len(x) for x in lists.values()} == {len(line["tokens"])}
             assert len(lists) > 1
@@ -58,7 +71,8 @@ def test_tokens_are_kept_at_the_first_the_last_and_every_nth_step(runs, method):
 def test_nothing_is_kept_of_methods_without_samples_where_that_is_asked_for(tmp_path):
     run = launch(
         sft.Config(
-            **sft.PRESETS["toy"] | {"steps": 2, "keep_tokens_every": 0, "eval_limit": 1, "out": str(tmp_path / "r")}
+            **sft.PRESETS["toy"]
+            | {"steps": 2, "keep_tokens_every": 0, "eval_limit": 1, "out": str(tmp_path / "r")}
         )
     )
     assert not (run / "samples.jsonl").exists()
@@ -72,7 +86,9 @@ def test_numbers_of_tokens_agree_with_each_other(runs, method):
         written = 1e-5 * (1 + policy.abs() + reference.abs())  # six digits of each
         assert ((torch.tensor(line["kl"]) - (policy - reference)).abs() < written).all()
         if line["step"] == 1 and method != "ppo":  # ppo keeps the second pass over the batch
-            assert torch.allclose(policy, torch.tensor(line["sampler_logprob"]), rtol=2e-5, atol=1e-4)
+            assert torch.allclose(
+                policy, torch.tensor(line["sampler_logprob"]), rtol=2e-5, atol=1e-4
+            )
             assert not torch.tensor(line["kl"]).any()
         if method == "grpo":
             assert line["ratio"] == [1.0] * len(policy)
@@ -84,12 +100,18 @@ def test_numbers_of_tokens_agree_with_each_other(runs, method):
             assert not torch.tensor(line["gradient"])[torch.tensor(line["clipped"])].any()
         if method == "pairwise-grpo":
             assert torch.allclose(
-                torch.tensor(line["implicit_reward"]), config["beta"] * (policy - reference), atol=1e-5
+                torch.tensor(line["implicit_reward"]),
+                config["beta"] * (policy - reference),
+                atol=1e-5,
             )
-            assert max(line["gradient"]) - min(line["gradient"]) < 1e-9  # every token of a completion is pushed alike
+            assert (
+                max(line["gradient"]) - min(line["gradient"]) < 1e-9
+            )  # every token of a completion is pushed alike
 
 
-def test_the_gradient_of_grpo_is_the_advantage_over_the_tokens_of_the_step_and_the_pull_of_the_kl(runs):
+def test_the_gradient_of_grpo_is_the_advantage_over_the_tokens_of_the_step_and_the_pull_of_the_kl(
+    runs,
+):
     metrics, config = (
         lines(runs["grpo"], "metrics.jsonl"),
         json.loads((runs["grpo"] / "run.json").read_text())["options"],
@@ -104,7 +126,9 @@ def test_the_gradient_of_grpo_is_the_advantage_over_the_tokens_of_the_step_and_t
 def test_kept_groups_are_whole_and_their_advantages_are_those_of_their_rewards(runs):
     kept = [line for line in lines(runs["grpo"]) if "tokens" in line and line["step"] == 3]
     assert [line["group"] for line in kept] == [0] * 8
-    rewards, advantages = (torch.tensor([line[name] for line in kept]) for name in ("reward", "advantage"))
+    rewards, advantages = (
+        torch.tensor([line[name] for line in kept]) for name in ("reward", "advantage")
+    )
     assert torch.allclose(group_advantages(rewards, 8), advantages, atol=1e-4)
     assert all(line["rewards"] == {"gold": line["reward"]} for line in kept)
 
@@ -119,8 +143,14 @@ def test_the_charge_of_ppo_and_its_score_add_up_to_the_reward_of_each_token(runs
 
 
 def test_both_sides_of_dpo_of_the_pairs_of_the_step_that_ran(runs):
-    options, kept = json.loads((runs["dpo"] / "run.json").read_text())["options"], lines(runs["dpo"])
-    metrics, run = lines(runs["dpo"], "metrics.jsonl"), Launch(dpo.Config(**options | {"out": ""})).run
+    options, kept = (
+        json.loads((runs["dpo"] / "run.json").read_text())["options"],
+        lines(runs["dpo"]),
+    )
+    metrics, run = (
+        lines(runs["dpo"], "metrics.jsonl"),
+        Launch(dpo.Config(**options | {"out": ""})).run,
+    )
     for step, pairs in run.order():
         shown = [line for line in kept if line["step"] == step]
         if step == 2:
@@ -132,16 +162,21 @@ def test_both_sides_of_dpo_of_the_pairs_of_the_step_that_ran(runs):
         written = [run.decode(pair.prompt, ids) for pair in pairs for ids in pair.completions]
         assert [line["completion"] for line in shown] == written
         ref_logprob = completion_logprob(run, pairs)  # (B,) by the model that the run began with
-        rewards = options["beta"] * (torch.tensor([sum(line["logprob"]) for line in shown]) - ref_logprob)
+        rewards = options["beta"] * (
+            torch.tensor([sum(line["logprob"]) for line in shown]) - ref_logprob
+        )
         assert rewards.tolist() == pytest.approx([line["reward"] for line in shown], abs=1e-4)
         margins = [
-            chosen["reward"] - rejected["reward"] for chosen, rejected in zip(shown[::2], shown[1::2], strict=True)
+            chosen["reward"] - rejected["reward"]
+            for chosen, rejected in zip(shown[::2], shown[1::2], strict=True)
         ]
         assert sum(margins) / 4 == pytest.approx(metrics[step - 1]["rewards/margins"], abs=1e-5)
         for number, line in enumerate(shown):
             push = (-1) ** number * options["beta"] / (1 + math.exp(margins[number // 2])) / 4
             assert torch.allclose(torch.tensor(line["gradient"]), torch.tensor(push), rtol=1e-3)
-    assert all(abs(line["reward"]) < 1e-5 for line in kept if line["step"] == 1)  # the policy is the reference yet
+    assert all(
+        abs(line["reward"]) < 1e-5 for line in kept if line["step"] == 1
+    )  # the policy is the reference yet
     assert all(abs(line["reward"]) > 1e-6 for line in kept if line["step"] == 4)
 
 
@@ -158,7 +193,11 @@ def test_the_parts_of_a_step_add_up_to_it(runs, method):
     for before, line in pairwise(metrics):
         parts = {name: seconds for name, seconds in line.items() if name.startswith("time/")}
         assert parts.keys() >= {"time/forward", "time/backward", "time/optimizer", "time/other"}
-        assert ("time/generation" in parts) == ("time/reward" in parts) == (method in ("ppo", "grpo", "pairwise-grpo"))
+        assert (
+            ("time/generation" in parts)
+            == ("time/reward" in parts)
+            == (method in ("ppo", "grpo", "pairwise-grpo"))
+        )
         assert ("time/evaluation" in parts) == (line["step"] % 2 == 0)
         assert sum(parts.values()) <= line["seconds"] - before["seconds"] + 0.02
 
@@ -212,8 +251,15 @@ def test_means_come_in_sums_and_counts_that_add_up_over_parts():
     whole = reduced({"x": mean(x, mask)})["x"]
     assert whole == pytest.approx(float(x[mask].nanmean()), rel=1e-12)
     parts = [mean(x[i : i + 2], mask[i : i + 2]) for i in range(0, 7, 2)]
-    assert reduced({"x": (sum(p[0] for p in parts), sum(p[1] for p in parts))})["x"] == pytest.approx(whole, rel=1e-12)
-    values = {"number": 2.5, "count": torch.tensor(3), "share": mean(torch.tensor([True, False])), "none": mean(x[:0])}
+    assert reduced({"x": (sum(p[0] for p in parts), sum(p[1] for p in parts))})[
+        "x"
+    ] == pytest.approx(whole, rel=1e-12)
+    values = {
+        "number": 2.5,
+        "count": torch.tensor(3),
+        "share": mean(torch.tensor([True, False])),
+        "none": mean(x[:0]),
+    }
     values = reduced(values)
     assert math.isnan(values.pop("none"))
     assert values == {"number": 2.5, "count": 3.0, "share": 0.5}
@@ -223,8 +269,13 @@ def test_means_come_in_sums_and_counts_that_add_up_over_parts():
 def test_memory_counts_each_tensor_once_and_names_what_is_left():
     model = torch.nn.Linear(8, 8)
     critic = torch.nn.Sequential(model, torch.nn.Linear(8, 1))  # shares the trunk
-    found = by_part(model, {"critic": critic}, {}, 100, 100 + 4 * 72 + 4 * 9 + 50)
-    assert found == {"program": 100, "weights": 4 * 72, "critic": 4 * 9, "activations and the rest": 50}
+    found = bytes_by_part(model, {"critic": critic}, {}, 100, 100 + 4 * 72 + 4 * 9 + 50)
+    assert found == {
+        "program": 100,
+        "weights": 4 * 72,
+        "critic": 4 * 9,
+        "activations and the rest": 50,
+    }
 
 
 @pytest.mark.parametrize("method", RECIPES)
@@ -234,7 +285,9 @@ def test_memory_of_a_run_by_part(runs, method):
     assert sum(parts.values()) == summary["peak_memory_bytes"]
     assert parts["gradients"] == parts["weights"] + parts.get("critic", 0)
     assert parts["optimizer"] >= 2 * parts["weights"]
-    assert ("reference" in parts) == ("cache" in parts) == (method in ("ppo", "grpo", "pairwise-grpo"))
+    assert (
+        ("reference" in parts) == ("cache" in parts) == (method in ("ppo", "grpo", "pairwise-grpo"))
+    )
     assert ("critic" in parts) == (method == "ppo")
 
 
@@ -242,7 +295,7 @@ def test_tokens_are_spelled_so_that_they_read_as_the_whole():
     stories = load_tokenizer(grpo.PRESETS["toy"]["model"])
     text = "Once, Zoë said 👋 to a naïve owl. "
     ids = stories(text)["input_ids"]
-    spelling = spelled(stories, ids[:2], ids[2:])
+    spelling = token_texts(stories, ids[:2], ids[2:])
     assert len(spelling) == len(ids) - 2
     assert "".join(spelling).replace("\ufffd", "") in stories.decode(ids)
 

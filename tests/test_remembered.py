@@ -8,7 +8,7 @@ import torch
 
 from conftest import ragged, tiny
 from steps import examples
-from trivet.step.reference_cache import remembered
+from trivet.step.reference_cache import load_or_compute
 
 
 def table(model, rows, calls: list[str]) -> torch.Tensor:
@@ -16,7 +16,7 @@ def table(model, rows, calls: list[str]) -> torch.Tensor:
         calls.append("computed")
         return torch.arange(float(len(rows)))
 
-    return remembered(model, rows, compute, calls.append)
+    return load_or_compute(model, rows, compute, calls.append)
 
 
 @pytest.fixture
@@ -33,7 +33,10 @@ def test_the_second_run_reads_what_the_first_one_wrote(rows, tmp_path):
     first, second = table(tiny(), rows, calls), table(tiny(), rows, calls)
     assert torch.equal(first, second)
     (path,) = cached(tmp_path)
-    assert calls == ["computed", f"reference log-probabilities are kept from an earlier run, in {path.parent}"]
+    assert calls == [
+        "computed",
+        f"using the reference log-probabilities of an earlier run, from {path.parent}",
+    ]
 
 
 def test_other_weights_precision_tokens_or_masks_are_computed_anew(rows, tmp_path):
@@ -64,7 +67,7 @@ def test_a_damaged_file_is_computed_anew_and_mended(rows, tmp_path):
     table(tiny(), rows, calls)
     assert calls == ["computed"] * 2
     assert table(tiny(), rows, calls).tolist() == [0, 1, 2]
-    assert calls[2].startswith("reference")
+    assert calls[2].startswith("using the reference")
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(rows, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from trivet.errors import InputError
 from trivet.generation.engine import Engine
 from trivet.recipes import dpo, grpo, ppo, sft
 from trivet.runner.launch import launch
-from trivet.runner.replay import replayed
+from trivet.runner.replay import replay_step
 from trivet.runner.resume import resume
 from trivet.step import trace
 from trivet.step.optimizer import Optimizer
@@ -49,21 +49,30 @@ def broken_at(monkeypatch, recipe, steps, what=math.nan):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "ppo" else name for name in RECIPES]
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name == "ppo" else name for name in RECIPES],
 )
 def test_a_step_that_is_not_finite_changes_nothing_and_is_replayed(tmp_path, monkeypatch, name):
     recipe = RECIPES[name]
     broken_at(monkeypatch, recipe, {3})
     run = launch(config(recipe, tmp_path / "run", save_every=0))
     lines = numbers(run)
-    assert [line.get("skipped_updates", 0) > 0 for line in lines] == [False, False, True, False, False]
+    assert [line.get("skipped_updates", 0) > 0 for line in lines] == [
+        False,
+        False,
+        True,
+        False,
+        False,
+    ]
     assert lines[2]["grad_norm"] is None
     kept = run / "skipped" / "step-3"
-    start = 0 if recipe is ppo else 2  # the critic has moved in this step, so its beginning can't be saved
+    start = (
+        0 if recipe is ppo else 2
+    )  # the critic has moved in this step, so its beginning can't be saved
     assert json.loads((kept / "replay.json").read_text()) == {"step": 3, "from": start}
     assert not start or not damage(kept)
     assert len((kept / "batch.jsonl").read_text().splitlines()) == 4
-    found = replayed(kept)
+    found = replay_step(kept)
     assert found.different == []
     assert found.parameters
     assert len(found.parameters) == len({name for name, *_ in found.parameters})
@@ -80,7 +89,8 @@ def test_skipping_is_going_on_without_the_step(tmp_path, monkeypatch):
         2,
     ]  # none of a step that was not taken, nor of the last
     states = [
-        json.loads((kept / "state.json").read_text()) for kept in (run / "checkpoints/step-2", run / "skipped/step-3")
+        json.loads((kept / "state.json").read_text())
+        for kept in (run / "checkpoints/step-2", run / "skipped/step-3")
     ]
     assert states[0] == states[1]
     lines = numbers(run)
@@ -96,18 +106,22 @@ def test_too_many_in_a_row_end_the_run_at_the_last_good_checkpoint(tmp_path, mon
         broken_at(patched, grpo, {3, 4})
         with pytest.raises(
             InputError,
-            match=r"2 steps in a row, from step 3 .*trivet replay .*step-3, .*go on from step 2: trivet resume",
+            match=r"2 steps in a row, from step 3 .*trivet replay .*step-3, .*continue from step 2: trivet resume",
         ):
             launch(config(grpo, tmp_path / "run", save_every=0, max_skipped_steps=2))
     assert [line["step"] for line in numbers(tmp_path / "run")] == [1, 2, 3, 4]
     assert not (tmp_path / "run" / "summary.json").exists()
-    same(whole, resume(tmp_path / "run"))  # what broke the steps is gone, and so is all that they left
+    same(
+        whole, resume(tmp_path / "run")
+    )  # what broke the steps is gone, and so is all that they left
 
 
 def test_only_what_is_there_is_named_for_replay(tmp_path, monkeypatch):
     """After three kept steps a fourth is not kept."""
     broken_at(monkeypatch, sft, {1, 3, 5, 7, 8})
-    with pytest.raises(InputError, match=r"2 steps in a row, from step 7 on, .* were not taken; mend the reward"):
+    with pytest.raises(
+        InputError, match=r"skipped 2 steps in a row, from step 7, .* not finite; fix the reward"
+    ):
         launch(config(sft, tmp_path / "run", save_every=0, steps=10, max_skipped_steps=2))
 
 
@@ -118,10 +132,18 @@ def test_a_lower_learning_rate_in_the_config_counts_after_resume(tmp_path, monke
             launch(config(sft, tmp_path / "run", save_every=0, lr=1e-3, lr_decay=False))
     written = tmp_path / "run" / "config.toml"
     written.write_text(written.read_text().replace("\nlr = 0.001\n", "\nlr = 0.0005\n"))
-    assert [line["lr"] for line in numbers(resume(tmp_path / "run"))] == [1e-3, 1e-3, 5e-4, 5e-4, 5e-4]
+    assert [line["lr"] for line in numbers(resume(tmp_path / "run"))] == [
+        1e-3,
+        1e-3,
+        5e-4,
+        5e-4,
+        5e-4,
+    ]
 
 
-def test_weights_that_moved_in_the_step_are_replayed_from_the_checkpoint_before(tmp_path, monkeypatch):
+def test_weights_that_moved_in_the_step_are_replayed_from_the_checkpoint_before(
+    tmp_path, monkeypatch
+):
     """PPO's second epoch breaks: the step's beginning is gone, so the replay starts earlier and comes to the same numbers."""
     calls = {"n": 0}
     original = Optimizer.step
@@ -137,7 +159,9 @@ def test_weights_that_moved_in_the_step_are_replayed_from_the_checkpoint_before(
     kept = run / "skipped" / "step-3"
     assert json.loads((kept / "replay.json").read_text())["from"] == 2
     assert not damage(kept)
-    assert [step for step, _ in steps(run / "checkpoints")] == [4]  # the kept one does not go with it
+    assert [step for step, _ in steps(run / "checkpoints")] == [
+        4
+    ]  # the kept one does not go with it
 
 
 def test_a_tensor_that_a_recipe_holds_is_kept_as_it_was_when_the_step_began(tmp_path, monkeypatch):
@@ -154,16 +178,20 @@ def test_a_tensor_that_a_recipe_holds_is_kept_as_it_was_when_the_step_began(tmp_
     broken_at(monkeypatch, sft, {3})
     run = launch(config(sft, tmp_path / "run", save_every=0))
     assert load_file(run / "skipped" / "step-3" / "state.safetensors")["/parts/count"] == 2
-    assert replayed(run / "skipped" / "step-3").different == []
+    assert replay_step(run / "skipped" / "step-3").different == []
     assert [float(count) for count in counts] == [5, 3]
 
 
 def test_only_three_are_kept(tmp_path, monkeypatch):
     broken_at(monkeypatch, sft, {1, 3, 5, 7, 9})
     run = launch(config(sft, tmp_path / "run", save_every=0, steps=10))
-    assert sorted(path.name for path in (run / "skipped").iterdir()) == ["step-1", "step-3", "step-5"]
+    assert sorted(path.name for path in (run / "skipped").iterdir()) == [
+        "step-1",
+        "step-3",
+        "step-5",
+    ]
     assert json.loads((run / "skipped/step-1/replay.json").read_text())["from"] == 0
-    assert replayed(run / "skipped/step-1").different == []
+    assert replay_step(run / "skipped/step-1").different == []
 
 
 @pytest.mark.slow
@@ -172,14 +200,16 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     run = launch(config(grpo, tmp_path / "run", save_every=0))
     assert main(["replay", str(run / "skipped" / "step-2")]) == 0
     said = capsys.readouterr().out
-    assert "step 2 again: the gradient is not finite" in said
-    assert "the numbers recorded then, to the bit" in said
-    assert "tokens with it" in said
-    assert "the completions are others" not in said
+    assert "step 2 repeated: the gradient is not finite" in said
+    assert "equal to the recorded ones, bit for bit" in said
+    assert "tokens with non-finite gradients" in said
+    assert "the completions differ" not in said
     lines = (run / "metrics.jsonl").read_text()
-    (run / "metrics.jsonl").write_text(lines.replace('"step": 2,', '"step": 2, "servers/usable": 1.0,'))
+    (run / "metrics.jsonl").write_text(
+        lines.replace('"step": 2,', '"step": 2, "servers/usable": 1.0,')
+    )
     assert main(["replay", str(run / "skipped" / "step-2")]) == 0
-    assert "the completions are others: servers wrote those of the run" in capsys.readouterr().out
+    assert "the completions differ: servers wrote those of the run" in capsys.readouterr().out
     assert main(["replay", str(run)]) == 2
     assert "holds no step to replay" in capsys.readouterr().err
     flipped = run / "skipped" / "step-2" / "model.safetensors"
@@ -204,7 +234,9 @@ def largest_part(monkeypatch, recipe, run):
         return run(), max(seen)
 
 
-def short_of_memory(monkeypatch, recipe, most, of=torch.OutOfMemoryError, said="out of memory", since=3):
+def short_of_memory(
+    monkeypatch, recipe, most, of=torch.OutOfMemoryError, said="out of memory", since=3
+):
     """Forward passes with gradients over more than so many tokens don't fit from this step on."""
     seen = broken_at(monkeypatch, recipe, set())
     name = passes_of(recipe)
@@ -223,12 +255,15 @@ def short_of_memory(monkeypatch, recipe, most, of=torch.OutOfMemoryError, said="
 def test_out_of_memory_makes_the_step_again_with_half_the_tokens(tmp_path, monkeypatch, name):
     recipe = RECIPES[name]
     options = {"save_every": 0, "microbatch_tokens": 2048, "keep_tokens_every": 0}
-    whole, largest = largest_part(monkeypatch, recipe, lambda: launch(config(recipe, tmp_path / "whole", **options)))
+    whole, largest = largest_part(
+        monkeypatch, recipe, lambda: launch(config(recipe, tmp_path / "whole", **options))
+    )
     told = []
     with monkeypatch.context() as patched:
         short_of_memory(patched, recipe, largest // 2)
         run = launch(
-            config(recipe, tmp_path / "run", **options), lambda launched, *_: setattr(launched.run, "note", told.append)
+            config(recipe, tmp_path / "run", **options),
+            lambda launched, *_: setattr(launched.run, "note", told.append),
         )
     known = json.loads((run / "run.json").read_text())
     budgets = [said["microbatch_tokens"] for said in known["out_of_memory"]]
@@ -236,7 +271,10 @@ def test_out_of_memory_makes_the_step_again_with_half_the_tokens(tmp_path, monke
     assert {said["step"] for said in known["out_of_memory"]} == {3}
     assert known["resumed"] == [2] * len(budgets)
     assert f"microbatch_tokens = {budgets[-1] // 2}\n" in (run / "config.toml").read_text()
-    assert any("out of memory in step 3; making it again with --microbatch-tokens 1024" in line for line in told)
+    assert any(
+        "out of memory in step 3; repeating it with --microbatch-tokens 1024" in line
+        for line in told
+    )
     lines = numbers(run)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     assert lines[:2] == numbers(whole)[:2]
@@ -249,10 +287,17 @@ def test_out_of_memory_makes_the_step_again_with_half_the_tokens(tmp_path, monke
 def test_out_of_memory_in_the_first_step_and_in_a_second_epoch(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         short_of_memory(
-            patched, grpo, 256, RuntimeError, "[enforce fail] DefaultCPUAllocator: can't allocate memory", 1
+            patched,
+            grpo,
+            256,
+            RuntimeError,
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory",
+            1,
         )
         run = launch(config(grpo, tmp_path / "first", microbatch_tokens=512))
-        assert json.loads((run / "run.json").read_text())["out_of_memory"] == [{"step": 1, "microbatch_tokens": 512}]
+        assert json.loads((run / "run.json").read_text())["out_of_memory"] == [
+            {"step": 1, "microbatch_tokens": 512}
+        ]
     same(launch(config(grpo, tmp_path / "whole", microbatch_tokens=256)), run)
 
     calls = {"n": 0}
@@ -260,7 +305,9 @@ def test_out_of_memory_in_the_first_step_and_in_a_second_epoch(tmp_path, monkeyp
 
     def full(self):
         calls["n"] += 1
-        if calls["n"] == 15:  # step 4, second epoch: its beginning is gone, step 2 is the newest checkpoint
+        if (
+            calls["n"] == 15
+        ):  # step 4, second epoch: its beginning is gone, step 2 is the newest checkpoint
             raise MemoryError
         return step(self)
 
@@ -274,7 +321,8 @@ def test_no_room_for_anything_is_a_sentence(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         short_of_memory(patched, dpo, 0)
         with pytest.raises(
-            InputError, match="out of memory in step 3, even with 62 tokens at once; lower --max-prompt-tokens"
+            InputError,
+            match="out of memory in step 3, even with 62 tokens at once; lower --max-prompt-tokens",
         ):
             launch(config(dpo, tmp_path / "run", save_every=0, microbatch_tokens=125))
 
@@ -283,7 +331,8 @@ def test_no_room_for_anything_is_a_sentence(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Engine, "generate", generate)
     with pytest.raises(
-        InputError, match="out of memory while sampling in step 1; lower --prompts-per-step, --group-size"
+        InputError,
+        match="out of memory while sampling in step 1; lower --prompts-per-step, --group-size",
     ):
         launch(config(grpo, tmp_path / "grpo"))
     assert not (tmp_path / "grpo").exists()
@@ -318,13 +367,33 @@ def watch(launched, step, metrics):
         held.append(resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + SPACE, -1)))
 launch(config(dpo, sys.argv[1], steps=3, prompts_per_step=256, microbatch_tokens=65536, save_every=0, eval_fraction=0.0), watch)
 """
-    for limit in (400e6, 300e6, 250e6, 200e6, 150e6, 100e6):  # some that a step does not fit into, and a run does
+    for limit in (
+        400e6,
+        300e6,
+        250e6,
+        200e6,
+        150e6,
+        100e6,
+    ):  # some that a step does not fit into, and a run does
         text = program.replace("SPACE", str(int(limit)))
         done = subprocess.run(
-            [sys.executable, "-c", text, str(tmp_path / f"{limit:g}")], capture_output=True, text=True
+            [sys.executable, "-c", text, str(tmp_path / f"{limit:g}")],
+            capture_output=True,
+            text=True,
         )
         if "out of memory in step" in done.stdout and not done.returncode:
             break
     assert done.returncode == 0, done.stderr[-2000:]
     assert [line["step"] for line in numbers(tmp_path / f"{limit:g}")] == [1, 2, 3]
     assert json.loads((tmp_path / f"{limit:g}" / "run.json").read_text())["out_of_memory"]
+
+
+def test_the_optimizer_names_what_is_not_finite():
+    model = torch.nn.Linear(3, 2)
+    optimizer = Optimizer(model, sft.Config(), 4)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    model.weight.grad[0, 1] = math.inf
+    optimizer.step()
+    assert optimizer.bad == [("weight", 1, 6)]
+    assert optimizer.skipped == 1

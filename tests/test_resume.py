@@ -37,7 +37,14 @@ RECIPES = {
     "grpo": grpo,
     "pairwise-grpo": pairwise_grpo,
 }
-SMALL = {"steps": 5, "prompts_per_step": 4, "eval_limit": 3, "save_every": 2, "eval_every": 2, "keep_tokens_every": 2}
+SMALL = {
+    "steps": 5,
+    "prompts_per_step": 4,
+    "eval_limit": 3,
+    "save_every": 2,
+    "eval_every": 2,
+    "keep_tokens_every": 2,
+}
 
 
 class KilledError(BaseException):
@@ -45,7 +52,9 @@ class KilledError(BaseException):
 
 
 def config(recipe, out, **options):
-    return recipe.Config(**recipe.PRESETS["toy"] | {"data": few_rows()} | SMALL | options | {"out": str(out)})
+    return recipe.Config(
+        **recipe.PRESETS["toy"] | {"data": few_rows()} | SMALL | options | {"out": str(out)}
+    )
 
 
 def killed_after(step):
@@ -61,11 +70,16 @@ def killed_after(step):
 def numbers(run, name="metrics.jsonl"):
     """The lines, without the times that the clock gave."""
     lines = [json.loads(line) for line in (run / name).read_text().splitlines()]
-    return [{key: x for key, x in line.items() if key != "seconds" and not key.startswith("time/")} for line in lines]
+    return [
+        {key: x for key, x in line.items() if key != "seconds" and not key.startswith("time/")}
+        for line in lines
+    ]
 
 
 def same(one, other):
-    assert (one / "model" / "model.safetensors").read_bytes() == (other / "model" / "model.safetensors").read_bytes()
+    assert (one / "model" / "model.safetensors").read_bytes() == (
+        other / "model" / "model.safetensors"
+    ).read_bytes()
     assert numbers(one) == numbers(other)
     assert numbers(one, "samples.jsonl") == numbers(other, "samples.jsonl")
     kept = [json.loads((run / "summary.json").read_text()) for run in (one, other)]
@@ -77,14 +91,29 @@ VARIANTS = {
     **{name: (recipe, {}) for name, recipe in RECIPES.items()},
     "ppo, everything": (
         ppo,
-        {"kl_target": 3.0, "minibatches": 2, "shared_critic": True, "lr_decay": True, "warmup_steps": 2}
-        | {"group_size": 2, "max_completion_tokens": 16},  # small: five planted defects are tried on it
+        {
+            "kl_target": 3.0,
+            "minibatches": 2,
+            "shared_critic": True,
+            "lr_decay": True,
+            "warmup_steps": 2,
+        }
+        | {
+            "group_size": 2,
+            "max_completion_tokens": 16,
+        },  # small: five planted defects are tried on it
     ),
     "dapo": (grpo, grpo.PRESETS["dapo"]),
     "kto": (dpo, dpo.PRESETS["kto"]),
     "adapters, layers checkpointed, merged": (
         grpo,
-        {"lora": 4, "gradient_checkpointing": True, "merge": True, "epochs_per_batch": 2, "max_completion_tokens": 16},
+        {
+            "lora": 4,
+            "gradient_checkpointing": True,
+            "merge": True,
+            "epochs_per_batch": 2,
+            "max_completion_tokens": 16,
+        },
     ),
     "from scratch": (grpo, grpo.PRESETS["arithmetic"]),
 }
@@ -93,7 +122,11 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(tmp_path, name):
     recipe, options = VARIANTS[name]
-    short = {"max_completion_tokens": 8} if hasattr(recipe.Config, "group_size") and name != "from scratch" else {}
+    short = (
+        {"max_completion_tokens": 8}
+        if hasattr(recipe.Config, "group_size") and name != "from scratch"
+        else {}
+    )
     killed_at(tmp_path, recipe, options | short, (3,))
 
 
@@ -138,7 +171,9 @@ def stopped(tmp_path_factory):
     return folder / "killed", launch(config(grpo, folder / "whole"))
 
 
-@pytest.mark.parametrize("harm", ["flip", "cut", "gone", "no manifest", "manifest is not JSON", "half written"])
+@pytest.mark.parametrize(
+    "harm", ["flip", "cut", "gone", "no manifest", "manifest is not JSON", "half written"]
+)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(tmp_path, stopped, harm, capsys):
     killed, whole = stopped
     run = tmp_path / "r"
@@ -177,7 +212,11 @@ def test_lines_after_the_checkpoint_are_cut_not_doubled(tmp_path, stopped):
 
 def test_what_can_not_go_on_says_so(tmp_path, stopped, capsys):
     killed, whole = stopped
-    for argument, said in ((whole, "is done"), (tmp_path, "is not a run directory"), (tmp_path / "no", "is not a run")):
+    for argument, said in (
+        (whole, "is done"),
+        (tmp_path, "is not a run directory"),
+        (tmp_path / "no", "is not a run"),
+    ):
         assert main(["resume", str(argument)]) == 2
         assert said in capsys.readouterr().err
     assert main(["grpo", "--preset", "toy", "--out", str(killed)]) == 2
@@ -186,16 +225,21 @@ def test_what_can_not_go_on_says_so(tmp_path, stopped, capsys):
     shutil.copytree(killed, run)
     about = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps(about | {"start": "0"}))
-    with pytest.raises(InputError, match="is not what it was"):
+    with pytest.raises(InputError, match="has changed since the run began"):
         resume(run)
 
 
 def test_what_does_not_change_the_result_may_be_given_anew(tmp_path, stopped, monkeypatch):
     run = tmp_path / "r"
     shutil.copytree(stopped[0], run)
-    assert main(["resume", str(run), "--save-every", "1", "--keep=3", "--microbatch-tokens", "1000"]) == 0
+    assert (
+        main(["resume", str(run), "--save-every", "1", "--keep=3", "--microbatch-tokens", "1000"])
+        == 0
+    )
     known = (run / "config.toml").read_text()
-    assert all(line in known for line in ("save_every = 1\n", "keep = 3\n", "microbatch_tokens = 1000\n"))
+    assert all(
+        line in known for line in ("save_every = 1\n", "keep = 3\n", "microbatch_tokens = 1000\n")
+    )
     assert json.loads((run / "run.json").read_text())["options"]["keep"] == 3
     norms = [[line["grad_norm"] for line in numbers(out)] for out in (run, stopped[1])]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)  # the last one in other microbatches
@@ -206,14 +250,17 @@ def test_what_does_not_change_the_result_may_be_given_anew(tmp_path, stopped, mo
     [
         (
             "--lr 0.1",
-            "--lr would change what the run computes; resume takes --generate-with, --vllm, --track, --save-every",
+            "--lr would change what the run computes; resume accepts only --generate-with, --vllm, --track, --save-every",
         ),
         ("--keep 1 --out elsewhere", "--out would change"),
         ("--keep -1", "--keep is -1; it must be at least 0"),
         ("--keepp 1", "unknown option --keepp; the nearest known one is --keep"),
         ("again", "'again' belongs to no option"),
-        ("--generate-with http://127.0.0.1:1", "the run itself generates, and others would write other tokens"),
-        ("--track tensorflow", "--track tensorflow: there is tensorboard"),
+        (
+            "--generate-with http://127.0.0.1:1",
+            "this run samples in its own process; resume without --vllm",
+        ),
+        ("--track tensorflow", "unknown --track tensorflow; choose from tensorboard"),
     ],
 )
 def test_what_changes_the_result_may_not(tmp_path, stopped, capsys, monkeypatch, words, said):
@@ -232,8 +279,10 @@ def test_a_run_with_servers_goes_on_with_servers(tmp_path, stopped):
     run = tmp_path / "r"
     shutil.copytree(stopped[0], run)
     toml = (run / "config.toml").read_text()
-    (run / "config.toml").write_text(toml.replace("generate_with = []", 'generate_with = ["http://127.0.0.1:1"]'))
-    with pytest.raises(InputError, match="servers generate, and others would write other tokens"):
+    (run / "config.toml").write_text(
+        toml.replace("generate_with = []", 'generate_with = ["http://127.0.0.1:1"]')
+    )
+    with pytest.raises(InputError, match="samples with vLLM servers; resume with --vllm or"):
         resume(run, generate_with=())
     with pytest.raises(InputError, match="unknown key 'lrr'; the nearest known one is 'lr'"):
         resume(run, lrr=1.0)
@@ -313,7 +362,10 @@ def test_paths_are_meant_from_where_the_run_was_begun(tmp_path, monkeypatch):
         launch(config(grpo, "run", **options), killed_after(2))
     for moved in ("data.jsonl", "mine.py"):
         monkeypatch.chdir(tmp_path / "there")
-        with pytest.raises(InputError, match=rf"{moved} is meant from .*here, where .*go there: cd .*here, and name"):
+        with pytest.raises(
+            InputError,
+            match=rf"{moved} is relative to .*here, where the run started; run `cd .*here && trivet resume",
+        ):
             resume("../here/run")
         (tmp_path / "there" / moved).write_bytes((tmp_path / "here" / moved).read_bytes())
     resume("../here/run")  # what it names is here too
@@ -331,12 +383,15 @@ def test_data_that_has_changed_is_seen(tmp_path, stopped):
         launched.run.note = notes.append
 
     data.write_text("".join(rows[:60]))
-    with pytest.raises(InputError, match=r"data.jsonl, or what reads it, is not what .*: 7\d examples then, 5\d now"):
+    with pytest.raises(
+        InputError,
+        match=r"data.jsonl, or the code that reads it, has changed .*: 7\d examples then, 5\d now",
+    ):
         resume(run, hear)
     data.write_text("".join([*rows[:-1], rows[-1].replace("the", "a")]))  # a row that was mended
     shutil.copytree(run, tmp_path / "other")
     resume(tmp_path / "other", hear)
-    assert any("not to the same bits" in note for note in notes)
+    assert any("not be bit-identical" in note for note in notes)
     data.write_text("".join(rows))
     notes.clear()
     same(stopped[1], resume(run, hear))
@@ -346,10 +401,14 @@ def test_data_that_has_changed_is_seen(tmp_path, stopped):
 @pytest.mark.slow
 def test_a_reward_that_has_changed_is_seen(tmp_path, monkeypatch):
     """A function's file, a reward model's folder; both are gone on with."""
-    monkeypatch.setattr("trivet.store.fingerprint.END", 10_000)  # the model's weights are a large file
+    monkeypatch.setattr(
+        "trivet.store.fingerprint.END", 10_000
+    )  # the model's weights are a large file
     run, notes, (mine, model) = tmp_path / "r", list[str](), (tmp_path / "mine.py", tmp_path / "rm")
     mine.write_text("def short(completions, **_):\n    return [-len(x) for x in completions]\n")
-    AutoModelForSequenceClassification.from_pretrained(STORIES["model"], num_labels=1).save_pretrained(model)
+    AutoModelForSequenceClassification.from_pretrained(
+        STORIES["model"], num_labels=1
+    ).save_pretrained(model)
     load_tokenizer(STORIES["model"]).save_pretrained(model)
     (tmp_path / "brevity").mkdir()  # a folder that has the name of a built-in, by chance
     (tmp_path / "brevity" / "notes.txt").write_text("mine")
@@ -369,13 +428,26 @@ def test_a_reward_that_has_changed_is_seen(tmp_path, monkeypatch):
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))  # the last number
     resume(run, hear)
-    assert [note.split(" is not what")[0] for note in notes] == [f"reward {name}" for name in rewards[:2]]
+    assert [note.split(" has changed")[0] for note in notes] == [
+        f"reward {name}" for name in rewards[:2]
+    ]
 
 
 @pytest.mark.slow
 def test_nobody_needs_to_listen(tmp_path, stopped):
     """A pipe whose reader has gone, a disk that is full below the log."""
-    flags = ["--preset", "toy", "--data", few_rows(), "--steps", "5", "--prompts-per-step", "4", "--eval-limit", "3"]
+    flags = [
+        "--preset",
+        "toy",
+        "--data",
+        few_rows(),
+        "--steps",
+        "5",
+        "--prompts-per-step",
+        "4",
+        "--eval-limit",
+        "3",
+    ]
     flags += ["--save-every", "2", "--eval-every", "2", "--keep-tokens-every", "2"]
     read, write = os.pipe()
     os.close(read)
@@ -388,7 +460,9 @@ def test_nobody_needs_to_listen(tmp_path, stopped):
         same(stopped[1], run)
 
 
-def test_a_full_disk_is_said_before_the_run_and_leaves_what_is_there(tmp_path, stopped, monkeypatch):
+def test_a_full_disk_is_said_before_the_run_and_leaves_what_is_there(
+    tmp_path, stopped, monkeypatch
+):
     free = shutil._ntuple_diskusage(10, 10, 1000)
     monkeypatch.setattr("trivet.store.checkpoints.shutil.disk_usage", lambda path: free)
     with pytest.raises(InputError, match=r"0\.00 GB are free"):
@@ -399,7 +473,9 @@ def test_a_full_disk_is_said_before_the_run_and_leaves_what_is_there(tmp_path, s
     run = tmp_path / "again"
     shutil.copytree(stopped[0], run)
     shutil.rmtree(run / "checkpoints" / "step-4")
-    with pytest.raises(InputError, match=r"No space left on device; make room .* then: trivet resume"):
+    with pytest.raises(
+        InputError, match=r"No space left on device; free some space .* then: trivet resume"
+    ):
         resume(run)
     monkeypatch.undo()
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-2"]
@@ -428,9 +504,13 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(tmp_path, stopped, n
             os.kill(os.getpid(), number)
 
     run = tmp_path / "r"
-    before = signal.signal(number, lambda *_: None)  # else a signal that is not heard would end the tests
+    before = signal.signal(
+        number, lambda *_: None
+    )  # else a signal that is not heard would end the tests
     try:
-        with pytest.raises(Stopped, match=r"stopped after step 3 of 5; to go on: trivet resume") as ended:
+        with pytest.raises(
+            Stopped, match=r"stopped after step 3 of 5; to continue: trivet resume"
+        ) as ended:
             launch(config(grpo, run), ask)
     finally:
         signal.signal(number, before)
@@ -477,8 +557,29 @@ def test_what_a_reward_function_has_forked_ends_by_a_signal_as_ever(tmp_path):
 def test_the_command_is_killed_with_kill_9_and_resumed(tmp_path, stopped):
     run = tmp_path / "r"
     options = dataclasses.asdict(config(grpo, run))
-    flags = ["--steps", "5", "--prompts-per-step", "4", "--eval-limit", "3", "--save-every", "2", "--eval-every", "2"]
-    command = [sys.executable, "-m", "trivet.cli.main", "grpo", "--preset", "toy", "--data", options["data"], *flags]
+    flags = [
+        "--steps",
+        "5",
+        "--prompts-per-step",
+        "4",
+        "--eval-limit",
+        "3",
+        "--save-every",
+        "2",
+        "--eval-every",
+        "2",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "trivet.cli.main",
+        "grpo",
+        "--preset",
+        "toy",
+        "--data",
+        options["data"],
+        *flags,
+    ]
     command += ["--keep-tokens-every", "2"]
     process = subprocess.Popen([*command, "--out", options["out"]], stdout=subprocess.DEVNULL)
     while not (run / "checkpoints" / "step-2").exists():

@@ -26,7 +26,9 @@ NAN = math.nan
 CHAT = [{"role": "user", "content": "2 + 2?"}]
 
 
-def rollouts(rows: Sequence[dict[str, Any]] = ({"prompt": "a"}, {"prompt": "b"}), group_size: int = 2) -> Rollouts:
+def rollouts(
+    rows: Sequence[dict[str, Any]] = ({"prompt": "a"}, {"prompt": "b"}), group_size: int = 2
+) -> Rollouts:
     """Completion b is the text "text b", and b + 1 tokens of number b."""
     total = len(rows) * group_size
     groups = collate([[1]] * len(rows), [[b] * (b + 1) for b in range(total)])
@@ -51,7 +53,11 @@ def scored(function: Callable[..., Any], *rows: dict[str, Any]) -> Tensor:
 def test_score_on_the_last_real_token_and_a_charge_on_each(seed, beta):
     torch.manual_seed(seed)
     mask = torch.rand(5, 6) < 0.6  # ragged, with holes, sometimes empty
-    scores, logprobs, ref = torch.randn(5).double(), torch.randn(5, 6).double(), torch.randn(5, 6).double()
+    scores, logprobs, ref = (
+        torch.randn(5).double(),
+        torch.randn(5, 6).double(),
+        torch.randn(5, 6).double(),
+    )
     found = kl_charged_rewards(scores, logprobs - ref, mask, beta=beta)
     expected = torch.zeros(5, 6).double()
     for b in range(5):
@@ -64,9 +70,15 @@ def test_score_on_the_last_real_token_and_a_charge_on_each(seed, beta):
 
 
 def test_token_rewards_sum_to_the_score_minus_the_charge_of_the_text():
-    scores, logprobs, ref = torch.randn(3).double(), torch.randn(3, 4).double(), torch.randn(3, 4).double()
+    scores, logprobs, ref = (
+        torch.randn(3).double(),
+        torch.randn(3, 4).double(),
+        torch.randn(3, 4).double(),
+    )
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()
-    drift = [float((logprobs - ref)[b, :n].sum()) for b, n in enumerate((4, 2, 1))]  # log pi_old / pi_ref of the text
+    drift = [
+        float((logprobs - ref)[b, :n].sum()) for b, n in enumerate((4, 2, 1))
+    ]  # log pi_old / pi_ref of the text
     summed = kl_charged_rewards(scores, logprobs - ref, mask, beta=0.3).sum(1)
     assert_close(summed, scores - 0.3 * torch.tensor(drift).double())
 
@@ -74,12 +86,16 @@ def test_token_rewards_sum_to_the_score_minus_the_charge_of_the_text():
 def test_without_a_charge_the_score_stands_alone_and_padding_is_nothing():
     mask = torch.tensor([[True, True, False]])
     anything = torch.tensor([[-1.0, -2.0, NAN]])
-    assert kl_charged_rewards(torch.tensor([5.0]), anything, mask, beta=0.0).tolist() == [[0.0, 5.0, 0.0]]
+    assert kl_charged_rewards(torch.tensor([5.0]), anything, mask, beta=0.0).tolist() == [
+        [0.0, 5.0, 0.0]
+    ]
 
 
 def test_saying_what_the_reference_finds_unlikely_costs_reward():
     likely, unlikely, mask = torch.tensor([[-1.0]]), torch.tensor([[-3.0]]), torch.tensor([[True]])
-    assert kl_charged_rewards(torch.zeros(1), likely - unlikely, mask, beta=0.5).tolist() == [[-1.0]]
+    assert kl_charged_rewards(torch.zeros(1), likely - unlikely, mask, beta=0.5).tolist() == [
+        [-1.0]
+    ]
 
 
 # Weighted sums ------------------------------------------------------------------------------------------------------
@@ -93,7 +109,11 @@ def test_weighted_sum_keeps_its_parts_and_their_means():
     reward = WeightedSum({"a": fixed(1, 2, 3), "b": fixed(10, 20, NAN)}, [1.0, -0.5])
     assert reward(rollouts()).tolist() == [-4.0, -8.0, 3.0]
     assert reward.parts["a"].tolist() == [1.0, 2.0, 3.0]
-    assert reduced(reward.metrics()) == {"rewards/a/mean": 2.0, "rewards/b/mean": 15.0, "rewards/unscored": 1.0}
+    assert reduced(reward.metrics()) == {
+        "rewards/a/mean": 2.0,
+        "rewards/b/mean": 15.0,
+        "rewards/unscored": 1.0,
+    }
 
 
 def test_where_no_reward_has_an_opinion_the_sum_has_none():
@@ -179,9 +199,13 @@ def test_logged_numbers_are_those_of_the_last_call():
 
 
 def test_a_logged_tensor_becomes_a_number():
-    reward = FunctionReward(lambda completions, log_metric: log_metric("m", torch.tensor(2)) or [0] * 4, "mine.py:f")
+    reward = FunctionReward(
+        lambda completions, log_metric: log_metric("m", torch.tensor(2)) or [0] * 4, "mine.py:f"
+    )
     reward(rollouts())
-    assert [(name, type(value), value) for name, value in reward.logged.items()] == [("m", float, 2.0)]
+    assert [(name, type(value), value) for name, value in reward.logged.items()] == [
+        ("m", float, 2.0)
+    ]
 
 
 # Functions: what they return ----------------------------------------------------------------------------------------
@@ -195,11 +219,14 @@ def test_none_is_no_opinion_and_the_result_is_float32():
 @pytest.mark.parametrize(
     ("returned", "told"),
     [
-        ([1.0] * 3, "returned 3 values, expected a list of 4 numbers, one per completion"),
-        ([1.0] * 5, "returned 5 values, expected a list of 4 numbers"),
-        (1.0, "returned float, expected a list of 4 numbers"),
-        (None, "returned NoneType, expected a list of 4 numbers"),
-        ([0.0, 1.0, NAN, 1.0], "returned nan for completion 2; return a finite number, or None for no opinion"),
+        ([1.0] * 3, "returned 3 values; expected a list of 4 numbers, one per completion"),
+        ([1.0] * 5, "returned 5 values; expected a list of 4 numbers"),
+        (1.0, "returned float; expected a list of 4 numbers"),
+        (None, "returned NoneType; expected a list of 4 numbers"),
+        (
+            [0.0, 1.0, NAN, 1.0],
+            "returned nan for completion 2; return a finite number, or None for no opinion",
+        ),
         ([0.0, -math.inf, 1.0, 1.0], "returned -inf for completion 1"),
         ([0.0, 1.0, 1.0, "good"], "returned 'good' for completion 3"),
         ("good", "returned 'g' for completion 0"),
@@ -215,7 +242,9 @@ def test_an_error_inside_is_told_with_its_kind_and_line():
         return [1 / 0 for _ in completions]
 
     line = f.__code__.co_firstlineno + 1
-    with pytest.raises(InputError, match=f"mine.py:f raised ZeroDivisionError in its line {line}: division") as caught:
+    with pytest.raises(
+        InputError, match=f"mine.py:f raised ZeroDivisionError in its line {line}: division"
+    ) as caught:
         scored(f)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
@@ -226,17 +255,24 @@ def test_a_function_that_exits_is_told_and_does_not_end_the_run():
 
 
 def test_a_column_that_the_data_does_not_have_is_named_with_those_it_has():
-    with pytest.raises(InputError, match=r"mine.py:f asks for column 'answer', which the data does not have: .*level"):
+    with pytest.raises(
+        InputError,
+        match=r"mine.py:f asks for column 'answer', which the data does not have; it has .*level",
+    ):
         scored(lambda completions, answer: answer, {"prompt": "a", "level": 3})
 
 
 @pytest.mark.parametrize("function", [exact_match, last_number])
 def test_the_built_in_rules_say_so_when_there_is_no_answer(function):
-    with pytest.raises(InputError, match=r"asks for column 'answer', which the data does not have: .*level"):
+    with pytest.raises(
+        InputError, match=r"asks for column 'answer', which the data does not have; it has .*level"
+    ):
         scored(function, {"prompt": "a", "level": 3})
 
 
-@pytest.mark.parametrize("as_what", [lambda x: x, lambda x: x.double().numpy(), lambda x: list(x.numpy())])
+@pytest.mark.parametrize(
+    "as_what", [lambda x: x, lambda x: x.double().numpy(), lambda x: list(x.numpy())]
+)
 def test_tensors_and_arrays_are_lists_of_numbers(as_what):
     assert scored(lambda completions: as_what(torch.arange(4.0))).tolist() == [0.0, 1.0, 2.0, 3.0]
 
@@ -259,7 +295,12 @@ def load(*specs: str, weights: Sequence[float] = ()) -> WeightedSum:
 
 def test_rewards_load_from_a_built_in_a_file_and_a_module(tmp_path):
     (tmp_path / "mine.py").write_text("def f(completions):\n    return [2.0] * len(completions)\n")
-    reward = load("brevity", f"{tmp_path}/mine.py:f", "trivet.rewards.rules:exact_match", weights=[100.0, 1.0, 4.0])
+    reward = load(
+        "brevity",
+        f"{tmp_path}/mine.py:f",
+        "trivet.rewards.rules:exact_match",
+        weights=[100.0, 1.0, 4.0],
+    )
     rows = {"prompt": "a", "answer": "text 1"}, {"prompt": "b", "answer": "no"}
     assert reward(rollouts(rows)).tolist() == [0.0, 4.0, 0.0, 0.0]
     assert list(reward.parts) == ["brevity", "f", "exact_match"]
@@ -267,7 +308,9 @@ def test_rewards_load_from_a_built_in_a_file_and_a_module(tmp_path):
 
 def test_without_weights_rewards_add_up_and_two_of_one_name_both_count(tmp_path):
     for name, value in (("one", 1.0), ("two", 2.0)):
-        (tmp_path / f"{name}.py").write_text(f"def f(completions):\n    return [{value}] * len(completions)\n")
+        (tmp_path / f"{name}.py").write_text(
+            f"def f(completions):\n    return [{value}] * len(completions)\n"
+        )
     reward = load(f"{tmp_path}/one.py:f", f"{tmp_path}/two.py:f")
     assert reward(rollouts()).tolist() == [3.0] * 4
     assert len(reward.metrics()) == 2
@@ -278,20 +321,30 @@ def test_the_same_reward_named_twice_counts_twice_or_is_refused():
         reward = load("brevity", "exact_match", "brevity")
     except InputError:
         return
-    assert reward(rollouts([{"prompt": "a", "answer": "b"}])).tolist() == pytest.approx([-0.04, -0.04])
+    assert reward(rollouts([{"prompt": "a", "answer": "b"}])).tolist() == pytest.approx(
+        [-0.04, -0.04]
+    )
 
 
 @pytest.mark.parametrize(
     ("specs", "weights", "told"),
     [
-        ([], [], "no reward was named: give --reward one of exact_match, last_number, brevity"),
+        ([], [], "no reward was named; give --reward one of exact_match, last_number, brevity"),
         ([""], [], "no reward was named"),
         (["brevity"], [1.0, 2.0], "--reward-weights has 2 numbers for 1 rewards"),
         (["brevity", "brevity"], [0.0, 0.0], "not all 0"),
-        (["brevty"], [], r"reward brevty: not a built-in \(exact_match, last_number, brevity, code\)"),
+        (
+            ["brevty"],
+            [],
+            r"reward brevty: not a built-in \(exact_match, last_number, brevity, code\)",
+        ),
         (["absent.py:f"], [], "reward absent.py:f: no file absent.py"),
         (["absent_module:f"], [], "reward absent_module:f: no module absent_module"),
-        (["trivet.rewards.rules:f"], [], "has no function f; it has text_of, exact_match, last_number, brevity"),
+        (
+            ["trivet.rewards.rules:f"],
+            [],
+            "has no function f; it has text_of, exact_match, last_number, brevity",
+        ),
     ],
 )
 def test_a_reward_that_is_not_there_is_told_in_words(specs, weights, told):
@@ -301,7 +354,9 @@ def test_a_reward_that_is_not_there_is_told_in_words(specs, weights, told):
 
 def test_a_file_that_does_not_import_is_told_with_its_error(tmp_path):
     (tmp_path / "broken.py").write_text("import absent_module\n")
-    with pytest.raises(InputError, match=r"broken.py can't be imported: ModuleNotFoundError: .*absent_module"):
+    with pytest.raises(
+        InputError, match=r"broken.py can't be imported: ModuleNotFoundError: .*absent_module"
+    ):
         load(f"{tmp_path}/broken.py:f")
 
 
@@ -310,7 +365,10 @@ def test_a_file_that_does_not_import_is_told_with_its_error(tmp_path):
 
 def test_text_of_messages_is_their_content_one_after_the_other():
     assert text_of("as it is") == "as it is"
-    assert text_of([{"role": "assistant", "content": "one "}, {"role": "assistant", "content": "two"}]) == "one two"
+    assert (
+        text_of([{"role": "assistant", "content": "one "}, {"role": "assistant", "content": "two"}])
+        == "one two"
+    )
 
 
 @pytest.mark.parametrize(

@@ -32,16 +32,33 @@ def few(monkeypatch):
     monkeypatch.setattr(rows, "MANY", 0)
 
 
-def load(path: Path, form: str = "supervised", counts: Counter | None = None, max_prompt: int = 100, **options):
+def load(
+    path: Path,
+    form: str = "supervised",
+    counts: Counter | None = None,
+    max_prompt: int = 100,
+    **options,
+):
     counts = Counter() if counts is None else counts
     return load_examples(
-        str(path), TOKENIZER, [0], form, counts=counts, max_prompt=max_prompt, max_completion=9, **options
+        str(path),
+        TOKENIZER,
+        [0],
+        form,
+        counts=counts,
+        max_prompt=max_prompt,
+        max_completion=9,
+        **options,
     )
 
 
 def numbered(path: Path, n: int, **columns: str) -> Path:
     """A file of n rows whose prompts are their numbers."""
-    path.write_text("".join(json.dumps({"prompt": f"{i}", "completion": "x"} | columns) + "\n" for i in range(n)))
+    path.write_text(
+        "".join(
+            json.dumps({"prompt": f"{i}", "completion": "x"} | columns) + "\n" for i in range(n)
+        )
+    )
     return path
 
 
@@ -55,14 +72,30 @@ ODD = [
     ("boms.jsonl", (b"\xef\xbb\xbf" + GOOD) * 2, 2),  # files put one after the other
     ("crlf.jsonl", GOOD.replace(b"\n", b"\r\n") * 2, 2),
     ("crlf.csv", b"prompt,completion\r\na,b\r\n", 1),
-    ("cr.jsonl", GOOD.replace(b"\n", b"\r") * 2, "line 1: can't be read as .jsonl: Extra data at character 38"),
+    (
+        "cr.jsonl",
+        GOOD.replace(b"\n", b"\r") * 2,
+        "line 1: can't be read as .jsonl: Extra data at character 38",
+    ),
     ("cr.csv", b"prompt,completion\ra,b\r", "row 1: can't be read as .csv: new-line"),
     ("empty-lines.jsonl", b"\n \n" + GOOD + b"  \t\n\r\n" + GOOD + b"\r\n", 2),
-    ("after-empty-lines.jsonl", b"\n\n" + GOOD + b"  \n\r\n" + GOOD + b'{"prompt": 5}\n', "line 7: prompt is 5"),
+    (
+        "after-empty-lines.jsonl",
+        b"\n\n" + GOOD + b"  \n\r\n" + GOOD + b'{"prompt": 5}\n',
+        "line 7: prompt is 5",
+    ),
     ("indented.jsonl", b"  " + GOOD.strip() + b"  \n" + GOOD, 2),
     ("no-newline.jsonl", GOOD + GOOD.strip(), 2),
-    ("half-written.jsonl", GOOD * 3 + GOOD[:20], "line 4: can't be read as .jsonl: Unterminated string"),
-    ("half-written.json", b'[{"prompt": "a", "completion": "b"},', ".json: can't be read as .json: Expecting value"),
+    (
+        "half-written.jsonl",
+        GOOD * 3 + GOOD[:20],
+        "line 4: can't be read as .jsonl: Unterminated string",
+    ),
+    (
+        "half-written.json",
+        b'[{"prompt": "a", "completion": "b"},',
+        ".json: can't be read as .json: Expecting value",
+    ),
     ("open.csv", b'prompt,completion\na,"b\nc,d\n', "row 1: can't be read as .csv: unexpected end"),
     (
         "nul.jsonl",
@@ -72,9 +105,21 @@ ODD = [
     ("nul.csv", b"prompt,completion\na,b\0c\n", 1),
     ("escaped-nul.jsonl", b'{"prompt": "a\\u0000b", "completion": "c"}\n', 1),
     ("zeros-of-a-crash.jsonl", GOOD + b"\0" * 500, "line 2: can't be read as .jsonl"),
-    ("latin.jsonl", GOOD + GOOD.replace(b"a", b"\xe9"), "line 2: can't be read as .jsonl: 'utf-8' codec"),
-    ("utf16.jsonl", GOOD.decode().encode("utf-16"), "line 1: can't be read as .jsonl: 'utf-8' codec"),
-    ("utf16.csv", "prompt,completion\na,b\n".encode("utf-16"), "row 1: can't be read as .csv: 'utf-8' codec"),
+    (
+        "latin.jsonl",
+        GOOD + GOOD.replace(b"a", b"\xe9"),
+        "line 2: can't be read as .jsonl: 'utf-8' codec",
+    ),
+    (
+        "utf16.jsonl",
+        GOOD.decode().encode("utf-16"),
+        "line 1: can't be read as .jsonl: 'utf-8' codec",
+    ),
+    (
+        "utf16.csv",
+        "prompt,completion\na,b\n".encode("utf-16"),
+        "row 1: can't be read as .csv: 'utf-8' codec",
+    ),
     (
         "surrogate.jsonl",
         GOOD + GOOD.replace(b"c", b"\\ud83d"),
@@ -85,16 +130,24 @@ ODD = [
         b'{"text": "abc", "x": ["\\uD800"]}\n',
         "line 1: can't be read as .jsonl: its text is not",
     ),
-    ("surrogate.json", b'[{"text": "abc", "x": "\\ud800"}]', "can't be read as .json: its text is not valid"),
+    (
+        "surrogate.json",
+        b'[{"text": "abc", "x": "\\ud800"}]',
+        "can't be read as .json: its text is not valid",
+    ),
     ("raw-surrogate.json", b'[{"text": "\xed\xa0\x80"}]', "can't be read as .json: 'utf-8' codec"),
-    ("raw-surrogate.jsonl", GOOD.replace(b"c", b"\xed\xa0\x80"), "line 1: can't be read as .jsonl: 'utf-8' codec"),
+    (
+        "raw-surrogate.jsonl",
+        GOOD.replace(b"c", b"\xed\xa0\x80"),
+        "line 1: can't be read as .jsonl: 'utf-8' codec",
+    ),
     ("emoji.jsonl", b'{"text": "\\ud83d\\ude00 and more"}\n', 1),
     (
         "same-key.jsonl",
         b'{"prompt": "a", "prompt": "b", "completion": "c"}\n',
         "line 1: can't be read as .jsonl: the key",
     ),
-    ("same-column.csv", b"prompt,prompt,completion\na,b,c\n", "the key 'prompt' stands twice"),
+    ("same-column.csv", b"prompt,prompt,completion\na,b,c\n", "the key 'prompt' appears twice"),
     (
         "deep.jsonl",
         GOOD + b'{"text": ' + b"[" * 5000 + b"]" * 5000 + b"}\n",
@@ -107,23 +160,37 @@ ODD = [
         "line 1: can't be read as .jsonl: Exceeds the limit",
     ),
     ("mixed.jsonl", GOOD + b'{"text": "abc"}\n{"chosen": "a b", "rejected": "a c"}\n', 3),
-    ("mixed-up.jsonl", GOOD + b'{"text": "abc"}\n{"question": "a"}\n', "line 3: needs text, messages or prompt"),
+    (
+        "mixed-up.jsonl",
+        GOOD + b'{"text": "abc"}\n{"question": "a"}\n',
+        "line 3: needs text, messages or prompt",
+    ),
     ("long.jsonl", GOOD + json.dumps({"text": "word " * 100_000}).encode(), 2),
     ("a.jsonl.zst", bytes(zst(GOOD * 3)), 3),
     ("two-frames.jsonl.zst", bytes(zst(GOOD)) + bytes(zst(GOOD)), 2),
     ("two-members.jsonl.gz", gzip.compress(GOOD) + gzip.compress(GOOD), 2),
-    ("cut.jsonl.gz", gzip.compress(GOOD * 500)[:-9], "can't be read as .jsonl: Compressed file ended"),
-    ("cut.jsonl.zst", bytes(zst(random.Random(0).randbytes(9999)))[:5000], "can't be read as .jsonl: Truncated"),
+    (
+        "cut.jsonl.gz",
+        gzip.compress(GOOD * 500)[:-9],
+        "can't be read as .jsonl: Compressed file ended",
+    ),
+    (
+        "cut.jsonl.zst",
+        bytes(zst(random.Random(0).randbytes(9999)))[:5000],
+        "can't be read as .jsonl: Truncated",
+    ),
     ("not-packed.jsonl.gz", GOOD, "line 1: can't be read as .jsonl: Not a gzipped file"),
     ("not-packed.jsonl.zst", GOOD, "line 1: can't be read as .jsonl: ZSTD"),
-    ("empty.jsonl.zst", b"", "the data set is empty"),
+    ("empty.jsonl.zst", b"", "the dataset is empty"),
     ("cut.parquet", b"PAR1xxxx", "can't be read as .parquet"),
 ]
 
 
 @pytest.mark.parametrize("lazily", [False, True])
 @pytest.mark.parametrize(("name", "content", "wanted"), ODD, ids=[name for name, *_ in ODD])
-def test_odd_files_work_or_are_named_with_their_line(request, tmp_path, name, content, wanted, lazily):
+def test_odd_files_work_or_are_named_with_their_line(
+    request, tmp_path, name, content, wanted, lazily
+):
     if lazily:
         request.getfixturevalue("few")
     (tmp_path / name).write_bytes(content)
@@ -149,7 +216,9 @@ def packed(path: Path, kind: str, columns: list[dict[str, str]]) -> Path:
             writer.writeheader()
             writer.writerows(columns)
     else:
-        path.write_bytes({".jsonl": bytes, ".jsonl.gz": gzip.compress, ".jsonl.zst": zst}[kind](lines))
+        path.write_bytes(
+            {".jsonl": bytes, ".jsonl.gz": gzip.compress, ".jsonl.zst": zst}[kind](lines)
+        )
     return path
 
 
@@ -160,7 +229,11 @@ def test_rows_by_number_are_the_rows(few, tmp_path, monkeypatch, kind):
     path = packed(tmp_path, kind, columns)
     by_number = many_rows(str(path))
     assert by_number is not None
-    assert [by_number[i] for i in reversed(range(len(by_number)))] == columns[::-1] == list(read_rows(str(path)))[::-1]
+    assert (
+        [by_number[i] for i in reversed(range(len(by_number)))]
+        == columns[::-1]
+        == list(read_rows(str(path)))[::-1]
+    )
     assert str(path) in by_number.where(3)
     assert by_number.where(3).endswith(" 4")
 
@@ -176,7 +249,10 @@ def test_a_folder_of_files_by_number(few, tmp_path):
 def test_lines_over_the_borders_of_blocks(tmp_path, monkeypatch):
     draw = random.Random(0)
     columns = [{"text": "x" * draw.randrange(40)} for _ in range(300)]
-    lines = [json.dumps(row).encode() + draw.choice([b"\n", b"\r\n", b"\n\n", b"\n \n"]) for row in columns]
+    lines = [
+        json.dumps(row).encode() + draw.choice([b"\n", b"\r\n", b"\n\n", b"\n \n"])
+        for row in columns
+    ]
     (tmp_path / "a.jsonl").write_bytes(b"".join(lines))
     for block in (1, 7, 64, 1000):
         monkeypatch.setattr(rows, "BLOCK", block)
@@ -209,17 +285,27 @@ def test_rows_are_read_when_they_are_asked_for_and_counted_once(few, tmp_path):
     assert prompts(examples[10:20]) == [f"{i}" for i in range(10, 20)]
     assert prompts([examples[-1], examples[3000], examples[3000]]) == ["4999", "3000", "3000"]
     assert counts["rows read"] == counts["examples"] == 1002
-    assert counts["rows in all, read as they are needed (what follows is of those read so far)"] == 5000
+    assert (
+        counts["rows in all, read as they are needed (what follows is of those read so far)"]
+        == 5000
+    )
     with pytest.raises(IndexError):
         examples[5000]
 
 
 def test_another_row_stands_in_the_place_of_one_that_is_left_out(few, tmp_path):
     long = {i for i in range(300) if i % 3 == 0}
-    lines = [json.dumps({"prompt": f"{i}" * (40 if i in long else 1), "completion": "x"}) for i in range(300)]
+    lines = [
+        json.dumps({"prompt": f"{i}" * (40 if i in long else 1), "completion": "x"})
+        for i in range(300)
+    ]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    first, again = (load(tmp_path / "a.jsonl", counts=Counter(), lazily=True, max_prompt=30) for _ in range(2))
-    assert prompts(first) == prompts(reversed(again))[::-1]  # by its number, whatever was asked for before
+    first, again = (
+        load(tmp_path / "a.jsonl", counts=Counter(), lazily=True, max_prompt=30) for _ in range(2)
+    )
+    assert (
+        prompts(first) == prompts(reversed(again))[::-1]
+    )  # by its number, whatever was asked for before
     drawn = [int(prompt) for prompt in prompts(first)]
     assert all(drawn[i] == i for i in range(300) if i not in long)
     assert not long & set(drawn)
@@ -230,13 +316,14 @@ def test_another_row_stands_in_the_place_of_one_that_is_left_out(few, tmp_path):
 def test_a_file_without_a_usable_row_says_so(few, tmp_path):
     path = numbered(tmp_path / "a.jsonl", 50)
     with pytest.raises(
-        InputError, match=r"a\.jsonl: among 1,000 rows none is usable \(50 left out: prompt over 0 tokens"
+        InputError,
+        match=r"a\.jsonl: none of 1,000 rows is usable \(50 left out: prompt over 0 tokens",
     ):
         load(path, lazily=True, max_prompt=0)[7]
     same = numbered(tmp_path / "b.jsonl", 50, prompt="the same")
     train, heldout = split_by_prompt(load(same, lazily=True), 0.1, 0)
     assert prompts(heldout) == ["the same"] * 5
-    with pytest.raises(InputError, match="have a prompt that is held out"):
+    with pytest.raises(InputError, match="have held-out prompts"):
         train[0]
 
 
@@ -244,20 +331,26 @@ def test_what_is_wrong_later_is_named_with_its_line_when_it_is_met(few, tmp_path
     lines = [GOOD] * 3000 + [b"\n", b'{"prompt": "a" "b"}\n', b'{"prompt": 5}\n'] + [GOOD] * 10
     (tmp_path / "a.jsonl").write_bytes(b"".join(lines))
     examples = load(tmp_path / "a.jsonl", lazily=True)
-    with pytest.raises(InputError, match=r"a\.jsonl line 3002: can't be read as \.jsonl: Expecting"):
+    with pytest.raises(
+        InputError, match=r"a\.jsonl line 3002: can't be read as \.jsonl: Expecting"
+    ):
         examples[3000]
     with pytest.raises(InputError, match=r"a\.jsonl line 3003: prompt is 5"):
         examples[3001]
     assert examples[3002].row["completion"] == "c"
     (tmp_path / "a.jsonl").write_bytes(b"".join([*lines, b'{"prompt": "a\n']))  # seen in its bytes
-    with pytest.raises(InputError, match=r"a\.jsonl line 3014: can't be read as \.jsonl: Unterminated"):
+    with pytest.raises(
+        InputError, match=r"a\.jsonl line 3014: can't be read as \.jsonl: Unterminated"
+    ):
         load(tmp_path / "a.jsonl", lazily=True)
 
 
 def test_no_prompt_is_on_both_sides_of_a_lazy_split(few, tmp_path):
     lines = [json.dumps({"prompt": f"{i % 100}", "completion": f"{i}"}) for i in range(1000)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    train, heldout = split_by_prompt(load(tmp_path / "a.jsonl", lazily=True), 0.02, seed=0, limit=15)
+    train, heldout = split_by_prompt(
+        load(tmp_path / "a.jsonl", lazily=True), 0.02, seed=0, limit=15
+    )
     assert len(heldout) == 15
     assert not set(prompts(heldout)) & set(prompts(train))
     assert len(train) == 1000
@@ -292,12 +385,33 @@ def test_the_order_drawn_as_it_goes_is_that_of_a_sample(n):
 @pytest.mark.parametrize("method", ["sft", "reward-model", "dpo", "grpo"])
 def test_a_run_whose_rows_are_not_held(few, tmp_path, method):
     columns = [
-        {"prompt": f"{i % 10}+{i % 7}=", "completion": "1", "chosen": f"{i % 4}", "rejected": f"{5 + i % 3}"}
+        {
+            "prompt": f"{i % 10}+{i % 7}=",
+            "completion": "1",
+            "chosen": f"{i % 4}",
+            "rejected": f"{5 + i % 3}",
+        }
         for i in range(3000)
     ]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in columns))
-    options = ["--model", ARITHMETIC["model"], "--from-scratch", "--data", str(tmp_path / "a.jsonl"), "--quiet"]
-    options += ["--steps", "3", "--prompts-per-step", "4", "--eval-limit", "5", "--max-completion-tokens", "2"]
+    options = [
+        "--model",
+        ARITHMETIC["model"],
+        "--from-scratch",
+        "--data",
+        str(tmp_path / "a.jsonl"),
+        "--quiet",
+    ]
+    options += [
+        "--steps",
+        "3",
+        "--prompts-per-step",
+        "4",
+        "--eval-limit",
+        "5",
+        "--max-completion-tokens",
+        "2",
+    ]
     options += ["--reward", "brevity"] if method == "grpo" else []
     first, again = tmp_path / "run", tmp_path / "again"
     for out in (first, again):
@@ -321,26 +435,32 @@ def test_a_run_whose_rows_are_not_held(few, tmp_path, method):
     ("line", "key"),
     [
         (b'{"prompt": "a", "completion": "b", "prompt": "c"}\n', "prompt"),
-        (b'{"prompt": [{"role": "user", "content": "a", "role": "user"}], "completion": "b"}\n', "role"),
+        (
+            b'{"prompt": [{"role": "user", "content": "a", "role": "user"}], "completion": "b"}\n',
+            "role",
+        ),
     ],
 )
 def test_a_key_that_stands_twice_is_named_with_its_line(few, tmp_path, line, key):
     (tmp_path / "a.jsonl").write_bytes(GOOD * 2 + line)
-    with pytest.raises(InputError, match=rf"a\.jsonl line 3: can't be read as \.jsonl: the key '{key}' stands twice"):
+    with pytest.raises(
+        InputError,
+        match=rf"a\.jsonl line 3: can't be read as \.jsonl: the key '{key}' appears twice",
+    ):
         load(tmp_path / "a.jsonl")
     (tmp_path / "a.jsonl").write_bytes(GOOD * 3000 + line + GOOD)  # one of many: when it is met
     examples = load(tmp_path / "a.jsonl", lazily=True)
     assert examples[2999].row["completion"] == "c"
-    with pytest.raises(InputError, match=rf"a\.jsonl line 3001: .* the key '{key}' stands twice"):
+    with pytest.raises(InputError, match=rf"a\.jsonl line 3001: .* the key '{key}' appears twice"):
         examples[3000]
     (tmp_path / "a.json").write_bytes(b"[" + line + b"]")
-    with pytest.raises(InputError, match=rf"a\.json: .* the key '{key}' stands twice"):
+    with pytest.raises(InputError, match=rf"a\.json: .* the key '{key}' appears twice"):
         load(tmp_path / "a.json")
 
 
 def test_a_column_that_stands_twice_in_a_header_is_named(tmp_path):
     (tmp_path / "a.csv").write_text("prompt,completion,prompt\na,b,c\n")
-    with pytest.raises(InputError, match=r"a\.csv row 1: .* the key 'prompt' stands twice"):
+    with pytest.raises(InputError, match=r"a\.csv row 1: .* the key 'prompt' appears twice"):
         load(tmp_path / "a.csv")
     (tmp_path / "a.csv").write_text("prompt,completion,,\na,b,,\n")  # as spreadsheets write it
     assert prompts(load(tmp_path / "a.csv")) == ["a"]

@@ -29,7 +29,9 @@ class Model(LlamaForCausalLM):
 def nothing_trusted(monkeypatch, tmp_path):
     """What a test trusts is forgotten after it."""
     monkeypatch.setenv("TRIVET_TRUST_REMOTE_CODE", "0")
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
     monkeypatch.setattr(sys, "path", [*sys.path])
 
 
@@ -50,7 +52,20 @@ def with_code(path: Path, mark: Path) -> Path:
 
 
 def train(path: Path, *flags: str) -> int:
-    return main(["sft", "--preset", "toy", "--steps", "1", "--model", str(path), "--out", f"{path}-run", *flags])
+    return main(
+        [
+            "sft",
+            "--preset",
+            "toy",
+            "--steps",
+            "1",
+            "--model",
+            str(path),
+            "--out",
+            f"{path}-run",
+            *flags,
+        ]
+    )
 
 
 @pytest.mark.parametrize("flags", [[], ["--from-scratch"]])
@@ -59,7 +74,7 @@ def test_a_model_with_code_of_its_own_is_refused_in_a_sentence(tmp_path, capsys,
     assert train(path, *flags) == 2
     said = capsys.readouterr()
     assert (
-        "it needs Python code of its own; look at its files and, if you trust them, give --trust-remote-code"
+        "it needs Python code of its own; inspect its files and, if you trust them, pass --trust-remote-code"
         in said.err
     )
     assert said.err.count("\n") == 1
@@ -86,7 +101,11 @@ def test_code_beside_a_known_kind_of_model_is_not_run(tmp_path):
 def test_a_tokenizer_with_code_of_its_own(tmp_path, capsys):
     path = shutil.copytree(STORIES["model"], tmp_path / "model")
     (path / "own.py").write_text(CODE.format(mark=str(tmp_path / "mark")))
-    edit(path / "tokenizer_config.json", tokenizer_class="Own", auto_map={"AutoTokenizer": ["own.Config", None]})
+    edit(
+        path / "tokenizer_config.json",
+        tokenizer_class="Own",
+        auto_map={"AutoTokenizer": ["own.Config", None]},
+    )
     assert train(path) == 2
     assert f"tokenizer of {path}: it needs Python code of its own" in capsys.readouterr().err
     assert not (tmp_path / "mark").exists()
@@ -119,7 +138,15 @@ def test_chat_templates_stay_in_their_sandbox(tmp_path, capsys, monkeypatch, tem
     (tmp_path / "a.jinja").write_text(template)
     turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": turns}))
-    options = ["--model", ARITHMETIC["model"], "--from-scratch", "--steps", "1", "--max-completion-tokens", "2"]
+    options = [
+        "--model",
+        ARITHMETIC["model"],
+        "--from-scratch",
+        "--steps",
+        "1",
+        "--max-completion-tokens",
+        "2",
+    ]
     options += ["--data", "a.jsonl", "--chat-template", "a.jinja", "--out", "run"]
     assert main(["sft", *options]) == 2
     assert "a.jsonl line 1: the chat template fails" in capsys.readouterr().err
@@ -142,7 +169,9 @@ sys.exit(code)
 
 def watched(*args: str) -> subprocess.CompletedProcess:
     """A command in a process of its own, which fails if it looks for anybody."""
-    return subprocess.run([sys.executable, "-c", WATCHED, *args], capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-c", WATCHED, *args], capture_output=True, text=True, timeout=300
+    )
 
 
 @pytest.mark.slow
@@ -156,9 +185,18 @@ def test_a_run_opens_no_connection(tmp_path, command):
 
 @pytest.mark.slow
 def test_a_connection_would_be_seen(tmp_path):
-    body = (
-        "import socket\ndef r(completions, **k):\n    socket.socket(type=socket.SOCK_DGRAM).connect(('127.0.0.1', 9))"
-    )
+    body = "import socket\ndef r(completions, **k):\n    socket.socket(type=socket.SOCK_DGRAM).connect(('127.0.0.1', 9))"
     (tmp_path / "mine.py").write_text(body)
-    command = ["grpo", "--preset", "arithmetic", "--steps", "1", "--reward", f"{tmp_path / 'mine.py'}:r"]
-    assert "AssertionError: [('socket.connect'" in watched(*command, "--out", str(tmp_path / "run")).stderr
+    command = [
+        "grpo",
+        "--preset",
+        "arithmetic",
+        "--steps",
+        "1",
+        "--reward",
+        f"{tmp_path / 'mine.py'}:r",
+    ]
+    assert (
+        "AssertionError: [('socket.connect'"
+        in watched(*command, "--out", str(tmp_path / "run")).stderr
+    )

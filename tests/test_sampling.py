@@ -57,7 +57,12 @@ def test_warp_is_temperature_then_top_k_then_top_p(logits, temperature, top_k, t
     found = warp(torch.tensor([logits]), temperature=temperature, top_k=top_k, top_p=top_p)
     ordered = sorted(logits)
     assume(all(b - a > 1e-3 for a, b in itertools.pairwise(ordered)))  # a tie has no one answer
-    assert_close(found.exp(), torch.tensor([brute_force(logits, temperature, top_k, top_p)]), rtol=1e-4, atol=1e-6)
+    assert_close(
+        found.exp(),
+        torch.tensor([brute_force(logits, temperature, top_k, top_p)]),
+        rtol=1e-4,
+        atol=1e-6,
+    )
 
 
 def test_with_no_cut_it_is_the_log_softmax_of_logits_over_temperature():
@@ -80,7 +85,8 @@ def test_temperature_zero_leaves_the_most_likely_token_alone(options):
 
 
 @pytest.mark.parametrize(
-    ("top_k", "tokens"), [(1, [1]), (2, [1, 3]), (3, [1, 2, 3]), (4, [0, 1, 2, 3]), (99, [0, 1, 2, 3])]
+    ("top_k", "tokens"),
+    [(1, [1]), (2, [1, 3]), (3, [1, 2, 3]), (4, [0, 1, 2, 3]), (99, [0, 1, 2, 3])],
 )
 def test_top_k_keeps_k(top_k, tokens):
     found = warp(masses(0.1, 0.4, 0.2, 0.3), temperature=1.0, top_k=top_k)
@@ -111,14 +117,19 @@ def test_a_set_that_holds_exactly_p_of_the_mass_is_enough():
 
 
 def test_top_p_counts_the_mass_that_top_k_left():
-    left = warp(masses(0.4, 0.3, 0.2, 0.1), temperature=1.0, top_k=2, top_p=0.5)  # 4/7 and 3/7 are left
+    left = warp(
+        masses(0.4, 0.3, 0.2, 0.1), temperature=1.0, top_k=2, top_p=0.5
+    )  # 4/7 and 3/7 are left
     assert kept(left) == [0]
 
 
 def test_rows_are_cut_each_by_itself():
     logits = torch.randn(5, 8, generator=generator())
     options = {"temperature": 0.8, "top_k": 5, "top_p": 0.7}
-    together, alone = warp(logits, **options), torch.cat([warp(row[None], **options) for row in logits])
+    together, alone = (
+        warp(logits, **options),
+        torch.cat([warp(row[None], **options) for row in logits]),
+    )
     assert_close(together, alone)
     assert len({tuple(row) for row in together.isfinite().tolist()}) > 1
 
@@ -186,13 +197,21 @@ def test_draw_repeats_with_its_generator_and_with_nothing_else():
 
 
 extreme = st.lists(
-    st.sampled_from([-INF, -1e30, -200.0, -104.0, -88.0, -17.0, 0.0, 1e-7, 3.0, 1e30]), min_size=1, max_size=12
+    st.sampled_from([-INF, -1e30, -200.0, -104.0, -88.0, -17.0, 0.0, 1e-7, 3.0, 1e30]),
+    min_size=1,
+    max_size=12,
 )
 
 
 @some
-@given(st.lists(extreme, min_size=1, max_size=4), st.sampled_from([0.0, 2**-24, 0.5, 1 - 2**-24]), st.floats(0.1, 2))
-def test_draw_never_returns_a_token_of_no_mass_not_even_at_the_ends_of_the_unit_interval(rows, level, temperature):
+@given(
+    st.lists(extreme, min_size=1, max_size=4),
+    st.sampled_from([0.0, 2**-24, 0.5, 1 - 2**-24]),
+    st.floats(0.1, 2),
+)
+def test_draw_never_returns_a_token_of_no_mass_not_even_at_the_ends_of_the_unit_interval(
+    rows, level, temperature
+):
     for row in rows:
         assume(max(row) > -INF)
         logprobs = warp(torch.tensor([row]), temperature=temperature)
@@ -206,7 +225,9 @@ def test_draw_never_returns_a_token_of_no_mass_not_even_at_the_ends_of_the_unit_
 @given(st.integers(0, 10_000), st.floats(0.05, 3), st.integers(0, 40), st.floats(0.1, 1.0))
 def test_draw_from_a_cut_distribution_stays_inside_the_cut(seed, temperature, top_k, top_p):
     logits = 10 * torch.randn(64, 40, generator=generator(seed))
-    tokens, chosen = draw(warp(logits, temperature=temperature, top_k=top_k, top_p=top_p), generator(seed))
+    tokens, chosen = draw(
+        warp(logits, temperature=temperature, top_k=top_k, top_p=top_p), generator(seed)
+    )
     assert chosen.isfinite().all()
     rank = (logits > logits.gather(1, tokens[:, None])).sum(1)
     assert int(rank.max()) < (top_k or 40)
@@ -221,10 +242,15 @@ def test_the_ends_of_the_unit_interval_draw_the_first_and_the_last_token_with_ma
             assert draw(logprobs, generator())[0].tolist() == [token] * 8
 
 
-@pytest.mark.parametrize("cut", [{}, {"temperature": 0.7}, {"top_k": 3}, {"temperature": 0.5, "top_p": 0.9}])
+@pytest.mark.parametrize(
+    "cut", [{}, {"temperature": 0.7}, {"top_k": 3}, {"temperature": 0.5, "top_p": 0.9}]
+)
 def test_a_few_rows_at_a_time_are_all_rows(monkeypatch, cut):
     monkeypatch.setitem(sampling.CELLS, "cpu", 3 * 7)
-    logits, levels = torch.randn(10, 7, generator=generator()), torch.rand(10, 1, generator=generator(1))
+    logits, levels = (
+        torch.randn(10, 7, generator=generator()),
+        torch.rand(10, 1, generator=generator(1)),
+    )
     cut = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | cut
     logprobs = warp(logits, **cut)
     tokens, own = sampling.sample(logits, levels, **cut)

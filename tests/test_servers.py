@@ -16,13 +16,14 @@ import torch
 from peft import LoraConfig
 
 from conftest import tiny
+from runs import stepwise
 from stub_vllm import FAULTS, Stub
 from test_resume import KilledError, killed_after, same
 from trivet.batch import Example
 from trivet.cli.main import main
 from trivet.errors import InputError
 from trivet.generation.engine import Engine
-from trivet.generation.local import Local
+from trivet.generation.local import LocalServer
 from trivet.generation.server import NoServerError, Servers
 from trivet.generation.vllm import Server
 from trivet.model.adapters import inject
@@ -31,14 +32,17 @@ from trivet.model.load import load_policy
 from trivet.model.text import load_tokenizer
 from trivet.optimization import truncated_importance_weights
 from trivet.recipes import grpo, pairwise_grpo, ppo
-from trivet.rewards.guard import within
+from trivet.rewards.guard import with_time_limit
 from trivet.runner.launch import launch
 from trivet.runner.prepare import Launch
 from trivet.runner.resume import resume
 from trivet.toy import ARITHMETIC
 
 PROMPTS = [[1, 2, 3], [4, 5], [6, 7, 8, 9, 10, 11], [12]]
-ROWS = [Example(prompt=prompt, completions=[], learned=[], row={"number": i}) for i, prompt in enumerate(PROMPTS)]
+ROWS = [
+    Example(prompt=prompt, completions=[], learned=[], row={"number": i})
+    for i, prompt in enumerate(PROMPTS)
+]
 
 
 @pytest.fixture
@@ -75,8 +79,12 @@ def client(tmp_path):
     """Makes what generates with stubs; closes it."""
     made: list[Servers] = []
 
-    def make(*stubs: Stub, temperature: float = 0.7, tokens: int = 6, timeout: float = 60.0, **options) -> Servers:
-        engine = Engine(lambda prompt, ids: " ".join(map(str, ids)), [0], tokens, temperature, torch.Generator())
+    def make(
+        *stubs: Stub, temperature: float = 0.7, tokens: int = 6, timeout: float = 60.0, **options
+    ) -> Servers:
+        engine = Engine(
+            lambda prompt, ids: " ".join(map(str, ids)), [0], tokens, temperature, torch.Generator()
+        )
         cut = {"temperature": temperature, "top_k": 0, "top_p": 1.0}
         servers = [Server(x.url, [0], cut, timeout, 1e-4, True) for x in stubs]
         patience = options.pop("patience", timeout)
@@ -100,7 +108,9 @@ def move(policy, seed: int = 1) -> None:
 def adapted(rank: int = 4):
     """The tiny model with an adapter that does something."""
     policy = tiny()
-    inject(policy, LoraConfig(r=rank, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"]))
+    inject(
+        policy, LoraConfig(r=rank, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
+    )
     policy.requires_grad_(False)
     for name, parameter in policy.named_parameters():
         if "lora" in name:
@@ -133,7 +143,9 @@ def test_rollouts_are_the_engines_own_and_follow_the_weights(stub, client, kind)
             assert rollouts.finished[b] == (tokens[-1] == 0)
             assert 0 not in tokens[:-1]
             assert len(tokens) == 6 or tokens[-1] == 0
-            assert rollouts.texts[b] == " ".join(map(str, tokens[:-1] if tokens[-1] == 0 else tokens))
+            assert rollouts.texts[b] == " ".join(
+                map(str, tokens[:-1] if tokens[-1] == 0 else tokens)
+            )
         assert len(rollouts.versions) == 20
         assert torch.equal(groups.mask, groups.present)
         move(policy, step)
@@ -161,14 +173,19 @@ def test_an_adapter_has_a_name_for_each_version_and_old_ones_are_unloaded(stub, 
     assert len(set(names)) == 3
     assert servers.servers[0].strikes == 0
     assert list(stub.adapters) == names[-1:]
-    assert {x["cache_salt"] for x in stub.asked} == set(names)  # no prefix of other weights is reused
+    assert {x["cache_salt"] for x in stub.asked} == set(
+        names
+    )  # no prefix of other weights is reused
 
 
 def test_work_is_shared_among_servers(stub, others, client):
     second = others()
     servers = client(stub, second, tokens=2)
     servers.generate(tiny(), ROWS * 8, 2)
-    counts = [sum(x["sampling_params"]["max_tokens"] > 1 for x in server.asked) for server in (stub, second)]
+    counts = [
+        sum(x["sampling_params"]["max_tokens"] > 1 for x in server.asked)
+        for server in (stub, second)
+    ]
     assert sum(counts) == 32
     assert min(counts) >= 8
 
@@ -189,7 +206,7 @@ def test_the_protocol_of_weights_over_nccl(stub, client, monkeypatch):
         def __init__(self, workers, device):
             assert workers == 1
 
-        def invitation(self):
+        def init_info(self):
             return {"world_size": 2}
 
         def join(self):
@@ -212,17 +229,22 @@ def test_the_protocol_of_weights_over_nccl(stub, client, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["half", "none"])
 @pytest.mark.parametrize("policy", [tiny, adapted], ids=["full weights", "adapter"])
-def test_a_server_that_took_the_weights_in_part_or_not_at_all_is_refused(stub, client, kind, policy):
+def test_a_server_that_took_the_weights_in_part_or_not_at_all_is_refused(
+    stub, client, kind, policy
+):
     if policy is adapted and kind == "half":
         pytest.skip("an adapter is loaded or not")
     policy, servers = policy(), client(stub, patience=5)
     stub.reload = kind
     move(policy)
     with pytest.raises(
-        NoServerError, match="version 0 of the weights, but its log-probabilities are not the learner's"
+        NoServerError,
+        match="version 0 of the weights, but its log-probabilities are not the learner's",
     ):
         servers.generate(policy, ROWS, 2)
-    assert not any(x["sampling_params"]["max_tokens"] > 1 for x in stub.asked)  # nothing was sampled to be trained on
+    assert not any(
+        x["sampling_params"]["max_tokens"] > 1 for x in stub.asked
+    )  # nothing was sampled to be trained on
 
 
 def test_the_run_goes_on_with_the_server_that_passes_the_probe(stub, others, client):
@@ -256,7 +278,9 @@ def test_a_server_that_misbehaves_loses_its_work_to_another(stub, others, client
     servers.servers[0].timeout = 1.0 if fault == "hang" else 60.0
     move(policy)
     stub.fault(fault)
-    while stub.faults:  # on a busy machine the other server may have it all written before this one is asked
+    while (
+        stub.faults
+    ):  # on a busy machine the other server may have it all written before this one is asked
         rollouts = servers.generate(policy, ROWS, 3)
         assert agrees(policy, rollouts) < 1e-5
         assert rollouts.groups.completions.shape[0] == 12
@@ -271,7 +295,9 @@ def test_a_server_that_comes_back_with_old_weights_is_brought_to_the_new_ones(st
     move(policy)
     servers.generate(policy, ROWS, 2)
     stub.restart()
-    rollouts = servers.generate(policy, ROWS, 2)  # the same weights: no sync is due, the server says that it has others
+    rollouts = servers.generate(
+        policy, ROWS, 2
+    )  # the same weights: no sync is due, the server says that it has others
     assert agrees(policy, rollouts) < 1e-5
     assert servers.metrics()["servers/resent"] >= 1
 
@@ -280,33 +306,41 @@ def test_without_a_server_the_wait_ends(folder, client):
     gone = Stub(folder)
     servers = client(gone, patience=0.5)
     gone.close()
-    with pytest.raises(NoServerError, match=f"no server to generate with: {gone.url} can't be reached"):
-        within(60.0, lambda: servers.generate(tiny(), ROWS, 2))
+    with pytest.raises(
+        NoServerError, match=f"no server to generate with: {gone.url} can't be reached"
+    ):
+        with_time_limit(60.0, lambda: servers.generate(tiny(), ROWS, 2))
 
 
 def test_no_server_is_given_up_before_it_was_tried(stub, client, monkeypatch):
     """As on a machine so busy that the first answer takes longer than the patience."""
-    bring, policy = Server.bring, tiny()
+    sync, policy = Server.sync, tiny()
 
     async def late(server, *args):
         await asyncio.sleep(0.6)
-        await bring(server, *args)
+        await sync(server, *args)
 
-    monkeypatch.setattr(Server, "bring", late)
+    monkeypatch.setattr(Server, "sync", late)
     servers = client(stub, patience=0.2)
     assert agrees(policy, servers.generate(policy, ROWS, 2)) < 1e-5
 
 
-def test_a_server_that_says_nothing_any_more_is_left_before_its_time_is_up(stub, others, client, monkeypatch):
+def test_a_server_that_says_nothing_any_more_is_left_before_its_time_is_up(
+    stub, others, client, monkeypatch
+):
     monkeypatch.setattr("trivet.generation.server.BEAT", 0.2)
     monkeypatch.setattr("trivet.generation.server.SHORT", 0.3)
     servers, policy = client(stub, others(), timeout=3600.0), tiny()
     while not all(server.has for server in servers.servers):
         servers.generate(policy, ROWS, 2)
     stub.fault("hang")
-    stub.route = lambda handler, body: stub.held.wait() if "health" in handler.path else Stub.route(stub, handler, body)
-    while stub.faults:  # on a busy machine the other server may have it all written before this one is asked
-        within(60.0, lambda: servers.generate(policy, ROWS, 2))
+    stub.route = lambda handler, body: (
+        stub.held.wait() if "health" in handler.path else Stub.route(stub, handler, body)
+    )
+    while (
+        stub.faults
+    ):  # on a busy machine the other server may have it all written before this one is asked
+        with_time_limit(60.0, lambda: servers.generate(policy, ROWS, 2))
     assert servers.metrics()["servers/resent"] >= 1
     assert not stub.held.is_set()
 
@@ -317,7 +351,9 @@ def test_a_server_that_says_nothing_any_more_is_left_before_its_time_is_up(stub,
 @pytest.mark.slow
 def test_a_local_server_is_started_and_ends_with_us(folder, client, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
-    local = Local(Path(sys.executable), tmp_path / "log", ["--anything", "else"], module="stub_vllm")
+    local = LocalServer(
+        Path(sys.executable), tmp_path / "log", ["--anything", "else"], module="stub_vllm"
+    )
     servers = client()
     url, cut = f"http://127.0.0.1:{local.port}", {"temperature": 0.7, "top_k": 0, "top_p": 1.0}
     servers.servers.append(Server(url, [0], cut, 60.0, 1e-4, True, local=local))
@@ -326,7 +362,9 @@ def test_a_local_server_is_started_and_ends_with_us(folder, client, tmp_path, mo
     first = local.process
     os.kill(first.pid, signal.SIGKILL)
     move(policy)
-    assert agrees(policy, servers.generate(policy, ROWS, 2)) < 1e-5  # another process, started on the newest weights
+    assert (
+        agrees(policy, servers.generate(policy, ROWS, 2)) < 1e-5
+    )  # another process, started on the newest weights
     second = local.process
     assert second.pid != first.pid
     servers.close()
@@ -359,7 +397,10 @@ def impatient(monkeypatch, seconds: float) -> None:
     """Runs wait so long for a server that works, and all the 500 s that they are told to for what one is asked."""
 
     def made(**options) -> Servers:
-        assert [options["patience"], *(server.timeout for server in options["servers"])] == [500.0, 500.0]
+        assert [options["patience"], *(server.timeout for server in options["servers"])] == [
+            500.0,
+            500.0,
+        ]
         return Servers(**options | {"patience": seconds})
 
     monkeypatch.setenv("TRIVET_SERVER_TIMEOUT", "500")
@@ -370,7 +411,9 @@ def lines(out: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in (out / name).read_text().splitlines()]
 
 
-@pytest.mark.parametrize("recipe", [grpo, ppo, pairwise_grpo], ids=lambda recipe: recipe.__name__.rpartition(".")[2])
+@pytest.mark.parametrize(
+    "recipe", [grpo, ppo, pairwise_grpo], ids=lambda recipe: recipe.__name__.rpartition(".")[2]
+)
 @pytest.mark.parametrize("staleness", [0, 2])
 def test_a_run_says_which_weights_wrote_what(toy, tmp_path, recipe, staleness):
     out = launch(recipe.Config(**TOY, steps=5, generate_with=tuple(x.url for x in toy), out=str(tmp_path / "run"),
@@ -398,7 +441,11 @@ def test_each_batch_is_trained_on_once_and_in_the_order_of_the_data(toy, tmp_pat
     }.items():
         toy[0].fault(*faults)
         config = grpo.Config(
-            **TOY, steps=6, generate_with=tuple(x.url for x in toy), out=str(tmp_path / name), max_staleness=1
+            **TOY,
+            steps=6,
+            generate_with=tuple(x.url for x in toy),
+            out=str(tmp_path / name),
+            max_staleness=1,
         )
         out = launch(config)
         assert len(toy[0].faults) == 0
@@ -410,13 +457,16 @@ def test_each_batch_is_trained_on_once_and_in_the_order_of_the_data(toy, tmp_pat
 
 
 @pytest.mark.slow
-def test_without_a_server_the_run_stops_with_a_checkpoint_and_goes_on_later(toy, tmp_path, monkeypatch, capsys):
+def test_without_a_server_the_run_stops_with_a_checkpoint_and_goes_on_later(
+    toy, tmp_path, monkeypatch, capsys
+):
     impatient(monkeypatch, 0.5)
     out, options = tmp_path / "run", dict(TOY, steps=6)
     toy[0].fault(*[""] * 3 * 8, "die")
     config = grpo.Config(**options, generate_with=(toy[0].url,), out=str(out))
     with pytest.raises(
-        InputError, match=r"no server to generate with: .*; stopped after step 3, to go on: trivet resume"
+        InputError,
+        match=r"no server to generate with: .*; stopped after step 3; to continue: trivet resume",
     ):
         launch(config)
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-3"]
@@ -439,7 +489,14 @@ def test_rollouts_not_yet_used_are_in_a_checkpoint(toy, tmp_path, recipe, option
     server, model = Stub(tmp_path / "toy", seeded=True), str(tmp_path / "toy")
     load_tokenizer(ARITHMETIC["model"]).save_pretrained(model)
     options = (
-        TOY | options | {"model": model, "from_scratch": False, "generate_with": (server.url,), "max_staleness": 2}
+        TOY
+        | options
+        | {
+            "model": model,
+            "from_scratch": False,
+            "generate_with": (server.url,),
+            "max_staleness": 2,
+        }
     )
     options |= {"steps": 7, "save_every": 2, "eval_limit": 2, "lr": 1e-3}
     whole, out = tmp_path / "whole", tmp_path / "run"
@@ -463,12 +520,19 @@ def test_rollouts_not_yet_used_are_in_a_checkpoint(toy, tmp_path, recipe, option
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("every", "where"), [(0, "the start"), (2, "step 2")])
-def test_without_a_server_in_an_evaluation_it_says_from_where_it_goes_on(toy, tmp_path, monkeypatch, every, where):
+def test_without_a_server_in_an_evaluation_it_says_from_where_it_goes_on(
+    toy, tmp_path, monkeypatch, every, where
+):
     """The weights have moved by then, so that the beginning of the step can't be saved any more."""
     impatient(monkeypatch, 0.5)
-    out, options = tmp_path / "run", dict(TOY, steps=4, eval_every=4, eval_limit=2, save_every=every)
+    out, options = (
+        tmp_path / "run",
+        dict(TOY, steps=4, eval_every=4, eval_limit=2, save_every=every),
+    )
     toy[0].fault(*[""] * 4 * 8, "die")
-    with pytest.raises(InputError, match=f"; stopped in step 4, to go on from {where}: trivet resume"):
+    with pytest.raises(
+        InputError, match=f"; stopped in step 4; to continue from {where}: trivet resume"
+    ):
         launch(grpo.Config(**options, generate_with=(toy[0].url,), out=str(out)))
     begun = []
     resume(out, lambda launched, step, metrics: begun.append(step), generate_with=[toy[1].url])
@@ -481,7 +545,9 @@ def test_generation_overlaps_training(toy, tmp_path, monkeypatch, ahead):
     seen = list[bool]()
 
     def asked() -> int:
-        return sum(body["sampling_params"]["max_tokens"] > 1 for body in toy[0].asked)  # the others are probes
+        return sum(
+            body["sampling_params"]["max_tokens"] > 1 for body in toy[0].asked
+        )  # the others are probes
 
     def reward(prompts, completions, **_):
         batch, end = len(seen) + 1, time.monotonic() + (60 if ahead else 0.3)
@@ -492,7 +558,11 @@ def test_generation_overlaps_training(toy, tmp_path, monkeypatch, ahead):
 
     monkeypatch.setitem(sys.modules, "waiting", SimpleNamespace(reward=reward))
     options = dict(TOY, steps=5, reward=("waiting:reward",), eval_data="", eval_fraction=0.0)
-    launch(grpo.Config(**options, generate_with=(toy[0].url,), out=str(tmp_path / "run"), max_staleness=ahead))
+    launch(
+        grpo.Config(
+            **options, generate_with=(toy[0].url,), out=str(tmp_path / "run"), max_staleness=ahead
+        )
+    )
     assert seen == [bool(ahead)] * 4 + [False]
     assert asked() == 5 * 8
 
@@ -501,11 +571,18 @@ def test_generation_overlaps_training(toy, tmp_path, monkeypatch, ahead):
 def test_arithmetic_climbs_with_rollouts_a_step_old(toy, tmp_path, monkeypatch):
     """Two processes: this one trains, the stub's samples."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
-    server = Local(Path(sys.executable), tmp_path / "log", [], module="stub_vllm")
+    server = LocalServer(Path(sys.executable), tmp_path / "log", [], module="stub_vllm")
     server.start(str(tmp_path / "toy"))
-    options = {**grpo.PRESETS["arithmetic"], "generate_with": (f"http://127.0.0.1:{server.port}",), "max_staleness": 1}
+    options = {
+        **grpo.PRESETS["arithmetic"],
+        "generate_with": (f"http://127.0.0.1:{server.port}",),
+        "max_staleness": 1,
+    }
     try:
-        metrics = lines(launch(grpo.Config(**options | {"steps": 60}, out=str(tmp_path / "run"))), "metrics.jsonl")
+        metrics = lines(
+            launch(grpo.Config(**options | {"steps": 60}, out=str(tmp_path / "run"))),
+            "metrics.jsonl",
+        )
     finally:
         server.stop()
     assert metrics[0]["reward"] < 0.1
@@ -518,7 +595,12 @@ class Late:
     """The engine, a step late: samples by the weights of the step before, as servers do at --max-staleness 1."""
 
     def __init__(self, engine):
-        self.engine, self.temperature, self.cache_bytes, self.before = engine, engine.temperature, 0, None
+        self.engine, self.temperature, self.cache_bytes, self.before = (
+            engine,
+            engine.temperature,
+            0,
+            None,
+        )
 
     def generate(self, policy, prompts, group_size):
         if group_size == 1:  # an evaluation
@@ -531,11 +613,11 @@ class Late:
 
 @pytest.mark.slow
 def test_arithmetic_is_learned_a_step_late():
-    run = Launch(
+    launched = Launch(
         grpo.Config(**{**grpo.PRESETS["arithmetic"], "lr": 5e-4, "steps": 500})
-    ).run  # seeds 0, 1, 2: 0.98, 1.0, 0.93
-    run.engine = Late
-    assert list(grpo.train(run.config, run))[-1]["eval/reward"] >= 0.9
+    )  # seeds 0, 1, 2: 0.98, 1.0, 0.93
+    launched.run.servers = SimpleNamespace(engine=Late, ahead=iter)
+    assert list(stepwise(launched))[-1]["eval/reward"] >= 0.9
 
 
 # Options and weights ------------------------------------------------------------------------------------------------
@@ -544,14 +626,28 @@ def test_arithmetic_is_learned_a_step_late():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--max-staleness", "1"], "--max-staleness needs somebody who generates meanwhile"),
+        (["--max-staleness", "1"], "--max-staleness needs servers that generate ahead of training"),
         (["--generate-with", "localhost:8000"], "expected a URL like http://127.0.0.1:8000"),
-        (["--vllm"], "TRIVET_VLLM_PYTHON is /nowhere/python, which is not there"),
+        (["--vllm"], "TRIVET_VLLM_PYTHON is /nowhere/python, which does not exist"),
     ],
 )
 def test_options_that_can_not_work_say_so(tmp_path, monkeypatch, capsys, words, said):
     monkeypatch.setenv("TRIVET_VLLM_PYTHON", "/nowhere/python")
-    assert main(["grpo", "--preset", "arithmetic", "--steps", "1", "--out", str(tmp_path / "run"), *words]) == 2
+    assert (
+        main(
+            [
+                "grpo",
+                "--preset",
+                "arithmetic",
+                "--steps",
+                "1",
+                "--out",
+                str(tmp_path / "run"),
+                *words,
+            ]
+        )
+        == 2
+    )
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -560,11 +656,16 @@ def test_importance_weights_make_the_gradient_that_of_the_learner():
     """Over all tokens of a small vocabulary: E_sampler[w A grad log pi] = E_pi[A grad log pi], as long as the cap is not met."""
     torch.manual_seed(0)
     logits = torch.randn(7, dtype=torch.float64, requires_grad=True)
-    sampler, advantage = torch.randn(7, dtype=torch.float64).log_softmax(0), torch.randn(7, dtype=torch.float64)
+    sampler, advantage = (
+        torch.randn(7, dtype=torch.float64).log_softmax(0),
+        torch.randn(7, dtype=torch.float64),
+    )
     logprobs = logits.log_softmax(0)
 
     def gradient(weight: torch.Tensor) -> torch.Tensor:
-        return torch.autograd.grad((weight * advantage * logprobs).sum(), logits, retain_graph=True)[0]
+        return torch.autograd.grad(
+            (weight * advantage * logprobs).sum(), logits, retain_graph=True
+        )[0]
 
     weights = truncated_importance_weights(logprobs, sampler, cap=1e9)
     assert not weights.requires_grad

@@ -20,7 +20,9 @@ def told(tmp_path, capsys):
         run = SimpleNamespace(steps=lines[-1]["step"], device="cpu")
         example = {"prompt": "One day [b]", "completions": list(completions)}
         config = config or grpo.Config()
-        launched = SimpleNamespace(run=run, out=tmp_path, config=config, method="grpo", start_from="here", counts={})
+        launched = SimpleNamespace(
+            run=run, out=tmp_path, config=config, method="grpo", start_from="here", counts={}
+        )
         launched.example = lambda: example
         terminal = Terminal()
         terminal(launched, 0, {})
@@ -37,7 +39,9 @@ def row(said, name):
 
 
 def test_the_first_step_is_that_of_the_run_not_that_after_a_resume(told):
-    lines = [{"step": step, "seconds": 1.0 * step, "reward": step / 8, "kl": 1.0} for step in range(1, 9)]
+    lines = [
+        {"step": step, "seconds": 1.0 * step, "reward": step / 8, "kl": 1.0} for step in range(1, 9)
+    ]
     lines[0]["kl"] = math.nan  # null in the record
     for before in (0, 5):
         said = told(lines, before=before)
@@ -54,7 +58,8 @@ def test_a_record_that_can_not_be_read_does_not_end_the_run(told):
 
 def test_warnings_of_the_page_end_the_run(told):
     lines = [
-        {"step": step, "seconds": 1.0 * step, "kl": 20.0, "completions/mean_length": 30.0} for step in range(1, 12)
+        {"step": step, "seconds": 1.0 * step, "kl": 20.0, "completions/mean_length": 30.0}
+        for step in range(1, 12)
     ]
     said = told(lines, grpo.Config(beta=0.0))
     assert said.splitlines()[-1] == (
@@ -72,7 +77,9 @@ def test_the_speed_leaves_evaluations_out(told):
     assert "  300 tokens/s" in told(lines)
 
 
-@pytest.mark.parametrize(("accuracy", "margin"), [("accuracy", "margin"), ("rewards/accuracies", "rewards/margins")])
+@pytest.mark.parametrize(
+    ("accuracy", "margin"), [("accuracy", "margin"), ("rewards/accuracies", "rewards/margins")]
+)
 def test_an_accuracy_of_ties_says_so(told, accuracy, margin):
     lines = [{"step": step, "seconds": 1.0 * step, accuracy: 0.0, margin: 0.0} for step in (1, 2)]
     lines[1] |= {accuracy: 0.75, margin: 0.1}
@@ -86,4 +93,4 @@ def test_what_is_learned_is_only_named_where_there_is_something(told):
     lines = [{"step": 1, "seconds": 1.0}]
     assert "  one prompt:\n  One day [b]\n" in told(lines)
     said = told(lines, completions=[[(" the fox", True)]])
-    assert "  one example, given and learned:\n  One day [b]\n  →  the fox\n" in said
+    assert "  one example, prompt and learned tokens:\n  One day [b]\n  →  the fox\n" in said

@@ -9,7 +9,10 @@ def lines(steps: int = 30, **columns) -> list[dict]:
     """Metrics lines; a column is a number, or a function of the step."""
     return [
         {"step": step}
-        | {key.replace("__", "/"): value(step) if callable(value) else value for key, value in columns.items()}
+        | {
+            key.replace("__", "/"): value(step) if callable(value) else value
+            for key, value in columns.items()
+        }
         for step in range(1, steps + 1)
     ]
 
@@ -32,7 +35,9 @@ def test_levels(key, below, above, what):
     assert found(lines(**{key: below})) == []
     assert found(lines(**{key: above})) == [what]
     assert found(lines(9, **{key: above})) == []  # too few steps to say
-    assert found(lines(30, **{key: lambda step: above if step == 30 else below})) == []  # a single step says little
+    assert (
+        found(lines(30, **{key: lambda step: above if step == 30 else below})) == []
+    )  # a single step says little
 
 
 def test_any_skipped_update_is_told():
@@ -50,14 +55,18 @@ def test_kl_per_token_and_doubling():
     doubling = lines(kl=lambda step: 4 if step <= 20 else 11, completions__mean_length=400)
     assert found(doubling) == ["KL is running away"]
     assert found(lines(kl=lambda step: 6 if step <= 20 else 11, completions__mean_length=400)) == []
-    assert found(lines(kl=lambda step: 4 if step <= 20 else 9.9, completions__mean_length=400)) == []
+    assert (
+        found(lines(kl=lambda step: 4 if step <= 20 else 9.9, completions__mean_length=400)) == []
+    )
     assert "--beta above 0" in warnings({"beta": 0.0}, doubling)[0].help
     assert "a larger --beta" in warnings({"beta": 0.1}, doubling)[0].help
 
 
 def test_entropy_against_the_first_steps():
     assert found(lines(entropy=lambda step: 1.0 if step <= 20 else 0.21)) == []
-    assert found(lines(entropy=lambda step: 1.0 if step <= 20 else 0.19)) == ["Entropy has collapsed"]
+    assert found(lines(entropy=lambda step: 1.0 if step <= 20 else 0.19)) == [
+        "Entropy has collapsed"
+    ]
 
 
 def test_a_critic_that_improves_is_left_alone():
@@ -67,7 +76,9 @@ def test_a_critic_that_improves_is_left_alone():
     ]
 
 
-@pytest.mark.parametrize(("fall", "rise", "warns"), [(0.12, 0.12, True), (0.08, 0.12, False), (0.12, 0.08, False)])
+@pytest.mark.parametrize(
+    ("fall", "rise", "warns"), [(0.12, 0.12, True), (0.08, 0.12, False), (0.12, 0.08, False)]
+)
 def test_heldout_reward_falls_while_training_reward_rises(fall, rise, warns):
     metrics = lines(40, reward=lambda step: 1.0 if step <= 20 else 1.0 + rise, reward_std=1.0)
     for line in metrics[9::10] + metrics[4::10]:
@@ -79,12 +90,18 @@ def test_heldout_reward_falls_while_training_reward_rises(fall, rise, warns):
 
 def test_nothing_null_and_text_say_nothing():
     assert found([]) == []
-    assert found(lines(kl=None, entropy="much", clip_ratio=float("nan"), completions__mean_length=0.0)) == []
+    assert (
+        found(lines(kl=None, entropy="much", clip_ratio=float("nan"), completions__mean_length=0.0))
+        == []
+    )
 
 
 def test_help_names_the_options_that_there_are():
     metrics = lines(frac_reward_zero_std=0.9, completions__clipped_ratio=0.5)
-    plain, more = warnings({}, metrics), warnings({"dynamic_sampling": 0, "overlong_buffer": 0}, metrics)
+    plain, more = (
+        warnings({}, metrics),
+        warnings({"dynamic_sampling": 0, "overlong_buffer": 0}, metrics),
+    )
     assert all("--" in warning.help for warning in plain)
     assert "--dynamic-sampling" in more[0].help
     assert "--dynamic-sampling" not in plain[0].help

@@ -35,7 +35,9 @@ def serve(monkeypatch):
     def start(*paths):
         listening = socket.create_server(("127.0.0.1", 0))
         port = listening.getsockname()[1]
-        server = uvicorn.Server(uvicorn.Config(watch.application(list(paths)), log_level="warning", lifespan="off"))
+        server = uvicorn.Server(
+            uvicorn.Config(watch.application(list(paths)), log_level="warning", lifespan="off")
+        )
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         servers.append((server, thread, listening))
@@ -76,7 +78,10 @@ def append(run, text):
 def line(run):
     """The line of the next step."""
     rows = read_metrics(run)
-    return json.dumps(rows[-1] | {"step": rows[-1]["step"] + 1, "seconds": rows[-1]["seconds"] + 0.6}) + "\n"
+    return (
+        json.dumps(rows[-1] | {"step": rows[-1]["step"] + 1, "seconds": rows[-1]["seconds"] + 0.6})
+        + "\n"
+    )
 
 
 def test_the_page_the_data_and_what_they_say_to_browsers(serve, tmp_path):
@@ -191,7 +196,9 @@ def test_other_hosts_are_refused(serve, tmp_path, host):
         assert "127.0.0.1" in said
 
 
-@pytest.mark.parametrize("host", ["localhost", "localhost:{}", "127.0.0.1:{}", "[::1]:{}", "LOCALHOST:{}"])
+@pytest.mark.parametrize(
+    "host", ["localhost", "localhost:{}", "127.0.0.1:{}", "[::1]:{}", "LOCALHOST:{}"]
+)
 def test_this_machine_is_let_in(serve, tmp_path, host):
     ask = serve(going_on(tmp_path / "grpo"))
     assert ask(headers={"Host": host.format(ask.port)})[0] == 200
@@ -223,7 +230,10 @@ def test_no_file_is_served(serve, tmp_path):
 def test_the_command_says_where_it_is_and_ends_quietly(tmp_path, capsys):
     run = going_on(tmp_path / "grpo")
     process = subprocess.Popen(
-        [sys.executable, "-m", "trivet", "watch", str(run)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "trivet", "watch", str(run)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     said = process.stdout.readline()
     port = int(re.search(r"http://127\.0\.0\.1:(\d+)/", said)[1])
@@ -243,10 +253,10 @@ def test_the_command_says_where_it_is_and_ends_quietly(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["nope"], "nope is not a run directory: there is no such directory"),
+        (["nope"], "nope is not a run directory: it does not exist"),
         (["{}"], "no run.json"),
         ([], "name a run directory first"),
-        (["{}/grpo", "--port", "99999"], "--port 99999"),
+        (["{}/grpo", "--port", "99999"], "--port is 99999"),
         (["{}/grpo", "--prot", "1"], "--port"),
     ],
 )
@@ -255,8 +265,18 @@ def test_what_cannot_be_watched_is_one_sentence(arguments, named, tmp_path, caps
     inside = tmp_path / "empty"
     inside.mkdir()
     going_on(inside / "other" / "grpo")
-    assert main(["watch", *(word.format(inside if word == "{}" else inside / "other") for word in arguments)]) == 2
-    said = capsys.readouterr().err.removeprefix("trivet watch: waiting up to 0 s for nope to begin\n")
+    assert (
+        main(
+            [
+                "watch",
+                *(word.format(inside if word == "{}" else inside / "other") for word in arguments),
+            ]
+        )
+        == 2
+    )
+    said = capsys.readouterr().err.removeprefix(
+        "trivet watch: waiting up to 0 s for nope to start\n"
+    )
     assert named in said
     assert said.count("\n") == 1
 
@@ -275,10 +295,10 @@ def test_a_run_that_is_about_to_begin_is_waited_for(tmp_path, capsys, monkeypatc
     monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
     watch.wait_for([run])
     assert 1040 <= now[0] < 1041
-    assert capsys.readouterr().err == f"trivet watch: waiting up to 60 s for {run} to begin\n"
+    assert capsys.readouterr().err == f"trivet watch: waiting up to 60 s for {run} to start\n"
     watch.wait_for([run])
     assert capsys.readouterr().err == ""
-    with pytest.raises(InputError, match="there is no such directory"):
+    with pytest.raises(InputError, match="it does not exist"):
         watch.wait_for([tmp_path / "never"])
     assert 1100 <= now[0] < 1102
 
@@ -329,7 +349,9 @@ def browser():
         opened.close()
 
 
-def test_the_open_page_follows_a_run_through_half_a_line_a_lost_directory_and_its_end(serve, tmp_path, browser):
+def test_the_open_page_follows_a_run_through_half_a_line_a_lost_directory_and_its_end(
+    serve, tmp_path, browser
+):
     run = going_on(tmp_path / "grpo")
     ask = serve(run)
     page, errors = browser.new_page(), []

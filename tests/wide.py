@@ -13,7 +13,9 @@ def widened(model: Any, width: int = 32) -> Any:
     config = copy.deepcopy(model.config)
     old, config.head_dim = config.head_dim, width
     step, half = width // old, torch.arange(old // 2)
-    place = torch.cat([half * step, width // 2 + half * step])  # of each old dimension in a new head
+    place = torch.cat(
+        [half * step, width // 2 + half * step]
+    )  # of each old dimension in a new head
     wide = AutoModelForCausalLM.from_config(config).float().eval()
     tensors = {}
     for name, x in model.state_dict().items():

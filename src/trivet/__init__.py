@@ -1,23 +1,27 @@
 """Trivet post-trains language models on preferences and rewards.
 
-Three legs that never import each other: trivet.rewards (what is good?), trivet.generation (what does the policy say?),
-trivet.optimization (how does it change?); trivet.recipes is where they meet, one short file for each method.
+It stands on three legs that never import each other: trivet.rewards (what is good?),
+trivet.generation (what does the policy say?) and trivet.optimization (how does it change?). They
+meet in trivet.recipes, one short file per method.
 
     import trivet
     from trivet.recipes import grpo
 
-    trivet.launch(grpo.Config(model="Qwen/Qwen3-0.6B", data="questions.jsonl", reward=("last_number",)))
+    trivet.launch(
+        grpo.Config(model="Qwen/Qwen3-0.6B", data="questions.jsonl", reward=("last_number",))
+    )
 """
 
 import importlib
 import os
 from typing import Any
 
-# torch's threads spin for long, and are slow where another process wants a core
+# by default torch's threads spin for a long time, which is slow when other processes need the cores
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch is imported, so after this
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # torch reads this when it is first imported
 
-_WHERE = {  # the public names, in reading order; imported when they are asked for, so that the command line is there at once
+# the public names in reading order, imported on first use so that the command line starts quickly
+_MODULES = {
     "Example": "trivet.batch",
     "Groups": "trivet.batch",
     "Rollouts": "trivet.batch",
@@ -37,10 +41,10 @@ _WHERE = {  # the public names, in reading order; imported when they are asked f
 
 
 def __getattr__(name: str) -> Any:
-    if name in _WHERE:
-        return getattr(importlib.import_module(_WHERE[name]), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'trivet' has no attribute '{name}'")
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_WHERE]
+    return [*globals(), *_MODULES]

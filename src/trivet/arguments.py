@@ -1,4 +1,4 @@
-"""What a person writes, flags or a TOML file, as values for the fields of a config: names known, types right."""
+"""Parse flags and TOML files into values for the fields of a config, checking names and types."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from trivet.errors import InputError, nearest
 
-ELSEWHERE = {  # names of the same options in transformers and TRL
+OTHER_NAMES = {  # what transformers and TRL call our options, for suggestions
     "model_name_or_path": "model",
     "dataset_name": "data",
     "dataset": "data",
@@ -43,25 +43,31 @@ ELSEWHERE = {  # names of the same options in transformers and TRL
 }
 
 
-def parse(kind: type[Any], args: list[str], presets: dict[str, dict[str, Any]] | None = None) -> Any:
-    """A config from --preset NAME ..., then --config FILE.toml, then flags, the later ones on top."""
+def parse(
+    kind: type[Any], args: list[str], presets: dict[str, dict[str, Any]] | None = None
+) -> Any:
+    """Build a config from --preset NAME ..., --config FILE.toml and flags; later ones override
+    earlier ones.
+    """
     presets = presets or {}
     others: dict[str, Any] = {"trust_remote_code": bool} if hasattr(kind, "model") else {}
-    flags = read_flags(kind, args, others | ({"preset": tuple[str, ...], "config": str} if presets else {}))
+    flags = read_flags(
+        kind, args, others | ({"preset": tuple[str, ...], "config": str} if presets else {})
+    )
     if flags.pop("trust-remote-code", False):
         os.environ["TRIVET_TRUST_REMOTE_CODE"] = "1"
     path, values = flags.pop("config", None), dict[str, Any]()
     for preset in flags.pop("preset", ()):
         if preset not in presets:
-            raise InputError(f"--preset {preset}: there is {', '.join(presets)}")
+            raise InputError(f"unknown preset '{preset}'; choose from {', '.join(presets)}")
         values |= presets[preset]
     if path is not None:
-        values |= typed(kind, read_toml(path), f"{path}: ")
-    return kind(**values | typed(kind, flags, "--"))
+        values |= parse_values(kind, read_toml(path), f"{path}: ")
+    return kind(**values | parse_values(kind, flags, "--"))
 
 
 def runs_and_options(kind: type[Any], args: list[str], program: str) -> tuple[list[Path], Any]:
-    """The run directories, which stand first, and the options after them."""
+    """Split the arguments into leading run directories and the options that follow them."""
     flags = next((i for i, arg in enumerate(args) if arg.startswith("-")), len(args))
     options = parse(kind, args[flags:])
     if not flags:
@@ -69,13 +75,17 @@ def runs_and_options(kind: type[Any], args: list[str], program: str) -> tuple[li
     return [Path(arg) for arg in args[:flags]], options
 
 
-def read_flags(config: type[Any], args: Sequence[str], others: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Keys and values from --key value, --key=value, --key and --no-key, several values (or times) where a list is expected.
+def read_flags(
+    config: type[Any], args: Sequence[str], others: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Read --key value, --key=value, --key and --no-key into a dict. A list option takes several
+    values and may be repeated.
 
-    others: keys beyond the fields of config, and their types. A word that is no number where one is expected stays as it is.
-    Errors: InputError for an unknown key, naming the nearest, one given twice, or the wrong number of values.
+    others: keys beyond the fields of config, with their types. A word that is not a number where
+    one is expected is left as a string. Errors: InputError for an unknown key (naming the nearest
+    one), a repeated key, or the wrong number of values.
     """
-    kinds, given = typing.get_type_hints(config) | (others or {}), dict[str, Any]()
+    kinds, values = typing.get_type_hints(config) | (others or {}), dict[str, Any]()
     groups: list[list[str]] = []
     for word in args:
         if word.startswith("--"):
@@ -83,7 +93,9 @@ def read_flags(config: type[Any], args: Sequence[str], others: dict[str, Any] | 
         elif groups:
             groups[-1].append(word)
         else:
-            raise InputError(f"'{word}' belongs to no option; options begin with -- (--help lists all)")
+            raise InputError(
+                f"'{word}' belongs to no option; options begin with -- (--help lists them all)"
+            )
     for flag, *words in groups:
         name = flag[2:].replace("-", "_")
         off = name not in kinds and kinds.get(name.removeprefix("no_")) is bool
@@ -91,38 +103,51 @@ def read_flags(config: type[Any], args: Sequence[str], others: dict[str, Any] | 
         key, kind = name.replace("_", "-"), kinds.get(name)
         if kind is None:
             near = _nearest(name, kinds).replace("_", "-")
-            raise InputError(f"unknown option {flag}; the nearest known one is --{near} (--help lists all)")
-        several = typing.get_origin(kind) is tuple
-        if not several and (key in given or len(words) != (kind is not bool)):
-            takes = "no value" if kind is bool else "one value"
             raise InputError(
-                f"{flag} is given {'twice' if key in given else ' '.join(words) or 'nothing'}; it takes {takes}"
+                f"unknown option {flag}; the nearest known one is --{near} (--help lists them all)"
             )
-        values = [_number(word, typing.get_args(kind)[0] if several else kind) for word in words]
-        given[key] = not off if kind is bool else [*given.get(key, []), *values] if several else values[0]
-    return given
+        several = typing.get_origin(kind) is tuple
+        if not several and (key in values or len(words) != (kind is not bool)):
+            takes = "no value" if kind is bool else "one value"
+            problem = (
+                "was given twice"
+                if key in values
+                else f"was given {' '.join(words)}"
+                if words
+                else "has no value"
+            )
+            raise InputError(f"{flag} {problem}; it takes {takes}")
+        numbers = [_number(word, typing.get_args(kind)[0] if several else kind) for word in words]
+        values[key] = (
+            not off if kind is bool else [*values.get(key, []), *numbers] if several else numbers[0]
+        )
+    return values
 
 
-def typed(kind: type[Any], values: dict[str, Any], where: str) -> dict[str, Any]:
-    """Values under the names of this kind's fields, as they come from a TOML file or flags (dashes or underscores).
+def parse_values(kind: type[Any], values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Check values from a TOML file or flags (dashes or underscores) against the fields of this
+    config class, and return them under the fields' names.
 
-    Errors: InputError that names an unknown key and the nearest known one, or a value of the wrong type.
+    Errors: InputError that names an unknown key and the nearest known one, or a value of the wrong
+    type.
     """
     kinds = typing.get_type_hints(kind)
-    given: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for key, value in values.items():
         name = key.replace("-", "_")
         if name not in kinds:
-            raise InputError(f"{where}unknown key '{key}'; the nearest known one is '{_nearest(name, kinds)}'")
-        if expected := _misfit(value, kinds[name]):
+            raise InputError(
+                f"{where}unknown key '{key}'; the nearest known one is '{_nearest(name, kinds)}'"
+            )
+        if expected := misfit(value, kinds[name]):
             raise InputError(f"{where}{key} is {value!r}; expected {expected}")
-        given[name] = value if typing.get_origin(kinds[name]) is not tuple else _several(value)
-    return given
+        fields[name] = value if typing.get_origin(kinds[name]) is not tuple else _as_tuple(value)
+    return fields
 
 
 def _nearest(name: str, kinds: dict[str, Any]) -> str:
-    meant = ELSEWHERE.get(name, "")
-    return meant if meant in kinds else nearest(name, kinds)
+    ours = OTHER_NAMES.get(name, "")
+    return ours if ours in kinds else nearest(name, kinds)
 
 
 def _number(word: str, kind: Any) -> Any:
@@ -132,38 +157,43 @@ def _number(word: str, kind: Any) -> Any:
         return word
 
 
-def _several(value: Any) -> tuple[Any, ...]:
-    """A list as a tuple; one value for a list of one."""
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    """A list as a tuple, a single value as a tuple of one."""
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
-def _misfit(value: Any, kind: Any) -> str:
-    """What was expected, where the value is not of this kind; '' where it is."""
+def misfit(value: Any, kind: Any) -> str:
+    """What was expected if the value is not of this type; '' if it is."""
     inner = typing.get_args(kind)
     if typing.get_origin(kind) is Literal:
         return "" if value in inner else f"one of {', '.join(inner)}"
     if typing.get_origin(kind) is tuple:
-        fits = not any(_misfit(item, inner[0]) for item in _several(value))
+        fits = not any(misfit(item, inner[0]) for item in _as_tuple(value))
         return "" if fits else f"a list of {inner[0].__name__}"
-    fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+    kind = typing.get_origin(kind) or kind
+    fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(
+        value, bool
+    ) == (kind is bool)
     return "" if fits else kind.__name__
 
 
-def read_toml(path: str) -> dict[str, Any]:
-    """The keys of a TOML file."""
+def read_toml(path: str, label: str = "--config") -> dict[str, Any]:
+    """The keys of a TOML file. label: what error messages call it."""
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise InputError(f"--config {path}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, arrays nested too deeply
-        raise InputError(f"--config {path}: not TOML: {error}") from None
+        raise InputError(f"{label} {path}: {error.strerror or error}") from None
+    # also raised for a number with thousands of digits and for arrays nested too deeply
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{label} {path}: not valid TOML: {error}") from None
 
 
 def to_toml(config: Any) -> str:
-    """The config as TOML that read_toml gives back."""
+    """The config as TOML that read_toml can read back."""
     lines = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        written = json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)
-        lines.append(f"{field.name} = {written}".replace("\x7f", "\\u007f"))  # TOML has JSON's strings, but for this
+        text = json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)
+        # DEL is the one character that JSON strings may hold unescaped and TOML strings may not
+        lines.append(f"{field.name} = {text}".replace("\x7f", "\\u007f"))
     return "\n".join(lines) + "\n"

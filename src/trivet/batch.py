@@ -1,7 +1,9 @@
-"""The types that flow: Example (a row of data), Groups (prompts and completions), Rollouts (groups that the policy wrote itself).
+"""The types that flow through a step: Example (a row of data), Groups (prompts and completions) and
+Rollouts (groups that the policy sampled).
 
-P prompts, G completions of each, B = P G rows; row b answers prompt b // G. S is the padded length of prompts, T that of
-completions. Column t of every (B, T) tensor describes completion token t.
+P prompts with G completions each make B = P G rows; row b answers prompt b // G. S is the padded
+length of the prompts, T that of the completions. Column t of every (B, T) tensor describes
+completion token t.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,12 +16,15 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Groups:
-    """Prompts, each with G completions. SFT is G = 1, a preference is G = 2 (chosen, rejected), GRPO is any G.
+    """Prompts, each with G completions. SFT has G = 1, a preference G = 2 (chosen, rejected), GRPO
+    any G.
 
-    Two prompts with two completions each, 0 standing for padding (which ids stand there is of no importance):
+    Two prompts with two completions each, padded with 0 (the ids in padding don't matter):
 
-        prompts      [[5, 6, 7], [8, 9, 0]]                prompt_mask  [[1, 1, 1], [1, 1, 0]]
-        completions  [[3, 1], [4, 0], [3, 3], [1, 0]]      mask = present  [[1, 1], [1, 0], [1, 1], [1, 0]]
+        prompts         [[5, 6, 7], [8, 9, 0]]
+        prompt_mask     [[1, 1, 1], [1, 1, 0]]
+        completions     [[3, 1], [4, 0], [3, 3], [1, 0]]
+        mask = present  [[1, 1], [1, 0], [1, 1], [1, 0]]
     """
 
     prompts: Tensor  # (P, S) int64
@@ -31,19 +36,26 @@ class Groups:
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens that the trunk sees for each group, its prompt counted once. (P,)"""
+        """Number of tokens the trunk sees for each group, counting its prompt once. (P,)"""
         return self.prompt_mask.sum(1) + self.present.reshape(len(self.prompts), -1).sum(1)
 
     def select(self, prompts: Tensor) -> "Groups":
         """The groups of these prompts, in this order. prompts: (K,) int64 indices."""
         rows, size = group_rows(prompts, self.group_size), self.group_size
-        given, written = (self.prompts, self.prompt_mask), (self.completions, self.mask, self.present)
-        return _groups(*(x[prompts] for x in given), *(x[rows] for x in written), group_size=size)
+        by_prompt = (self.prompts, self.prompt_mask)
+        by_row = (self.completions, self.mask, self.present)
+        return _groups(
+            *(x[prompts] for x in by_prompt), *(x[rows] for x in by_row), group_size=size
+        )
 
     def regroup(self, group_size: int) -> "Groups":
-        """The same rows in smaller groups, each with its own copy of the prompt. group_size divides the present one."""
+        """The same rows in smaller groups, each with its own copy of the prompt. group_size must
+        divide the current one.
+        """
         copies = self.group_size // group_size
-        prompts, prompt_mask = (x.repeat_interleave(copies, 0) for x in (self.prompts, self.prompt_mask))
+        prompts, prompt_mask = (
+            x.repeat_interleave(copies, 0) for x in (self.prompts, self.prompt_mask)
+        )
         return replace(self, prompts=prompts, prompt_mask=prompt_mask, group_size=group_size)
 
     def to(self, device: torch.device | str) -> "Groups":
@@ -54,38 +66,45 @@ class Groups:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollouts:
-    """Groups as the policy wrote them. Written once by generation, then only read."""
+    """Groups that the policy sampled. Made once by generation, then only read."""
 
     groups: Groups
     logprobs: Tensor  # (B, T) log pi_old(token) as sampled
-    finished: Tensor  # (B,) bool     ended by itself; False = cut at the length limit
+    finished: Tensor  # (B,) bool     ended with a stop token; False = cut at the length limit
     texts: Sequence[str]  # B
     rows: Sequence[Mapping[str, Any]]  # P source rows, every column kept, for rewards
-    versions: Sequence[int] = ()  # B, steps behind the weights that wrote each; empty: the learner's own, as they are
+    # B, how many steps behind the learner the weights were that sampled each; empty: not at all
+    versions: Sequence[int] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
-    """One row of data in token ids: a prompt, with the completions that come with it: none, one, or (chosen, rejected)."""
+    """One row of data as token ids: a prompt and the completions that come with it (none, one, or
+    chosen and rejected).
+    """
 
     prompt: list[int]
     completions: list[list[int]]
     learned: list[list[bool]]  # per completion token, whether the policy learns it
     row: Mapping[str, Any]  # the source row, every column kept
-    index: int | tuple[int, int] = -1  # its number in the run (step/run.py), by which tables find it
+    index: int | tuple[int, int] = -1  # its number in the run (step/run.py), a key for tables
 
 
 def group_rows(prompts: Tensor, group_size: int) -> Tensor:
     """Row numbers p G ... p G + G - 1 of these prompts, in order. (K,) -> (K G,)"""
-    return (prompts[:, None] * group_size + torch.arange(group_size, device=prompts.device)).flatten()
+    return (
+        prompts[:, None] * group_size + torch.arange(group_size, device=prompts.device)
+    ).flatten()
 
 
 def pad(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Ragged token ids as a right-padded (N, L) int64 tensor and its (N, L) bool mask, made from the lengths."""
+    """Right-pad ragged token ids into an (N, L) int64 tensor; also return its (N, L) bool mask."""
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     mask = torch.arange(max(1, int(lengths.max())))[None, :] < lengths[:, None]
     padded = torch.zeros(mask.shape, dtype=torch.int64)
-    padded[mask] = torch.tensor([token for sequence in sequences for token in sequence], dtype=torch.int64)
+    padded[mask] = torch.tensor(
+        [token for sequence in sequences for token in sequence], dtype=torch.int64
+    )
     return padded, mask
 
 
@@ -94,15 +113,24 @@ def collate(
     completions: Sequence[Sequence[int]],
     trained: Sequence[Sequence[bool]] | None = None,
 ) -> Groups:
-    """Groups from token ids: P prompts and P G completions, prompt by prompt.
+    """Build Groups from token ids: P prompts and P G completions, ordered by prompt.
 
-    trained: per completion token, whether the policy learns it; None trains all.
+    trained: per completion token, whether the policy learns it; None trains on all.
     """
     (prompt_ids, prompt_mask), (completion_ids, present) = pad(prompts), pad(completions)
     mask = present.clone()
     if trained is not None:
-        mask[present] = torch.tensor([flag for flags in trained for flag in flags], dtype=torch.bool)
-    return _groups(prompt_ids, prompt_mask, completion_ids, mask, present, group_size=len(completions) // len(prompts))
+        mask[present] = torch.tensor(
+            [flag for flags in trained for flag in flags], dtype=torch.bool
+        )
+    return _groups(
+        prompt_ids,
+        prompt_mask,
+        completion_ids,
+        mask,
+        present,
+        group_size=len(completions) // len(prompts),
+    )
 
 
 def _groups(*tensors: Tensor, group_size: int) -> Groups:
@@ -113,19 +141,28 @@ def _groups(*tensors: Tensor, group_size: int) -> Groups:
 def microbatches(
     groups: Groups, budget: int, *, whole: bool = False, only: Tensor | None = None
 ) -> Iterator[tuple[Tensor, Groups]]:
-    """Split a step into parts of at most `budget` trunk tokens, longest groups first, so that memory is bounded.
+    """Split a step into parts of at most `budget` trunk tokens, longest groups first, to bound
+    memory.
 
-    whole: keep a group over the budget in one part, as losses that compare completions need; otherwise it is split by rows, as
-    long as a prompt is not the larger half of its part. only: (P,) bool, groups to visit (others can't change the gradient).
-    Yields (rows, part): rows are the (b,) row numbers of part in `groups`, so `advantages[rows]` goes with part.
+    whole: keep a group that exceeds the budget in one part, as losses that compare completions
+    need; otherwise it is split by rows, unless its prompt would be the larger half of its part.
+    only: (P,) bool, the groups to visit (the others can't change the gradient). Yields (rows,
+    part): rows are the (b,) row numbers of part in `groups`, so `advantages[rows]` matches part.
     """
-    size, first = groups.group_size, torch.arange(len(groups.completions), device=groups.completions.device)
+    size, first = (
+        groups.group_size,
+        torch.arange(len(groups.completions), device=groups.completions.device),
+    )
     if only is not None:
         chosen = only.nonzero().squeeze(1)
         groups, first = groups.select(chosen), group_rows(chosen, size)
     if not len(groups.prompts):
         return
-    while not whole and size > 1 and (groups.lengths > (2 * groups.prompt_mask.sum(1)).clamp(min=budget)).any():
+    while (
+        not whole
+        and size > 1
+        and (groups.lengths > (2 * groups.prompt_mask.sum(1)).clamp(min=budget)).any()
+    ):
         size = next(smaller for smaller in range(size - 1, 0, -1) if size % smaller == 0)
         groups = groups.regroup(size)
     lengths: list[int] = groups.lengths.tolist()  # type: ignore[no-untyped-call]  one read of the device for the step

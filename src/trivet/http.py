@@ -1,4 +1,6 @@
-"""Calls to servers: an event loop to make them in, one call with its limits, the pause before the next attempt."""
+"""Calls to servers: an event loop to run them in, a single call with limits, and the pause before a
+retry.
+"""
 
 import asyncio
 import email.utils
@@ -13,27 +15,27 @@ from typing import Any, TypeVar
 import httpx
 
 T = TypeVar("T")
-BLOCKED = 0.5  # seconds after which a loop that does not come back is given up
-_draw = random.Random()  # apart from the generators that a run's results depend on
+BLOCKED_AFTER = 0.5  # seconds after which a loop that does not respond is abandoned
+_draw = random.Random()  # separate from the generators that a run's results depend on
 
 
 class NoAnswerError(Exception):
-    """A call that came to nothing, said in a sentence, and may go better another time; wait: seconds that the server asks for."""
+    """A call that failed but is worth retrying. wait: seconds the server asked to wait first."""
 
-    def __init__(self, told: str, *, wait: float | None = None):
-        super().__init__(told)
+    def __init__(self, message: str, *, wait: float | None = None):
+        super().__init__(message)
         self.wait = wait
 
 
 class RefusedError(Exception):
-    """A call that the server understood and refused: HTTP code, and what it said."""
+    """A call that the server understood and refused. code: the HTTP status; reply: the body."""
 
-    def __init__(self, code: int, said: str):
-        super().__init__(f"HTTP {code}: {said}")
-        self.code, self.said = code, said
+    def __init__(self, code: int, reply: str):
+        super().__init__(f"HTTP {code}: {reply}")
+        self.code, self.reply = code, reply
 
 
-async def answered(
+async def call_server(
     client: httpx.AsyncClient,
     how: str,
     url: str,
@@ -44,10 +46,13 @@ async def answered(
     largest: int,
     plain: bool = False,
 ) -> Any:
-    """The JSON that the server at this url answers with on /what; None where it says nothing.
+    """Call url/what with this HTTP method (`how`) and return the JSON it answers with, None if the
+    answer is empty.
 
-    timeout: seconds until the answer must be complete. largest: bytes of an answer. plain: it is text, not JSON. Errors: NoAnswerError for what may go better
-    another time (no connection, too slow, 408, 409, 429, 5xx, too much, not JSON), RefusedError for any other code.
+    timeout: seconds until the answer must be complete. largest: limit on the size of the answer,
+    in bytes. plain: the answer is text, not JSON. Errors: NoAnswerError for what is worth retrying
+    (no connection, too slow, 408, 409, 429, 5xx, too large, not JSON), RefusedError for any other
+    code.
     """
     try:
         async with asyncio.timeout(timeout):
@@ -56,32 +61,38 @@ async def answered(
                 async for part in response.aiter_bytes():
                     text += part
                     if len(text) > largest:
-                        raise NoAnswerError(f"{url} answers with more than {largest >> 20} MiB")
+                        raise NoAnswerError(f"{url} answered with more than {largest >> 20} MiB")
     except (TimeoutError, httpx.TimeoutException):
-        raise NoAnswerError(f"{url} gives no answer within {timeout:g} seconds") from None
+        raise NoAnswerError(f"{url} did not answer within {timeout:g} seconds") from None
     except (httpx.InvalidURL, httpx.UnsupportedProtocol):
         raise
     except httpx.HTTPError as error:
-        raise NoAnswerError(f"{url} can't be reached or breaks off: {error or type(error).__name__}") from None
+        raise NoAnswerError(
+            f"{url} can't be reached or broke off: {error or type(error).__name__}"
+        ) from None
     code = response.status_code
     if code in (408, 409, 429) or code >= 500:
-        raise NoAnswerError(f"{url} answers with HTTP {code}", wait=_wait(response.headers.get("retry-after")))
+        raise NoAnswerError(
+            f"{url} answered with HTTP {code}", wait=_wait(response.headers.get("retry-after"))
+        )
     if code != 200:
-        raise RefusedError(code, text[:300].decode(errors="replace") or "nothing more")
+        raise RefusedError(code, text[:300].decode(errors="replace") or "(empty reply)")
     try:
         return text.decode(errors="replace") if plain else json.loads(text) if text else None
     except (ValueError, RecursionError):
-        raise NoAnswerError(f"{url} answers with something that is not JSON") from None
+        raise NoAnswerError(f"{url} answered with something that is not JSON") from None
 
 
-_loops: list[asyncio.AbstractEventLoop] = []  # the one loop, once there is one
+_loops: list[asyncio.AbstractEventLoop] = []  # holds the one loop, once it was started
 
 
-def settled(awaitable: Awaitable[T]) -> T:
-    """What an awaitable comes to, in an event loop of our own that lives as long as the process.
+def run_async(awaitable: Awaitable[T]) -> T:
+    """Run an awaitable in our own event loop, which lives as long as the process, and return its
+    result.
 
-    One loop, so that a client which async code keeps from call to call stays usable; in a thread, so that it works where a
-    loop runs already, as in a notebook. Whatever ends the wait, OutOfTime or Ctrl-C, cancels the task.
+    A single loop lets async code keep a client from call to call; a thread lets it work where a
+    loop is already running, as in a notebook. Whatever ends the wait (OutOfTime, Ctrl-C) cancels
+    the task.
     """
     if not _loops:
         _loops.append(asyncio.new_event_loop())
@@ -102,8 +113,8 @@ def settled(awaitable: Awaitable[T]) -> T:
     except BaseException:
         future.cancel()
         try:
-            asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(BLOCKED)
-        except TimeoutError:  # blocked for good by code that never awaits: leave that loop to it
+            asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(BLOCKED_AFTER)
+        except TimeoutError:  # blocked forever by code that never awaits: abandon this loop
             _loops.remove(loop)
         raise
     if error is not None:
@@ -112,13 +123,14 @@ def settled(awaitable: Awaitable[T]) -> T:
 
 
 def pause(attempt: int, longest: float = 60.0) -> float:
-    """Seconds to wait after this many failed attempts: about 1, 2, 4, ... up to `longest`, spread by half so that many
-    who failed together do not come back together."""
+    """Seconds to wait after this many failed attempts: about 1, 2, 4, ... up to `longest`, with
+    jitter so that calls that failed together are not retried together.
+    """
     return min(2.0 ** (attempt - 1), longest) * _draw.uniform(0.5, 1.0)
 
 
 def _wait(header: str | None) -> float | None:
-    """Seconds of a Retry-After, which is a number or a date."""
+    """The seconds to wait from a Retry-After header, which is a number or a date."""
     if not header:
         return None
     try:

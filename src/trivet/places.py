@@ -1,4 +1,6 @@
-"""What a person names, a model, rows, a reward, a template: is it a path on this machine, and is it there? Imports nothing heavy."""
+"""Resolve the models, data, rewards and templates a user names: is it a local path, and does it
+exist? Imports nothing heavy.
+"""
 
 import os
 from pathlib import Path
@@ -12,37 +14,50 @@ PACKED = (".gz", ".zst")
 
 
 def is_path(name: str) -> bool:
-    """Whether a folder here is meant, there or not, and no hub name."""
-    return Path(name).exists() or name[0] in "/." or ("/" in name and Path(name).parts[0] in os.listdir())
+    """Whether this names a local folder, existing or not, rather than something on the hub."""
+    return (
+        Path(name).exists()
+        or name[0] in "/."
+        or ("/" in name and Path(name).parts[0] in os.listdir())
+    )
 
 
 def is_local_model(name: str) -> bool:
-    """Whether this is a folder with a model, or an adapter, in it."""
+    """Whether this is a folder that holds a model or an adapter."""
     return any((Path(name) / file).exists() for file in (CONFIG, ADAPTER_CONFIG))
 
 
 def model_folder(name: str) -> str:
-    """The model inside a run directory, or the name as it is."""
+    """The model folder inside a run directory; any other name unchanged."""
     inside = str(Path(name) / "model")
     return inside if is_local_model(inside) else name
 
 
 def require_model(name: str, files: tuple[str, ...] = (CONFIG, ADAPTER_CONFIG)) -> None:
-    """InputError where no model is named, or a folder here that has none of these files. A hub name passes."""
+    """Raise InputError if no model is named, or if it is a local folder without any of these files.
+    Hub names pass.
+    """
     if not name:
-        raise InputError("no model was named: give --model a Hugging Face name or folder (or use --preset toy)")
+        raise InputError(
+            "no model was named; pass --model with a Hugging Face name or a folder, or --preset toy"
+        )
     if is_path(name) and not any((Path(name) / file).exists() for file in files):
-        raise InputError(f"{name}: no config.json there; a model is a folder as transformers' save_pretrained makes it")
+        raise InputError(
+            f"{name}: no config.json there; a model is a folder written by transformers' "
+            "save_pretrained"
+        )
 
 
 def data_file(path: str) -> tuple[Path | None, str]:
-    """The file of rows of this name and its kind; no file where the name is that of a folder or a hub data set.
+    """The data file of this name and its type; None for the file if the name is a folder or a hub
+    dataset.
 
-    Errors: InputError where nothing is named, no such file is there, or its kind is unknown.
+    Errors: InputError if nothing is named, the file does not exist, or its type is unknown.
     """
     if not path:
         raise InputError(
-            "no data was named: give --data a file (.jsonl, .json, .csv, .parquet) or a hub name (or use --preset toy)"
+            "no data was named; pass --data with a file (.jsonl, .json, .csv, .parquet) or a hub "
+            "name, or --preset toy"
         )
     file, packed = Path(path), Path(path.lower()).suffix
     kind = Path(path.lower().removesuffix(packed if packed in PACKED else "")).suffix
@@ -51,30 +66,38 @@ def data_file(path: str) -> tuple[Path | None, str]:
     if not file.exists():
         raise InputError(f"{path}: no such file")
     if kind not in KINDS:
-        raise InputError(f"{path}: unknown kind of file; use {', '.join(KINDS)}, each also as .gz or .zst")
+        raise InputError(
+            f"{path}: unknown file type; use {', '.join(KINDS)}, optionally with .gz or .zst"
+        )
     return file, kind
 
 
 def require_reward(name: str) -> None:
-    """InputError where a reward is a function in a file, file.py:function, and there is no such file."""
+    """Raise InputError if a reward is a function in a file (file.py:function) that does not
+    exist.
+    """
     source, _, _ = name.rpartition(":")
     if source.endswith(".py") and not Path(source).is_file():
         raise InputError(f"reward {name}: no file {source}")
 
 
 def require_template(name: str) -> None:
-    """InputError where a chat template is a file that is not there."""
+    """Raise InputError if the chat template is a file that does not exist."""
     if name not in ("", "plain") and not Path(name).is_file():
-        raise InputError(f"--chat-template takes 'plain' or the path of a Jinja template, and there is no file {name}")
+        raise InputError(
+            f"--chat-template takes 'plain' or the path of a Jinja template; no file {name}"
+        )
 
 
 def require_places(config: Any) -> None:
-    """InputError for the first thing that the options of a command name and that is not there."""
-    named = vars(config)
-    if model := named.get("model"):
+    """Raise InputError for the first thing named in the options of a command that does not
+    exist.
+    """
+    options = vars(config)
+    if model := options.get("model"):
         require_model(model_folder(model))
-    for data in filter(None, (named.get("data"), named.get("eval_data"))):
+    for data in filter(None, (options.get("data"), options.get("eval_data"))):
         data_file(data)
-    for reward in named.get("reward", ()):
+    for reward in options.get("reward", ()):
         require_reward(reward)
-    require_template(named.get("chat_template", ""))
+    require_template(options.get("chat_template", ""))

@@ -1,4 +1,5 @@
-"""Where the time of a step goes: functions that are decorated with `timed` report to the clock that runs, if one does.
+"""Measure where the time of a step goes: functions decorated with `timed` report to the running
+clock, if any.
 
 @timed("forward")
 def token_logprobs(model, groups): ...
@@ -23,13 +24,18 @@ _running: ContextVar["Clock | None"] = ContextVar("clock", default=None)
 
 
 class Clock:
-    """Wall-clock seconds of each part of a step. It runs within its `with` block, for this thread.
+    """Wall-clock seconds of each part of a step. It runs inside its `with` block, for this thread.
 
-    Time from a differentiable forward pass to the next part counts as `backward`, the loss included; what no part claims is `other`.
+    Time from a differentiable forward pass to the next part counts as `backward`, including the
+    loss; time outside any part is `other`.
     """
 
     def __init__(self) -> None:
-        self.part, self.since, self.spent = "other", time.perf_counter(), defaultdict[str, float](float)
+        self.part, self.since, self.spent = (
+            "other",
+            time.perf_counter(),
+            defaultdict[str, float](float),
+        )
 
     def __enter__(self) -> Self:
         self.before = _running.set(self)
@@ -39,15 +45,15 @@ class Clock:
         _running.reset(self.before)
 
     def turn(self, part: str) -> None:
-        """Book the time since the last turn to the present part; from now on it is this one's."""
+        """Charge the time since the last turn to the current part, then switch to this one."""
         if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # else a part would pay for what an earlier one only asked for
+            torch.cuda.synchronize()  # or a part would be charged for kernels an earlier one queued
         now = time.perf_counter()
         self.spent[self.part] += now - self.since
         self.part, self.since = part, now
 
     def take(self) -> dict[str, float]:
-        """Return time/PART in seconds since the last take, and start anew."""
+        """Return time/PART in seconds since the last take, and reset."""
         self.turn("other")
         taken = {f"time/{part}": round(seconds, 5) for part, seconds in self.spent.items()}
         self.spent.clear()
@@ -55,13 +61,16 @@ class Clock:
 
 
 def timed(part: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorate a function so that its calls, with all that they call, count as this part of the running clock."""
+    """Decorate a function so that its calls, including everything they call, count as this part of
+    the running clock.
+    """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             clock = _running.get()
-            if clock is None or clock.part not in ("other", "backward"):  # inside another part, which has the time
+            # inside another part, the time belongs to that part
+            if clock is None or clock.part not in ("other", "backward"):
                 return function(*args, **kwargs)
             clock.turn(part)
             try:

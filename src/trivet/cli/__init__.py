@@ -1,1 +1,1 @@
-"""The command line: one command per method, and those that look at what they made."""
+"""The command line: one command per method, and commands to inspect what the methods made."""

@@ -1,4 +1,4 @@
-"""--help of a command, its options in groups."""
+"""The --help of a command, with its options in groups."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 from trivet.recipes import METHODS
 from trivet.step.option_texts import PACKAGE, Option, about, file_of, options_of, presets_of
 
-WHERE = {  # command that is no recipe: what goes before its options, the file of its options, the class
+# commands other than recipes: (arguments before the options, file of the config class, its name)
+COMMAND_OPTIONS = {
     "generate": ("", "cli/commands.py", "GenerateConfig"),
     "score": ("", "cli/commands.py", "ScoreConfig"),
     "quickstart": ("", "cli/quickstart.py", "Config"),
@@ -18,30 +19,39 @@ WORDS = {"str": "TEXT", "int": "INT", "float": "FLOAT", "bool": ""}
 
 
 def file_and_class(command: str) -> tuple[Path, str]:
-    """Where the options of a command stand."""
+    """The file and the name of the config class of a command."""
     if command in METHODS:
         return file_of(METHODS[command]), "Config"
-    _, file, kind = WHERE[command]
+    _, file, kind = COMMAND_OPTIONS[command]
     return PACKAGE / file, kind
 
 
 def print_help(command: str, file: Path | None = None) -> None:
-    """Print the help of a command; of `run`, that of the recipe in this file."""
+    """Print the help of a command; for `run`, that of the recipe in this file."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    takes = f" {file}" if file else WHERE.get(command, ("",))[0]
+    takes = f" {file}" if file else COMMAND_OPTIONS.get(command, ("",))[0]
     file, kind = (file, "Config") if file else file_and_class(command)
     options = options_of(file, kind)
-    rows = [(option.group, Text(_flag(name, option)), _said(option)) for name, option in options.items()]
-    if command not in WHERE:
+    rows = [
+        (option.group, Text(_flag(name, option)), _description(option))
+        for name, option in options.items()
+    ]
+    if command not in COMMAND_OPTIONS:
         several = "Presets and config files"
         presets = ", ".join(presets_of(file))
-        rows += [(several, Text("--preset NAME ..."), Text(f"One or more of {presets}."))] if presets else []
-        rows += [(several, Text("--config FILE.toml"), Text("Options from a file, by the same names."))]
+        rows += (
+            [(several, Text("--preset NAME ..."), Text(f"Use one or more of {presets}."))]
+            if presets
+            else []
+        )
+        rows += [
+            (several, Text("--config FILE.toml"), Text("Read options from a file; same names."))
+        ]
     if "model" in options:
-        trust = Text("Run Python code, and read pickles, that come with a model.")
+        trust = Text("Allow Python code and pickles that come with a model to run.")
         rows.append((options["model"].group, Text("--trust-remote-code"), trust))
     console = Console(highlight=False)
     console.print(f"usage: trivet {command}{takes} [options]\n\n{about(file, kind)}", markup=False)
@@ -62,7 +72,7 @@ def _flag(name: str, option: Option) -> str:
     return f"{flag} {WORDS.get(option.kind, 'WORD')}".rstrip()
 
 
-def _said(option: Option) -> Any:
+def _description(option: Option) -> Any:
     from rich.text import Text
 
     text, notes = Text(option.text), list[str]()

@@ -1,9 +1,12 @@
-"""trivet quickstart: all six methods on the embedded story model, from one start against one reference, then compared.
+"""trivet quickstart: run all six methods on the embedded story model, from the same start and
+against the same reference, and compare them.
 
-    SFT on the chosen answers -> reward model -> DPO, PPO, GRPO, pairwise GRPO -> evaluation on held-out openings
+    SFT on the chosen answers -> reward model -> DPO, PPO, GRPO, pairwise GRPO
+    -> evaluation on held-out openings
 
-Every stage runs in a process of its own, so that its time and peak memory are its own. The last four see only the preference
-pairs or the reward model trained on them; the gold reward, a program, is the judge that none of them trains on.
+Every stage runs in its own process, so that its time and peak memory can be measured separately.
+The last four methods see only the preference pairs or the reward model trained on them; the gold
+reward, a program that none of them trains on, is the judge.
 """
 
 import dataclasses
@@ -22,34 +25,38 @@ from trivet.report.compare import read_summary, tables, wide_console
 from trivet.store.files import write_json
 
 GOLD = "trivet.toy.stories:gold"
-STAGES = {
+STAGES = {  # with rough shares of the time
     "sft": 1,
     "reward-model": 3,
     "dpo": 3,
     "ppo": 6,
     "grpo": 4,
     "pairwise-grpo": 4,
-}  # with rough shares of the time
+}
 EVALUATION_SHARE = 3
 COMPARED = ("sft", "dpo", "ppo", "grpo", "pairwise-grpo")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """All six methods on the embedded story model, then one table, one page and samples. Finished stages are kept on a rerun."""
+    """Train the embedded story model with all six methods, then print one table and samples and
+    write one page. A rerun keeps finished stages.
+    """
 
     out: str = "runs/quickstart"
-    """Directory to make; one run directory per method inside."""
+    """Directory to create, with one run directory per method inside."""
     seed: int = 0
     """Seed of the split, the data order and the sampling."""
     device: str = "cpu"
-    """cpu, cuda, mps; the model is so small that a CPU is best."""
+    """cpu, cuda or mps; the model is so small that a CPU is fastest."""
     scale: float = 1.0
-    """Multiply the steps of every method and the size of the evaluation: below 1 is a quicker, rougher look."""
+    """Multiply the steps of every method and the size of the evaluation by this; below 1 is faster
+    and rougher.
+    """
 
 
 def quickstart(args: list[str]) -> None:
-    """Run the stages that are not there yet, evaluate, print."""
+    """Run the stages that are not finished yet, evaluate all models and print the results."""
     from trivet.arguments import parse
 
     config: Config = parse(Config, args)
@@ -57,15 +64,17 @@ def quickstart(args: list[str]) -> None:
     began, weights = time.perf_counter(), [*STAGES.values(), EVALUATION_SHARE]
     done = 0.0
     for number, method in enumerate(STAGES, 1):
-        if not _finished(out / method, config):
+        if not _is_finished(out / method, config):
             rate = (time.perf_counter() - began) / done if done else 0
-            left = f"  about {rate * sum(weights[number - 1 :]):.0f} s left in all" if done else ""
+            left = f"  about {rate * sum(weights[number - 1 :]):.0f} s left" if done else ""
             console.rule(f"{number} of {len(weights)} · {method}{left}", align="left")
             _in_process(_train, method, stage_options(method, config), config.scale)
             done += STAGES[method]
         else:
-            console.rule(f"{number} of {len(weights)} · {method}  done before, kept", align="left")
-    console.rule(f"{len(weights)} of {len(weights)} · evaluation on held-out openings", align="left")
+            console.rule(f"{number} of {len(weights)} · {method}  already finished", align="left")
+    console.rule(
+        f"{len(weights)} of {len(weights)} · evaluation on held-out openings", align="left"
+    )
     from trivet.report.page import write_page
 
     samples = evaluate_all(out, config, prompts=max(8, round(256 * config.scale)))
@@ -73,15 +82,16 @@ def quickstart(args: list[str]) -> None:
         console.print(table)
     ceiling = read_summary(out / "reward-model")["eval"]
     console.print(
-        f"reward model: {ceiling['eval/accuracy']:.1%} of the held-out pairs ranked as labeled; the labels are noisy, so knowing "
-        f"the gold reward gives {ceiling['eval/noise_ceiling']:.1%} in expectation\n",
+        f"reward model: {ceiling['eval/accuracy']:.1%} of the held-out pairs ranked as labeled; "
+        "the labels are noisy, so even the "
+        f"gold reward ranks only {ceiling['eval/noise_ceiling']:.1%} as labeled in expectation\n",
         soft_wrap=True,
     )
     console.print(samples, markup=False, soft_wrap=True)
-    console.print(f"{time.perf_counter() - began:.0f} s in all")
+    console.print(f"total: {time.perf_counter() - began:.0f} s")
     page = write_page([out / method for method in STAGES], out / "report.html")
     console.print(f"samples side by side: {out / 'samples.md'}", soft_wrap=True)
-    console.print(f"all of it on one page, down to the token: open {page}", style="bold", soft_wrap=True)
+    console.print(f"full report, down to the token: open {page}", style="bold", soft_wrap=True)
 
 
 def stage_options(method: str, config: Config) -> dict[str, Any]:
@@ -97,20 +107,22 @@ def stage_options(method: str, config: Config) -> dict[str, Any]:
         options["model"] = str(out / "sft")
     if method in ("ppo", "grpo", "pairwise-grpo"):
         options |= {"reward": (str(out / "reward-model"), GOLD), "reward_weights": (1.0, 0.0)}
-    own = {"dpo": 45, "sft": 0, "reward-model": 0}
-    options["save_every"] = own.get(method, 10)  # judged afterwards, for the frontier
+    save_every = {"dpo": 45, "sft": 0, "reward-model": 0}
+    options["save_every"] = save_every.get(method, 10)  # evaluated later, for the frontier
     return options | {"eval_limit": max(8, round(600 * config.scale))}
 
 
-def _finished(run: Path, config: Config) -> bool:
-    """Whether this stage is there, whole and with this seed; a half one is cleared away."""
+def _is_finished(run: Path, config: Config) -> bool:
+    """Whether this stage is complete with this seed; an incomplete one is deleted."""
     if (run / "summary.json").exists():
         if f"seed = {config.seed}\n" not in (run / "config.toml").read_text():
-            raise InputError(f"{run} holds a quickstart of another seed; choose another --out")
+            raise InputError(f"{run} holds a quickstart with another seed; choose another --out")
         return True
     if run.exists():
         if any(run.iterdir()) and not (run / "config.toml").exists():
-            raise InputError(f"{run} holds files that are not from a quickstart; choose another --out")
+            raise InputError(
+                f"{run} holds files that quickstart did not write; choose another --out"
+            )
         shutil.rmtree(run)
     return False
 
@@ -121,7 +133,8 @@ def _in_process(function: Any, *args: Any) -> None:
     process.join()
     if process.exitcode:
         raise InputError(
-            "this stage did not finish; the finished ones are kept, and the same command goes on from them"
+            "this stage failed; the finished ones are kept, and the same command continues after "
+            "them"
         )
 
 
@@ -135,10 +148,9 @@ def _train(method: str, options: dict[str, Any], scale: float) -> None:
     steps, epochs = config.steps and max(1, round(config.steps * scale)), config.epochs * scale
     terminal = Terminal(brief=True)
     try:
+        # an empty cache, so that a stage's time includes its whole reference pass
         with tempfile.TemporaryDirectory() as fresh:
-            os.environ["XDG_CACHE_HOME"] = (
-                fresh  # a stage's time has all of its work, no reference pass of an earlier run
-            )
+            os.environ["XDG_CACHE_HOME"] = fresh
             launch(dataclasses.replace(config, steps=steps, epochs=epochs), terminal)
     except InputError as error:
         sys.exit(f"trivet {method}: {error}")
@@ -147,10 +159,11 @@ def _train(method: str, options: dict[str, Any], scale: float) -> None:
 
 
 def evaluate_all(out: Path, config: Config, prompts: int, each: int = 4) -> str:
-    """Judge every method by gold on the same held-out openings, `each` samples per opening, and its checkpoints on a quarter of
-    them; into its summary.json and judged.json.
+    """Score every method with the gold reward on the same held-out openings, `each` samples per
+    opening, and its checkpoints on a quarter of them. Write the results to its summary.json and
+    judged.json.
 
-    Returns the samples of the first opening, side by side; samples.md gets four openings.
+    Returns the samples for the first opening, side by side; samples.md gets four openings.
     """
     import torch
 
@@ -169,18 +182,24 @@ def evaluate_all(out: Path, config: Config, prompts: int, each: int = 4) -> str:
     run, device = launched.run, config.device
     heldout = run.heldout[:prompts]
     reference = load_policy(launched.start_from, device=device)
-    judges = load_rewards([GOLD, str(out / "reward-model")], [1.0, 1.0], launched.tokenizer, like=reference)
+    judges = load_rewards(
+        [GOLD, str(out / "reward-model")], [1.0, 1.0], launched.tokenizer, like=reference
+    )
 
-    def judged(folder: Path, examples: Any) -> tuple[dict[str, float], dict[str, Any], Any]:
-        """Numbers of a model, its rewards (P, each) by name, and its texts."""
+    def evaluate(folder: Path, examples: Any) -> tuple[dict[str, float], dict[str, Any], Any]:
+        """A model's metrics, its rewards (P, each) by name, and its texts."""
         policy = load_policy(str(folder), device=device)
-        engine = Engine(run.decode, run.stops, 64, 1.0, torch.Generator(device).manual_seed(config.seed))
+        engine = Engine(
+            run.decode, run.stops, 64, 1.0, torch.Generator(device).manual_seed(config.seed)
+        )
         rollouts = engine.generate(policy, examples, each)
         judges(rollouts)
         gold, learned = (part.view(-1, each) for part in judges.parts.values())  # (P, each)
         mask = rollouts.groups.mask
         logprobs = in_microbatches(token_logprobs, policy, rollouts.groups, 8192)  # (B, T)
-        kl = sequence_sum(logprobs - in_microbatches(token_logprobs, reference, rollouts.groups, 8192), mask)  # (B,)
+        kl = sequence_sum(
+            logprobs - in_microbatches(token_logprobs, reference, rollouts.groups, 8192), mask
+        )  # (B,)
         numbers = {
             "gold": float(gold.mean()),
             "gold_se": float(gold.mean(1).std() / len(examples) ** 0.5),
@@ -196,12 +215,14 @@ def evaluate_all(out: Path, config: Config, prompts: int, each: int = 4) -> str:
     for method in COMPARED:
         trail = start.copy()
         for step, folder in saved_steps(out / method / "checkpoints"):
-            trail.append({"step": step} | judged(folder, heldout[: max(8, len(heldout) // 4)])[0])
-        numbers, results[method], texts[method] = judged(out / method / "model", heldout)
+            trail.append({"step": step} | evaluate(folder, heldout[: max(8, len(heldout) // 4)])[0])
+        numbers, results[method], texts[method] = evaluate(out / method / "model", heldout)
         trail.append({"step": read_summary(out / method)["steps"]} | numbers)
-        start = start or [numbers | {"step": 0}]  # the other methods start where SFT ended
+        start = start or [numbers | {"step": 0}]  # the other methods start from the SFT model
         gold, base = results[method]["gold"], results["sft"]["gold"]
-        wins = (gold[:, :, None] > base[:, None, :]).float() + (gold[:, :, None] == base[:, None, :]).float() / 2
+        wins = (gold[:, :, None] > base[:, None, :]).float() + (
+            gold[:, :, None] == base[:, None, :]
+        ).float() / 2
         numbers["learned_reward"] = numbers.pop("learned")
         _record(out / method, numbers | {"win_rate": float(wins.mean())})
         samples = [
@@ -213,11 +234,14 @@ def evaluate_all(out: Path, config: Config, prompts: int, each: int = 4) -> str:
             for p in range(min(8, len(heldout)))
         ]
         write_json(out / method / "judged.json", {"checkpoints": trail, "samples": samples})
-    gap = torch.tensor([example.row["gold_chosen"] - example.row["gold_rejected"] for example in run.heldout])
+    gap = torch.tensor(
+        [example.row["gold_chosen"] - example.row["gold_rejected"] for example in run.heldout]
+    )
     _record(out / "reward-model", {"noise_ceiling": float(gap.abs().sigmoid().mean())})
     blocks = [_side_by_side(heldout[p].row["prompt"], p * each, texts, results) for p in range(4)]
     (out / "samples.md").write_text(
-        "# The same openings, told by every method\n\nOne random sample each, at temperature 1.\n\n" + "\n".join(blocks)
+        "# The same openings, continued by every method\n\n"
+        "One random sample each, at temperature 1.\n\n" + "\n".join(blocks)
     )
     return blocks[0]
 
@@ -230,7 +254,7 @@ def _record(run: Path, numbers: dict[str, float]) -> None:
 
 def _side_by_side(prompt: str, row: int, texts: dict[str, Any], results: dict[str, Any]) -> str:
     lines = [f"**{prompt}**\n"]
-    for method, written in texts.items():
+    for method, completions in texts.items():
         gold, learned = (float(results[method][key].flatten()[row]) for key in ("gold", "learned"))
-        lines.append(f"- {method} (gold {gold:.1f}, learned {learned:.1f}):{written[row]}")
+        lines.append(f"- {method} (gold {gold:.1f}, learned {learned:.1f}):{completions[row]}")
     return "\n".join(lines) + "\n"

@@ -1,1 +1,1 @@
-"""Rows of files and hub data sets, and the examples in token ids that are made from them."""
+"""Read rows of files and hub datasets, and turn them into examples of token ids."""

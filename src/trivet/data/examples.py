@@ -1,7 +1,9 @@
-"""Rows to examples: the formats of the field, a split by prompt, and a count of what was left out.
+"""Turn rows into examples: the field's usual formats, a split by prompt, and counts of what was
+left out.
 
-Formats: text · messages · prompt + completion · prompt + chosen + rejected (strings or conversations, the prompt also
-implicit) · prompt + completion + label · prompt plus any columns. Files and hub data sets are read in rows.py.
+Formats: text · messages · prompt + completion · prompt + chosen + rejected (strings or
+conversations; the prompt may be implicit) · prompt + completion + label · prompt plus any columns.
+rows.py reads files and hub datasets.
 """
 
 import json
@@ -38,12 +40,14 @@ def load_examples(
     vocabulary: int = 1 << 60,
     lazily: bool = False,
 ) -> Sequence[Example]:
-    """Read, check and tokenize the rows of a file or hub data set.
+    """Read, check and tokenize the rows of a file or hub dataset.
 
-    truncate_prompts: keep the end of a prompt over max_prompt tokens rather than leave its row out.
-    form: 'supervised', 'preference', 'feedback' (preferences, or completions with a label) or 'prompts'. counts: gets what was left out or cut, by reason.
-    vocabulary: ids that the model has. lazily: LazyExamples where there are too many rows to hold.
-    Errors: InputError that names the file and row where a row can't be understood or none is left.
+    truncate_prompts: keep the end of a prompt over max_prompt tokens instead of leaving its row
+    out. form: 'supervised', 'preference', 'feedback' (preferences, or completions with a label) or
+    'prompts'. counts: receives the number of rows left out or cut, by reason. vocabulary: number of
+    token ids the model has. lazily: return LazyExamples if there are too many rows to hold in
+    memory. Errors: InputError naming the file and row if a row can't be understood, or if no row is
+    left.
     """
 
     def encode(row: Row, counts: Counter[str]) -> Example | None:
@@ -51,7 +55,7 @@ def load_examples(
         prompt, completions = _sides(row, form)
         if form == "feedback" and len(completions) == 1:
             row = row | {"label": _label(row)}
-        if reason := _useless(prompt, completions):
+        if reason := _skip_reason(prompt, completions):
             counts[f"left out: {reason}"] += 1
             return None
         example = _encode_example(tokenizer, stops, prompt, completions, row)
@@ -61,40 +65,58 @@ def load_examples(
         if truncate_prompts and len(example.prompt) > max_prompt:
             del example.prompt[:-max_prompt]
             counts[f"cut: prompt over {max_prompt} tokens (its end is kept)"] += 1
-        if reason := _useless_tokens(example, max_prompt):
+        if reason := _skip_reason_in_tokens(example, max_prompt):
             counts[f"left out: {reason}"] += 1
             return None
-        if (highest := max(max(ids) for ids in (example.prompt, *example.completions))) >= vocabulary:
-            said = f"its tokenizer gives token id {highest}, but its model has {vocabulary} ids"
-            raise InputError(f"{tokenizer.name_or_path}: {said}; take a tokenizer and a model that belong together")
+        if (
+            highest := max(max(ids) for ids in (example.prompt, *example.completions))
+        ) >= vocabulary:
+            raise InputError(
+                f"{tokenizer.name_or_path}: its tokenizer produced token id {highest}, but its "
+                f"model has only {vocabulary} ids; use a tokenizer and a model that match"
+            )
         if longer:
-            counts[f"cut: completion over {max_completion} tokens (its EOS is not learned)"] += longer
+            counts[f"cut: completion over {max_completion} tokens (its EOS is not learned)"] += (
+                longer
+            )
         counts["examples"] += 1
         return example
 
     if lazily and (rows := many_rows(path)):
         return LazyExamples(rows, encode, counts)
-    examples = [example for place, row in numbered_rows(path) if (example := _located(encode, row, counts, place))]
+    examples = [
+        example
+        for place, row in numbered_rows(path)
+        if (example := _with_place(encode, row, counts, place))
+    ]
     if not counts["rows read"]:
-        raise InputError(f"{path}: the data set is empty; it needs at least one row")
+        raise InputError(f"{path}: the dataset is empty; it needs at least one row")
     if not examples:
         raise InputError(
-            f"{path}: no usable row is left ({_left_out(counts)}); see --max-prompt-tokens and the format of your rows"
+            f"{path}: no usable row is left ({_left_out(counts)}); check --max-prompt-tokens and "
+            "the format of your rows"
         )
     return examples
 
 
 class LazyExamples(Sequence[Example]):
-    """Examples of more rows than are held: each is read, checked and tokenized when it is asked for, and only then counted.
+    """Examples from more rows than fit in memory: each is read, checked, tokenized and counted when
+    it is first accessed.
 
-    A row that is left out is replaced by another, chosen from its index, so that an index always yields the same example.
+    A skipped row is replaced by another chosen from its index, so an index always yields the same
+    example.
     """
 
-    def __init__(self, rows: Lines | Table, encode: Encode, counts: Counter[str], *, checked: int = 1000):
+    def __init__(
+        self, rows: Lines | Table, encode: Encode, counts: Counter[str], *, checked: int = 1000
+    ):
         self.rows, self.encode, self.counts = rows, encode, counts
         self.counted, self.heldout, self.seed = bytearray(len(rows)), set[str](), 0
-        counts["rows in all, read as they are needed (what follows is of those read so far)"] = len(rows)
-        for row in (*range(min(checked, len(rows))), len(rows) - 1):  # what is wrong with all rows shows at once
+        counts["rows in all, read as they are needed (what follows is of those read so far)"] = len(
+            rows
+        )
+        # check some rows now, so that an error in all rows is reported at once
+        for row in (*range(min(checked, len(rows))), len(rows) - 1):
             self._read(row)
 
     def __len__(self) -> int:
@@ -106,7 +128,9 @@ class LazyExamples(Sequence[Example]):
         return self._usable(range(len(self))[index])
 
     def hold_out(self, fraction: float, seed: int, limit: int) -> list[Example]:
-        """This share of the rows, at most limit of them, at random; from now on no row of their prompts is among the others."""
+        """Draw this share of the rows at random, at most limit; from now on, rows with these
+        prompts count as unusable.
+        """
         count = min(limit, round(fraction * len(self)))
         heldout = [self._usable(row) for row in random.Random(seed).sample(range(len(self)), count)]
         self.heldout, self.seed = {_split_key(example, seed) for example in heldout}, seed
@@ -120,22 +144,25 @@ class LazyExamples(Sequence[Example]):
                 return example
             row = draw.randrange(len(self))
         raise InputError(
-            f"{self.rows.path}: among {tries:,} rows none is usable ({_left_out(self.counts) or 'nothing left out'}; the others "
-            "have a prompt that is held out); see --max-prompt-tokens, --eval-fraction and the format of your rows"
+            f"{self.rows.path}: none of {tries:,} rows is usable "
+            f"({_left_out(self.counts) or 'nothing left out'}; the others "
+            "have held-out prompts); check --max-prompt-tokens, --eval-fraction and the "
+            "format of your rows"
         )
 
     def _read(self, row: int) -> Example | None:
         counts = Counter[str]() if self.counted[row] else self.counts
         self.counted[row] = 1
-        return _located(self.encode, self.rows[row], counts, Place(self.rows, row))
+        return _with_place(self.encode, self.rows[row], counts, Place(self.rows, row))
 
 
 def split_by_prompt(
     examples: Sequence[Example], fraction: float, seed: int, limit: int = 1 << 60
 ) -> tuple[Sequence[Example], list[Example]]:
-    """Hold out about this fraction of the prompts: all rows of one prompt fall on the same side, whatever their order.
+    """Hold out about this fraction of the prompts. All rows with the same prompt fall on the same
+    side, whatever their order.
 
-    limit: at most so many are held out where there are too many rows to look at all.
+    limit: the most rows to hold out when there are too many rows to read them all.
     """
     if isinstance(examples, LazyExamples):
         return examples, examples.hold_out(fraction, seed, limit)
@@ -146,13 +173,15 @@ def split_by_prompt(
 
 
 def _split_key(example: Example, seed: int) -> str:
-    """What the split goes by: the prompt; all of a text, whose first token alone is given, and the same in many."""
+    """The string that decides an example's side of the split: its prompt; for plain text, whose
+    prompt is only a first token, the whole text.
+    """
     whole = example.completions[0] if example.row["prompt"] is None else []
     return json.dumps([seed, example.prompt + whole])
 
 
-def _located(encode: Encode, row: Row, counts: Counter[str], place: object) -> Example | None:
-    """encode(row, counts), its errors with the row's place: something that str() says."""
+def _with_place(encode: Encode, row: Row, counts: Counter[str], place: object) -> Example | None:
+    """Call encode(row, counts) and prefix its errors with the row's place, made by str()."""
     try:
         return encode(row, counts)
     except InputError as error:
@@ -162,21 +191,27 @@ def _located(encode: Encode, row: Row, counts: Counter[str], place: object) -> E
 
 
 def _left_out(counts: Counter[str]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in counts.items() if reason.startswith("left out"))
+    return ", ".join(
+        f"{count} {reason}" for reason, count in counts.items() if reason.startswith("left out")
+    )
 
 
-def _useless(prompt: Any, completions: list[Any]) -> str:
-    """Why this row can't teach, '' where it can."""
+def _skip_reason(prompt: Any, completions: list[Any]) -> str:
+    """Why nothing can be learned from this row; '' if something can."""
     if len(completions) == 2 and completions[0] == completions[1]:
         return "chosen equals rejected"
     for side in completions:
-        if not (any(m.get("content") or m.get("tool_calls") for m in side) if is_conversation(side) else side):
+        if not (
+            any(m.get("content") or m.get("tool_calls") for m in side)
+            if is_conversation(side)
+            else side
+        ):
             return "empty completion"
     return "empty prompt" if prompt == [] else ""
 
 
-def _useless_tokens(example: Example, max_prompt: int) -> str:
-    """The same of its tokens, completions already cut."""
+def _skip_reason_in_tokens(example: Example, max_prompt: int) -> str:
+    """The same check on its tokens, after completions were cut."""
     if not 0 < len(example.prompt) <= max_prompt:
         return f"prompt over {max_prompt} tokens" if example.prompt else "empty prompt"
     if len(example.completions) == 2 and example.completions[0] == example.completions[1]:
@@ -185,14 +220,22 @@ def _useless_tokens(example: Example, max_prompt: int) -> str:
 
 
 def _sides(row: Row, form: str) -> tuple[Any, list[Any]]:
-    """Prompt and completions of a row in whichever of the formats it is; prompt None where there is none to split off."""
+    """The prompt and completions of a row in any of the formats; the prompt is None for plain
+    text.
+    """
 
     def get(column: str) -> Any:
         value = row.get(column)
-        if value is None or (isinstance(value, str) and column != "messages") or is_conversation(value):
+        if (
+            value is None
+            or (isinstance(value, str) and column != "messages")
+            or is_conversation(value)
+        ):
             return value
         expected = "messages" if column == "messages" else "a string or messages"
-        raise InputError(f"{column} is {value!r:.60}; expected {expected}, each with a role and content, strings")
+        raise InputError(
+            f"{column} is {value!r:.60}; expected {expected}, each with a string role and content"
+        )
 
     prompt: Any = get("prompt")
     if form == "prompts" and (prompt is not None or row.get("messages") is not None):
@@ -200,50 +243,69 @@ def _sides(row: Row, form: str) -> tuple[Any, list[Any]]:
     labelled = form == "feedback" and row.get("label") is not None and row.get("chosen") is None
     pair = not labelled and (form != "supervised" or row.get("completion") is None)
     sides: list[Any] = [
-        side for side in map(get, ("chosen", "rejected") if pair else ("completion",)) if side is not None
+        side
+        for side in map(get, ("chosen", "rejected") if pair else ("completion",))
+        if side is not None
     ]
     if len(sides) == 2 or ((form == "supervised" or labelled) and sides and prompt is not None):
         if isinstance(sides[0], str) != isinstance(sides[-1], str):
-            raise InputError("of chosen and rejected one is a string, one messages; make them the same kind")
+            raise InputError(
+                "one of chosen and rejected is a string, the other messages; make both the same"
+            )
         prompt, sides = _split(prompt, sides)
         return prompt, {"supervised": sides[:1], "prompts": []}.get(form, sides)
     if form == "supervised" and row.get("messages") is not None:
         return _opening(get("messages"))
     if form == "supervised" and isinstance(get("text"), str):
         return None, [row["text"]]
-    has = ", ".join(column if value is not None else f"{column} (null)" for column, value in row.items())
+    has = ", ".join(
+        column if value is not None else f"{column} (null)" for column, value in row.items()
+    )
     raise InputError(f"needs {NEEDS[form]}; it has {has or 'no columns'}")
 
 
 def _label(row: Row) -> bool:
-    """Whether a labelled completion is good: true or false, 1 or 0, also as a CSV file spells them."""
-    said = str(row["label"]).strip().lower()
-    if said not in ("true", "1", "1.0", "false", "0", "0.0"):
-        raise InputError(f"label is {row['label']!r:.60}; expected true (a good completion) or false")
-    return said in ("true", "1", "1.0")
+    """Whether a labelled completion is good: true or false, 1 or 0, or their spellings in a CSV
+    file.
+    """
+    label = str(row["label"]).strip().lower()
+    if label not in ("true", "1", "1.0", "false", "0", "0.0"):
+        raise InputError(
+            f"label is {row['label']!r:.60}; expected true (a good completion) or false"
+        )
+    return label in ("true", "1", "1.0")
 
 
 def _split(prompt: Any, sides: list[Any]) -> tuple[Any, list[Any]]:
-    """Prompt and completions apart, where the prompt is implicit, or said again in each side, or a string before messages."""
+    """Separate prompt and completions if the prompt is implicit, repeated in each side, or a string
+    before messages.
+    """
     if isinstance(prompt, str) and not isinstance(sides[0], str):
         alone = all(side and side[0]["role"] == "assistant" for side in sides)
         prompt = [{"role": "user", "content": prompt}] if alone else None
     if prompt is None:
         return _implicit_prompt(*sides) if len(sides) == 2 else _opening(sides[0])
-    said_again = not isinstance(sides[0], str) and all(side[: len(prompt)] == prompt for side in sides)
-    return prompt, [side[len(prompt) :] for side in sides] if said_again else sides
+    repeated = not isinstance(sides[0], str) and all(
+        side[: len(prompt)] == prompt for side in sides
+    )
+    return prompt, [side[len(prompt) :] for side in sides] if repeated else sides
 
 
 def _opening(messages: Any) -> tuple[list[Row], list[list[Row]]]:
-    """Prompt and completion: a conversation split before the assistant's first turn."""
-    first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
+    """Split a conversation before the assistant's first turn into prompt and completion."""
+    first = next(
+        (i for i, message in enumerate(messages) if message["role"] == "assistant"), len(messages)
+    )
     return messages[:first], [messages[first:]]
 
 
 def _implicit_prompt(chosen: Any, rejected: Any) -> tuple[Any, list[Any]]:
-    """The prompt that both sides begin with: common messages, or common text up to the last turn or the last space."""
+    """Split off the prompt that both sides begin with: their common messages, or their common text
+    up to the last turn or the last space.
+    """
     same = next(
-        (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected))
+        (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b),
+        min(len(chosen), len(rejected)),
     )
     if isinstance(chosen, str):
         turn, space = chosen[:same].rfind("\n\nAssistant:"), chosen[:same].rfind(" ")
@@ -251,13 +313,23 @@ def _implicit_prompt(chosen: Any, rejected: Any) -> tuple[Any, list[Any]]:
     return chosen[:same], [chosen[same:], rejected[same:]]
 
 
-def _encode_example(tokenizer: Any, stops: Sequence[int], prompt: Any, completions: list[Any], row: Row) -> Example:
-    row = row | {"prompt": prompt}  # as rewards see it, also where it was implicit
-    if prompt is None:  # plain text: its first token is given, the rest is learned
+def _encode_example(
+    tokenizer: Any, stops: Sequence[int], prompt: Any, completions: list[Any], row: Row
+) -> Example:
+    row = row | {"prompt": prompt}  # rewards see the prompt even if it was implicit
+    if prompt is None:  # plain text: its first token is the prompt, the rest is learned
         ids = [*encode_prompt(tokenizer, completions[0]), stops[0]]
-        return Example(prompt=ids[:1], completions=[ids[1:]], learned=[[True] * (len(ids) - 1)], row=row)
-    prompt_ids = encode_prompt(tokenizer, prompt, answered=bool(completions))
-    encoded = [encode_completion(tokenizer, prompt, prompt_ids, completion, stops) for completion in completions]
+        return Example(
+            prompt=ids[:1], completions=[ids[1:]], learned=[[True] * (len(ids) - 1)], row=row
+        )
+    prompt_ids = encode_prompt(tokenizer, prompt, has_answer=bool(completions))
+    encoded = [
+        encode_completion(tokenizer, prompt, prompt_ids, completion, stops)
+        for completion in completions
+    ]
     return Example(
-        prompt=prompt_ids, completions=[ids for ids, _ in encoded], learned=[flags for _, flags in encoded], row=row
+        prompt=prompt_ids,
+        completions=[ids for ids, _ in encoded],
+        learned=[flags for _, flags in encoded],
+        row=row,
     )

@@ -1,6 +1,7 @@
-"""Rows of files and hub data sets: one after the other, or by number where there are too many to hold.
+"""Read rows of files and hub datasets: one after the other, or by number if there are too many to
+hold in memory.
 
-What can't be read is one sentence with the file and the line (of .jsonl) or the row.
+Whatever can't be read is reported in one sentence with the file and the line (of .jsonl) or row.
 """
 
 import csv
@@ -25,58 +26,70 @@ from trivet.errors import InputError, first_line
 from trivet.places import data_file
 
 Row = dict[str, Any]
-SMALL, MANY, LARGE = 4 << 20, 100_000, 200 << 20  # bytes that are never too many, rows and bytes that are not held
+SMALL = 4 << 20  # a file of fewer bytes is always read whole
+MANY, LARGE = 100_000, 200 << 20  # more rows or bytes than this are not held in memory
 BLOCK = 1 << 24
 
 
 def read_rows(path: str) -> Iterator[Row]:
-    """The rows of a .jsonl, .json, .csv or .parquet file (.gz and .zst too), or of a hub data set's train split."""
+    """Yield the rows of a .jsonl, .json, .csv or .parquet file (also .gz and .zst), or of the train
+    split of a hub dataset.
+    """
     return (row for _, row in numbered_rows(path))
 
 
 def numbered_rows(path: str) -> Iterator[tuple[str, Row]]:
-    """The same, each with its place: the file, and the line or row."""
+    """Yield the same rows, each with its place: the file and the line or row."""
     file, kind = data_file(path)
     if file is None:
         table = _hub(path)
-        _hub.cache_clear()  # it serves many_rows and us, not the next run: a folder may have changed by then
+        # the cache is shared only with many_rows; a folder may change before the next run
+        _hub.cache_clear()
         yield from ((f"{path} row {number}", row) for number, row in enumerate(table, 1))
         return
     number, unit = 0, "line" if kind == ".jsonl" else "row"
     try:
-        with _opened(path) as data:
-            rows = map(_parsed, iter(data.readline, b"")) if kind == ".jsonl" else _file_rows(data, kind)
+        with _open(path) as data:
+            rows = (
+                map(_parse, iter(data.readline, b""))
+                if kind == ".jsonl"
+                else _file_rows(data, kind)
+            )
             while True:
                 number += 1
                 row = next(rows, StopIteration)
                 if row is StopIteration:
                     return
                 if row is not None:
-                    yield f"{path} {unit} {number}", _object(row, kind)
-    except Exception as error:  # the readers raise many kinds
+                    yield f"{path} {unit} {number}", _require_object(row, kind)
+    except Exception as error:  # the readers raise many exception types
         whole = number == 1 and kind in (".parquet", ".json")
         raise _unreadable(path if whole else f"{path} {unit} {number}", kind, error) from None
 
 
 def many_rows(path: str) -> "Lines | Table | None":
-    """The rows by number where there are too many to hold, else None. A .json file is read whole, so always None."""
+    """The rows by number if there are too many to hold in memory, else None. A .json file is read
+    whole, so always None.
+    """
     file, kind = data_file(path)
     if file is None:
         table = _hub(path)
         if len(table) <= MANY:
-            return None  # and numbered_rows takes what is loaded
+            return None  # numbered_rows reuses the cached table
         _hub.cache_clear()
         return Table(path, table)
     if file.stat().st_size < SMALL or kind == ".json":
         return None
     if kind == ".parquet":
         return _parquet_table(path) if file.suffix.lower() == kind else None
-    lines = Lines(path, file.open("rb") if file.suffix.lower() == ".jsonl" else _spooled(path, kind))
+    lines = Lines(path, file.open("rb") if file.suffix.lower() == ".jsonl" else _spool(path, kind))
     return lines if len(lines) > MANY or lines.bytes > LARGE else None
 
 
 class Lines:
-    """Rows of a file of JSON lines by number. One pass over its bytes finds where they begin, and no more than that is held."""
+    """Rows of a JSON lines file by number. One pass over its bytes finds where each row begins;
+    only these offsets are held in memory.
+    """
 
     def __init__(self, path: str, file: IO[bytes]):
         self.path, self.file = path, file
@@ -89,12 +102,12 @@ class Lines:
     def __getitem__(self, row: int) -> Row:
         try:
             self.file.seek(int(self.starts[row]))
-            return _object(_parsed(self.file.readline()), ".jsonl")
+            return _require_object(_parse(self.file.readline()), ".jsonl")
         except Exception as error:
             raise _unreadable(self.where(row), ".jsonl", error) from None
 
     def where(self, row: int) -> str:
-        """The file and the line; empty lines count too, so that an editor finds it."""
+        """The file and the line number, counting empty lines as an editor does."""
         self.file.seek(0)
         left, number = int(self.starts[row]), 1
         while left and (block := self.file.read(min(left, BLOCK))):
@@ -104,7 +117,7 @@ class Lines:
 
 @dataclass
 class Place:
-    """Where a row stands, found only if somebody asks: the file, and the line or row."""
+    """The place of a row, the file and the line or row, computed only when converted to str."""
 
     rows: "Lines | Table"
     row: int
@@ -114,7 +127,7 @@ class Place:
 
 
 class Table:
-    """Rows of a data set that `datasets` keeps on disk, by number."""
+    """Rows, by number, of a dataset that `datasets` keeps on disk."""
 
     def __init__(self, path: str, table: Any):
         self.path, self.table = path, table
@@ -125,18 +138,19 @@ class Table:
     def __getitem__(self, row: int) -> Row:
         try:
             return self.table[row]
-        except Exception as error:  # arrow and the decoders of features raise many kinds
+        except Exception as error:  # arrow and the feature decoders raise many exception types
             raise InputError(f"{self.where(row)}: can't be read: {first_line(error)}") from None
 
     def where(self, row: int) -> str:
-        """The data set and the row."""
+        """The dataset and the row number."""
         return f"{self.path} row {row + 1}"
 
 
 def _line_starts(path: str, file: IO[bytes]) -> tuple[Any, int]:
-    """Where each line that is not empty begins, and the size of the file.
+    """The offset of each non-empty line, and the size of the file.
 
-    Errors: InputError for a line that is no whole {...}: cut short, zeros of a crash, something else. Its inside is not looked at.
+    Errors: InputError for a line that is not a complete {...}: cut short, zeros left by a crash, or
+    anything else. What is between the braces is not checked.
     """
     starts, size, lines = [], 0, 0
     file.seek(0)
@@ -152,8 +166,8 @@ def _line_starts(path: str, file: IO[bytes]) -> tuple[Any, int]:
         odd = (letters[begins] != ord("{")) | (last != ord("}"))
         for line in numpy.flatnonzero(odd):
             try:
-                row = _parsed(block[begins[line] : ends[line]])
-                odd[line] = row is None or _object(row, ".jsonl") is None
+                row = _parse(block[begins[line] : ends[line]])
+                odd[line] = row is None or _require_object(row, ".jsonl") is None
             except Exception as error:
                 raise _unreadable(f"{path} line {lines + line + 1}", ".jsonl", error) from None
         starts.append(size + begins[~odd])
@@ -161,7 +175,7 @@ def _line_starts(path: str, file: IO[bytes]) -> tuple[Any, int]:
     return numpy.concatenate(starts or [numpy.zeros(0, numpy.int64)]), size
 
 
-def _opened(path: str) -> Any:
+def _open(path: str) -> Any:
     packed = Path(path.lower()).suffix
     if packed == ".zst":
         require_extra("hub", path)
@@ -171,18 +185,18 @@ def _opened(path: str) -> Any:
     return gzip.open(path) if packed == ".gz" else open(path, "rb")
 
 
-def _spooled(path: str, kind: str) -> IO[bytes]:
-    """The rows as plain JSON lines in a temporary file, which goes when it is closed."""
+def _spool(path: str, kind: str) -> IO[bytes]:
+    """Write the rows as plain JSON lines to a temporary file, which is deleted when closed."""
     file = tempfile.TemporaryFile()  # noqa: SIM115  Lines closes it
     try:
         if kind == ".csv":
             file.writelines(json.dumps(row).encode() + b"\n" for row in read_rows(path))
         else:
-            with _opened(path) as data:
+            with _open(path) as data:
                 shutil.copyfileobj(data, file, BLOCK)
     except Exception as error:
         file.close()
-        for _ in read_rows(path):  # a damaged archive: the slow way finds the line
+        for _ in read_rows(path):  # a damaged archive: reading it row by row finds the line
             pass
         raise _unreadable(path, kind, error) from None
     return file
@@ -197,7 +211,7 @@ def _file_rows(data: Any, kind: str) -> Iterator[Any]:
     elif kind == ".csv":
         csv.field_size_limit(sys.maxsize)
         reader = csv.DictReader((line.decode("utf-8-sig") for line in data), strict=True)
-        _once([(name, None) for name in reader.fieldnames or () if name])
+        _unique_keys([(name, None) for name in reader.fieldnames or () if name])
         yield from reader
     else:
         text = data.read()
@@ -205,59 +219,72 @@ def _file_rows(data: Any, kind: str) -> Iterator[Any]:
         yield from (_encodable(row, text) for row in (rows if isinstance(rows, list) else [rows]))
 
 
-def _parsed(line: bytes) -> Any:
-    """What a line of JSON holds, None where it is empty."""
+def _parse(line: bytes) -> Any:
+    """Decode a line of JSON; None if it is empty."""
     return _encodable(JSON.decode(line.decode("utf-8-sig")), line) if line.strip() else None
 
 
-def _once(pairs: list[tuple[str, Any]]) -> Row:
-    """An object of these keys and values; ValueError where a key stands twice, of which JSON would keep the last."""
+def _unique_keys(pairs: list[tuple[str, Any]]) -> Row:
+    """A dict of these keys and values; ValueError if a key is repeated (JSON would keep the
+    last).
+    """
     row = dict(pairs)
     if len(row) < len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the key {twice!a:.60} stands twice; keep one of them")
+        raise ValueError(f"the key {twice!a:.60} appears twice; keep one of them")
     return row
 
 
-JSON = json.JSONDecoder(object_pairs_hook=_once)  # made once: it costs nothing that can be measured
+JSON = json.JSONDecoder(object_pairs_hook=_unique_keys)
 
 
 def _encodable(row: Any, text: bytes) -> Any:
-    """The row; ValueError where half of a surrogate pair is in it, which could be read and never written."""
+    """Return the row; ValueError if it contains half of a surrogate pair, which can be read but not
+    written.
+    """
     if b"\\ud" in text or b"\\uD" in text:
         try:
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise ValueError("its text is not valid Unicode (half of a surrogate pair); repair or remove it") from None
+            raise ValueError(
+                "its text is not valid Unicode (half of a surrogate pair); repair or remove it"
+            ) from None
     return row
 
 
-def _object(row: Any, kind: str) -> Row:
+def _require_object(row: Any, kind: str) -> Row:
     if not isinstance(row, dict) or None in row:  # csv keeps cells beyond the header under None
-        raise ValueError("more cells than its header" if kind == ".csv" else "not an object with columns")
+        raise ValueError(
+            "more cells than its header" if kind == ".csv" else "not an object with columns"
+        )
     return row
 
 
 def _unreadable(where: str, kind: str, error: Exception) -> InputError:
     if isinstance(error, InputError):
         return error
-    said = "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
-    if isinstance(error, json.JSONDecodeError) and kind == ".jsonl":  # its own line number is that inside the row
-        said = f"{error.msg} at character {error.pos + 1}"
-    return InputError(f"{where}: can't be read as {kind}: {said}")
+    reason = "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
+    # the error's own line number counts inside the row
+    if isinstance(error, json.JSONDecodeError) and kind == ".jsonl":
+        reason = f"{error.msg} at character {error.pos + 1}"
+    return InputError(f"{where}: can't be read as {kind}: {reason}")
 
 
 @functools.lru_cache(maxsize=1)
 def _hub(name: str) -> Any:
-    """The train split of a hub data set, or of a folder of files: kept on disk by `datasets`, read row by row."""
-    require_extra("hub", f"{name}, which is no file here and so read as a data set,")
+    """The train split of a hub dataset or of a folder of files, which `datasets` keeps on disk and
+    reads row by row.
+    """
+    require_extra("hub", f"{name}, which is not a local file and so is read as a dataset,")
     import datasets
 
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(name, split="train")
-    except Exception as error:  # the hub client raises many kinds
-        raise InputError(f"{name}: neither a file here nor a data set from the hub: {first_line(error)}") from None
+    except Exception as error:  # the hub client raises many exception types
+        raise InputError(
+            f"{name}: neither a local file nor a dataset on the hub: {first_line(error)}"
+        ) from None
 
 
 def _parquet_table(path: str) -> Table | None:

@@ -1,1 +1,1 @@
-"""Many processes that take each step together: models in shards, shared passes, their checkpoints."""
+"""Training with many processes: sharded models, shared passes, and their checkpoints."""

@@ -1,7 +1,8 @@
-"""Models that many processes hold together, by FSDP2: a block's weights are gathered when its turn comes.
+"""Models sharded over many processes by FSDP2: a block's weights are gathered when it runs.
 
-Rank 0 reads a model's files, each rank keeps its shards. Of every model its modules are kept once more without memory (`trees`), so
-that a reference, a critic or what is to be saved can be made as in one process.
+Rank 0 reads a model's files, and each rank keeps its shards. A second copy of every model's modules
+is kept without memory (`trees`), so that a reference, a critic or the model to save can be made as
+in one process.
 """
 
 import copy
@@ -15,12 +16,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from trivet.errors import InputError
-from trivet.model.adapters import inject, is_adapters
+from trivet.model.adapters import inject, is_adapter_parameter
 from trivet.model.attention import NAME
 from trivet.model.blocks import blocks, checkpoint_blocks
 from trivet.model.forward import shares_prefix
@@ -29,34 +36,59 @@ from trivet.model.weights import hold_weights
 from trivet.step.options import Options
 from trivet.step.reference_cache import digest
 
-NO_QUANTIZED = "quantized weights can't be held in shards; take full ones, or run in one process"
+NO_QUANTIZED = "quantized weights can't be sharded; use full ones, or run in one process"
 
 
 class ShardedModels:
-    """The models of a run, and what holds the weights of each of them (model.weights.WeightsHolder, by their roots).
+    """The models of a run, each with the holder of its weights (model.weights.WeightsHolder, here
+    Root).
 
-    in_microbatches: trivet.model.forward's, shared among the processes.
+    in_microbatches: trivet.model.forward.in_microbatches, shared among the processes.
     """
 
-    def __init__(self, config: Options, device: torch.device, mesh: DeviceMesh, in_microbatches: Callable[..., Tensor]):
-        self.config, self.device, self.mesh, self.in_microbatches = config, device, mesh, in_microbatches
-        self.trees: dict[int, Any] = {}  # of each model its modules once more, on meta, from which others are made
+    def __init__(
+        self,
+        config: Options,
+        device: torch.device,
+        mesh: DeviceMesh,
+        in_microbatches: Callable[..., Tensor],
+    ):
+        self.config, self.device = config, device
+        self.mesh, self.in_microbatches = mesh, in_microbatches
+        # a copy of each model's modules on meta, from which other models are made
+        self.trees: dict[int, Any] = {}
         self.starts: dict[int, str] = {}  # digest of the weights that a model was loaded with
-        self.idle = False  # during a dummy pass that keeps the ranks' collectives in step; its gradient is zero
+        # during a dummy pass that keeps the ranks' collectives in step; its gradient is zero
+        self.idle = False
 
     def load(self, load: Callable[..., Any], name: str, **options: Any) -> Any:
-        """The model that load(name) reads: rank 0 reads the files into its CPU memory, and each rank keeps its shards."""
-        full, told = dict[str, Tensor](), None
+        """Load a model by load(name): rank 0 reads the files into its CPU memory, and each rank
+        keeps its shards.
+        """
+        full, facts = dict[str, Tensor](), None
         if dist.get_rank() == 0:
             model = load(name, **options | {"device": "cpu"})
             if getattr(model, "is_quantized", False):
                 raise InputError(f"model {name}: {NO_QUANTIZED}")
-            own = getattr(model, "generation_config", None)  # as its file says
+            own = getattr(model, "generation_config", None)  # from its file
             adapter = getattr(model, "peft_config", {}).get("default")
-            told = hasattr(model, "score"), adapter, shares_prefix(model), digest(model, []), own, torch.get_rng_state()
-            full = {key: x.detach() for key, x in (*model.named_parameters(), *model.named_buffers())}
-        scorer, adapter, shares, start, own, random_state = broadcast(told)
-        kind, labels = (AutoModelForSequenceClassification, {"num_labels": 1}) if scorer else (AutoModelForCausalLM, {})
+            facts = (
+                hasattr(model, "score"),
+                adapter,
+                shares_prefix(model),
+                digest(model, []),
+                own,
+                torch.get_rng_state(),
+            )
+            full = {
+                key: x.detach() for key, x in (*model.named_parameters(), *model.named_buffers())
+            }
+        scorer, adapter, shares, start, own, random_state = broadcast(facts)
+        kind, labels = (
+            (AutoModelForSequenceClassification, {"num_labels": 1})
+            if scorer
+            else (AutoModelForCausalLM, {})
+        )
         with torch.device("meta"):
             model = from_config(base_of(name)[0], kind, **labels).eval()
             if adapter is not None:
@@ -66,27 +98,31 @@ class ShardedModels:
             model.generation_config = own
         self._shard(model, shares, partial(broadcast_tensor, full, self.device))
         full.clear()
-        gc.collect()  # its modules know themselves, so what was read would stay for a while
+        gc.collect()  # modules are in reference cycles, so the full model would stay for a while
         self.starts[id(model)] = start
         torch.set_rng_state(random_state)
         return model
 
     def make(self, function: Callable[..., Any], model: Any, *args: Any, **options: Any) -> Any:
-        """The model that a function makes from one in memory, in shards: what the two share there, they share here.
+        """Shard the model that a function makes from a loaded one; tensors that the two share stay
+        shared.
 
-        It is given the same modules with whole adapters, and Hollow in place of the base.
+        The function gets the same modules, with full adapters and with Hollow instead of the base.
         """
-        held, tree = dict([*model.named_parameters(), *model.named_buffers()]), self.trees[id(model)]
+        held = dict([*model.named_parameters(), *model.named_buffers()])
+        tree = self.trees[id(model)]
         memo = dict[int, Any]()
         for name, x in (*tree.named_parameters(), *tree.named_buffers()):
-            known = held[name]
-            base = isinstance(x, torch.nn.Parameter) and not is_adapters(name)
-            memo[id(x)] = Hollow(known, self.device) if base else full_tensor(known).clone()
+            shard = held[name]
+            base = isinstance(x, torch.nn.Parameter) and not is_adapter_parameter(name)
+            memo[id(x)] = Hollow(shard, self.device) if base else full_tensor(shard).clone()
         made = function(copy.deepcopy(tree, memo), *args, **options)
         return None if made is None else self._shard(made, shares_prefix(model))
 
-    def _shard(self, model: Any, shares: bool, given: Callable[[str, Tensor], Tensor] = lambda name, x: x) -> Any:
-        """Put a model into shards, a block at a time. given: what its tensors on meta are filled with."""
+    def _shard(
+        self, model: Any, shares: bool, given: Callable[[str, Tensor], Tensor] = lambda name, x: x
+    ) -> Any:
+        """Shard a model, one block at a time. given: returns the values of its tensors on meta."""
         model._shares_prefix = shares
         if shares:
             model.set_attn_implementation(NAME)
@@ -96,10 +132,19 @@ class ShardedModels:
             checkpoint_blocks(model)
         names = {id(x): name for name, x in named}
         root, pinned = Root(model, self), self.device.type == "cuda"
-        offload = CPUOffloadPolicy(pin_memory=pinned) if self.config.offload_optimizer else OffloadPolicy()
+        offload = (
+            CPUOffloadPolicy(pin_memory=pinned)
+            if self.config.offload_optimizer
+            else OffloadPolicy()
+        )
         for unit in (*blocks(model), root):
-            made, shared = dict[int, tuple[Tensor, Tensor]](), list[tuple[Any, str, Tensor]]()  # tied weights are one
-            for owned in (owned for module in unit.modules() for owned in (module._parameters, module._buffers)):
+            made = dict[int, tuple[Tensor, Tensor]]()  # tied weights are made only once
+            shared = list[tuple[Any, str, Tensor]]()
+            for owned in (
+                owned
+                for module in unit.modules()
+                for owned in (module._parameters, module._buffers)
+            ):
                 for key, x in owned.items():
                     if x is None or isinstance(x, DTensor):
                         continue
@@ -108,15 +153,23 @@ class ShardedModels:
                     owned[key] = made[id(x)][1]  # type: ignore[assignment]
                     if isinstance(x, Hollow) and not x.copied:
                         shared.append((owned, key, x.of))
-            # blocks travel in the type of the products; embeddings, head and last norm, which compute in float32, do not
+            # blocks are gathered in the type of the matrix products; embeddings, head and last
+            # norm, which compute in float32, are not
             kind = None if unit is root else model.compute_dtype
-            policy = MixedPrecisionPolicy(param_dtype=kind, reduce_dtype=torch.float32, cast_forward_inputs=False)
+            policy = MixedPrecisionPolicy(
+                param_dtype=kind, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
             fully_shard(
-                unit, mesh=self.mesh, reshard_after_forward=unit is not root, mp_policy=policy, offload_policy=offload
+                unit,
+                mesh=self.mesh,
+                reshard_after_forward=unit is not root,
+                mp_policy=policy,
+                offload_policy=offload,
             )
             unit.set_gradient_divide_factor(1.0)  # type: ignore[operator]  shares of one mean: they add up
             unit.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
-            for owned, key, x in shared:  # as loading a state does it: FSDP takes them up before the first forward
+            # like loading a state: FSDP picks them up before the first forward
+            for owned, key, x in shared:
                 owned[key] = torch.nn.Parameter(x.detach(), requires_grad=False)
         hold_weights(model, root)
         with torch.no_grad():
@@ -125,11 +178,12 @@ class ShardedModels:
         return model
 
     def whole(self, model: Any) -> Any:
-        """The model in the CPU memory of rank 0; None on the others."""
-        adapter, state, seen = hasattr(model, "peft_config"), dict[str, Tensor](), dict[int, Tensor]()
+        """Return the unsharded model in the CPU memory of rank 0; None on the other ranks."""
+        adapter, state = hasattr(model, "peft_config"), dict[str, Tensor]()
+        seen = dict[int, Tensor]()
         first = dist.get_rank() == 0
         for name, x in model.state_dict(keep_vars=True).items():
-            if adapter and not is_adapters(name):
+            if adapter and not is_adapter_parameter(name):
                 continue  # the base stays where it is
             if id(x) not in seen:
                 full = full_tensor(x)
@@ -146,16 +200,17 @@ class ShardedModels:
 
 
 class Root(torch.nn.Module):
-    """What FSDP takes for the model: its forward is whatever needs the weights."""
+    """The module that FSDP treats as the model: its forward runs calls that need the weights."""
 
     def __init__(self, model: Any, models: ShardedModels):
         super().__init__()
         self.model, self.inside = model, False
         self.models = models
-        self.in_microbatches, self.make, self.load = models.in_microbatches, models.make, models.load
+        self.in_microbatches = models.in_microbatches
+        self.make, self.load = models.make, models.load
 
     def forward(self, call: Callable[[], Any]) -> Any:
-        """What it returns, with the root's weights gathered."""
+        """Return call(), with the root's weights gathered."""
         self.inside = True
         try:
             return call()
@@ -163,23 +218,26 @@ class Root(torch.nn.Module):
             self.inside = False
 
     def gathered_pass(self, call: Callable[[], Tensor]) -> Tensor:
-        """What a pass through the model returns, made as the root's forward, so that its weights are gathered for it."""
+        """Run a pass through the model as the root's forward, so that the root's weights are
+        gathered for it.
+        """
         if self.inside:
             return call()
 
         def forward() -> Tensor:
             if (head := self.model.get_output_embeddings()) is not None:
-                head.weight._cast_key = None  # gathered weights do not tell by their version that they have changed
-            return call().clone()  # FSDP hooks what is returned, and that is no view
+                # the version of gathered weights does not show that they have changed
+                head.weight._cast_key = None
+            return call().clone()  # FSDP hooks the result, which must not be a view
 
         result = self(forward)
         if not torch.is_grad_enabled():
-            self.reshard()  # type: ignore[operator]  no backward pass will
+            self.reshard()  # type: ignore[operator]  no backward pass will do it
         return _Idle.apply(result) if self.models.idle and result.requires_grad else result  # type: ignore[no-any-return]
 
 
 class _Idle(torch.autograd.Function):
-    """The same numbers, and no gradient."""
+    """The identity, with a gradient of zero."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -191,14 +249,18 @@ class _Idle(torch.autograd.Function):
 
 
 def broadcast(x: Any = None) -> Any:
-    """What rank 0 has."""
-    told = [x]
-    dist.broadcast_object_list(told, 0, device=torch.device("cpu"))
-    return told[0]
+    """Return rank 0's object on every rank."""
+    objects = [x]
+    dist.broadcast_object_list(objects, 0, device=torch.device("cpu"))
+    return objects[0]
 
 
-def broadcast_tensor(full: dict[str, Tensor], device: torch.device, name: str, like: Tensor) -> Tensor:
-    """The tensor of this name that rank 0 has in its dictionary. All know its shape and kind, `like`."""
+def broadcast_tensor(
+    full: dict[str, Tensor], device: torch.device, name: str, like: Tensor
+) -> Tensor:
+    """Return the tensor of this name in rank 0's dictionary; `like` has its shape and type on every
+    rank.
+    """
     x = torch.empty(like.shape, dtype=like.dtype, device=device)
     if dist.get_rank() == 0:
         x.copy_(full[name])
@@ -207,13 +269,13 @@ def broadcast_tensor(full: dict[str, Tensor], device: torch.device, name: str, l
 
 
 def local(x: Tensor) -> Tensor:
-    """This rank's shard of a tensor, or the tensor."""
+    """Return this rank's shard of a tensor, or the tensor if it is not sharded."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 @contextmanager
 def gathered(root: Any) -> Iterator[None]:
-    """All weights of the model on every rank, until its end."""
+    """Gather all weights of the model on every rank until the context ends."""
     units = [unit for unit in root.modules() if isinstance(unit, FSDPModule)]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
@@ -227,21 +289,25 @@ def gathered(root: Any) -> Iterator[None]:
 
 
 def full_tensor(x: Tensor) -> Tensor:
-    """This tensor, not in shards; it may be the same memory. Called by all."""
+    """Return the unsharded tensor, which may share memory with x. Every rank must call this."""
     return (x.full_tensor() if isinstance(x, DTensor) else x).detach()
 
 
 def on_meta(x: Tensor) -> Tensor:
-    """Its shape and kind."""
+    """Return a tensor of the same shape and type without memory."""
     like = torch.empty_like(x, device="meta")
     return torch.nn.Parameter(like, x.requires_grad) if isinstance(x, torch.nn.Parameter) else like
 
 
 class Hollow(torch.nn.Parameter):
-    """What stands for a tensor in shards while a model is made from another: its shape without its memory. A deep copy stands for a copy."""
+    """A placeholder for a sharded tensor while one model is made from another: its shape without
+    its memory. A deep copy of it stands for a copy of the tensor.
+    """
 
     def __new__(cls, of: Tensor, device: torch.device, *, copied: bool = False) -> "Hollow":
-        return super().__new__(cls, torch.zeros((), dtype=of.dtype, device=device).expand(of.shape), of.requires_grad)
+        return super().__new__(
+            cls, torch.zeros((), dtype=of.dtype, device=device).expand(of.shape), of.requires_grad
+        )
 
     def __init__(self, of: Tensor, device: torch.device, *, copied: bool = False):
         self.of, self.copied = of, copied
@@ -251,7 +317,9 @@ class Hollow(torch.nn.Parameter):
 
 
 def _filled(x: Any, given: Callable[[Tensor], Tensor]) -> Tensor:
-    """What a tensor is before it is put into shards; one that is shared stays on meta, as it will be replaced."""
+    """Return a tensor's values before sharding; a shared tensor stays on meta, as it will be
+    replaced.
+    """
     if not (x.is_meta or isinstance(x, Hollow)):
         return x
     full = given(x) if x.is_meta else full_tensor(x.of).clone() if x.copied else on_meta(x)

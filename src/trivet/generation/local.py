@@ -1,4 +1,6 @@
-"""A vLLM server on this machine, as a process of another Python: Trivet imports no vLLM, and leaves no server behind."""
+"""A vLLM server on this machine, run as a process of another Python: Trivet does not import vLLM
+and leaves no server behind.
+"""
 
 import os
 import re
@@ -11,9 +13,9 @@ from pathlib import Path
 
 from trivet.errors import InputError
 
-# The server's own process waits, in a thread, for the end of its standard input, which comes when this process is gone in
-# whatever way; then it takes its group with it.
-WATCHED = """
+# A thread in the server's process waits for end of file on stdin, which comes when this process
+# ends in any way; it then kills the server's process group.
+LAUNCHER = """
 import os, runpy, signal, sys, threading
 def watch():
     sys.stdin.buffer.read()
@@ -23,43 +25,67 @@ runpy.run_module({module!r}, run_name="__main__")
 """
 
 
-# what torchrun tells the processes that it starts, of which the server is none
-TORCHRUN = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")
+# variables that torchrun sets for its workers; the server must not inherit them
+TORCHRUN = re.compile(
+    r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*"
+)
 
 
-class Local:
-    """One server process, on a free port of 127.0.0.1, its output in a file."""
+class LocalServer:
+    """One server process on a free port of 127.0.0.1, with its output in a file."""
 
     def __init__(
-        self, python: Path, log: Path, flags: Sequence[str], module: str = "vllm.entrypoints.openai.api_server"
+        self,
+        python: Path,
+        log: Path,
+        flags: Sequence[str],
+        module: str = "vllm.entrypoints.openai.api_server",
     ):
         self.python, self.log, self.flags, self.module = python, log, flags, module
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            self.port: int = found.getsockname()[1]
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port: int = probe.getsockname()[1]
         self.process: subprocess.Popen[bytes] | None = None
-        self.began = 0  # where in the log its output begins
+        self.began = 0  # offset in the log where its output begins
 
     def start(self, model: str) -> None:
-        """Begin to serve this model folder; what ran before is ended."""
+        """Start serving this model folder, after stopping any earlier process."""
         self.stop()
-        own = ("--model", model, "--host", "127.0.0.1", "--port", str(self.port))
-        words = [str(self.python), "-c", WATCHED.format(module=self.module), *own, *self.flags]
-        environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "HF_HUB_OFFLINE": "1"}
-        environment |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONUNBUFFERED": "1"}
-        environment |= {name: said for name, said in os.environ.items() if not TORCHRUN.fullmatch(name)}
+        required = ("--model", model, "--host", "127.0.0.1", "--port", str(self.port))
+        words = [
+            str(self.python),
+            "-c",
+            LAUNCHER.format(module=self.module),
+            *required,
+            *self.flags,
+        ]
+        environment = {
+            "VLLM_SERVER_DEV_MODE": "1",
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+            "HF_HUB_OFFLINE": "1",
+        }
+        environment |= {
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "PYTHONUNBUFFERED": "1",
+        }
+        environment |= {
+            name: value for name, value in os.environ.items() if not TORCHRUN.fullmatch(name)
+        }
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self.began = log.tell()
-            said = {"stdin": subprocess.PIPE, "stdout": log, "stderr": subprocess.STDOUT}
-            self.process = subprocess.Popen(words, env=environment, start_new_session=True, **said)  # type: ignore[call-overload]
+            streams = {"stdin": subprocess.PIPE, "stdout": log, "stderr": subprocess.STDOUT}
+            self.process = subprocess.Popen(
+                words, env=environment, start_new_session=True, **streams
+            )  # type: ignore[call-overload]
 
     def alive(self) -> bool:
-        """Whether the process runs."""
+        """Return whether the process is running."""
         return self.process is not None and self.process.poll() is None
 
     def stop(self, patience: float = 10.0) -> None:
-        """End it, politely at first."""
+        """Terminate the process, and kill it if it does not end within `patience` seconds."""
         if self.process is None:
             return
         if self.alive():
@@ -73,22 +99,27 @@ class Local:
             self.process.stdin.close()
         self.process = None
 
-    def complaint(self) -> str:
-        """The first error that it has named since it was started."""
+    def first_error(self) -> str:
+        """Return the first error in its log since it was started."""
         with suppress(OSError):
-            said = self.log.read_bytes()[self.began :].decode(errors="replace")
-            found = re.search(r"\b\w*Error: .+", said)
-            return found[0].strip()[:300] if found else ""
+            text = self.log.read_bytes()[self.began :].decode(errors="replace")
+            match = re.search(r"\b\w*Error: .+", text)
+            return match[0].strip()[:300] if match else ""
         return ""
 
 
 def python_with_vllm() -> Path:
-    """The Python that has vLLM: TRIVET_VLLM_PYTHON, or what `make vllm` made."""
-    given = os.environ.get("TRIVET_VLLM_PYTHON", "")
-    found = Path(given or ".vllm/bin/python")
-    if not found.exists():
-        told = f"TRIVET_VLLM_PYTHON is {given}, which is not there" if given else "there is no .vllm/bin/python here"
-        raise InputError(
-            f"--vllm: {told}; `make vllm` installs vLLM there, or set TRIVET_VLLM_PYTHON to a Python with it"
+    """Return the Python that has vLLM: TRIVET_VLLM_PYTHON, or the one that `make vllm` creates."""
+    variable = os.environ.get("TRIVET_VLLM_PYTHON", "")
+    python = Path(variable or ".vllm/bin/python")
+    if not python.exists():
+        problem = (
+            f"TRIVET_VLLM_PYTHON is {variable}, which does not exist"
+            if variable
+            else ".vllm/bin/python does not exist here"
         )
-    return found.absolute()
+        raise InputError(
+            f"--vllm: {problem}; install vLLM with `make vllm`, or set TRIVET_VLLM_PYTHON to a "
+            "Python that has it"
+        )
+    return python.absolute()

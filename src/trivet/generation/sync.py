@@ -1,9 +1,11 @@
-"""The learner's weights as servers get them: a version with a name, a checksum, and what a server that has them must answer.
+"""Versions of the learner's weights for servers: a name, a checksum, and the answers expected of a
+server that has them.
 
-Rungs, by what is trained and where: the in-process engine reads the learner's own tensors, nothing to do; an adapter is written
-beside and loaded under a name of its own; full weights are written as a model folder and reloaded in place; between GPUs they go over
-NCCL (nccl.py). An answer of "success" proves nothing: before a server is trusted, it samples one token after a few fixed
-prompts, and the log-probabilities must be those that the learner computes itself.
+How weights travel depends on what is trained and where: the in-process engine reads the learner's
+own tensors; an adapter is written to a folder and loaded under its own name; full weights are
+written as a model folder and reloaded in place, or sent over NCCL between GPUs (nccl.py). A reply
+of "success" proves nothing: before a server is trusted, it samples one token after a few fixed
+prompts, and its log-probabilities must match those that the learner computes itself.
 """
 
 import hashlib
@@ -27,17 +29,17 @@ from trivet.model.forward import autocast
 class Weights:
     """One version of the learner's weights."""
 
-    version: int  # steps behind them
-    name: str  # what servers call them: of this run, this version and these bytes alone
+    version: int  # steps taken to reach them
+    name: str  # their name on servers, unique to this run, version and content
     checksum: str  # SHA-256 of the files
     folder: Path  # a peft adapter, or a model folder
     adapter: bool
-    expected: Tensor  # (N, V) log-probabilities of the token after each probe, at the temperature that samples
-    tensors: dict[str, Tensor] = field(
-        default_factory=dict[str, Tensor]
-    )  # what NCCL sends: a copy, for training goes on
-    waiting: int = 0  # groups that no server has taken yet
-    batches: int = 0  # under way
+    # (N, V) log-probabilities of the token after each probe, at the temperature that samples
+    expected: Tensor
+    # What NCCL sends; a copy, since training continues.
+    tensors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    waiting: int = 0  # groups that no server has accepted yet
+    batches: int = 0  # in flight
 
 
 def publish(
@@ -49,22 +51,30 @@ def publish(
     untie: bool,
     nccl: bool = False,
 ) -> Weights:
-    """The policy as it is now, written into a folder of its own.
+    """Write the policy's current weights to a folder of their own.
 
-    expected: its next_tokens. run: a word that no other run has. untie: with a tied head's weight written out, which a server
-    on a CPU needs (docs/servers.md). nccl: full weights are kept in memory in place of files.
+    expected: its next_token_logprobs. run: an identifier that no other run has. untie: write a tied
+    head's weight too, which a server on a CPU needs (docs/servers.md). nccl: keep full weights in
+    memory instead of files.
     """
     half, adapter = into / ".half", bool(getattr(policy, "peft_config", None))
     if nccl and not adapter:
         dtype = getattr(policy, "compute_dtype", None) or policy.dtype
         tensors = {name: x.detach().to(dtype, copy=True) for name, x in policy.named_parameters()}
-        said = "".join(f"{name} {torch.hash_tensor(x).view(torch.int64).item()} " for name, x in tensors.items())
-        checksum = hashlib.sha256(said.encode()).hexdigest()
+        hashes = "".join(
+            f"{name} {torch.hash_tensor(x).view(torch.int64).item()} "
+            for name, x in tensors.items()
+        )
+        checksum = hashlib.sha256(hashes.encode()).hexdigest()
         name = f"trivet-{run}-{version}-{checksum[:12]}"
         return Weights(version, name, checksum, into / name, adapter, expected, tensors)
     shutil.rmtree(half, ignore_errors=True)
     dtype = None if adapter else getattr(policy, "compute_dtype", None)
-    cast = {} if dtype is None else {"state_dict": {name: x.to(dtype) for name, x in policy.state_dict().items()}}
+    cast = (
+        {}
+        if dtype is None
+        else {"state_dict": {name: x.to(dtype) for name, x in policy.state_dict().items()}}
+    )
     if adapter:
         write_adapter(policy, half)
     else:
@@ -82,28 +92,35 @@ def publish(
 
 
 def digest(folder: Path) -> str:
-    """SHA-256 of the names and bytes of all files in it."""
-    found = hashlib.sha256()
+    """Return the SHA-256 of the names and contents of all files in a folder."""
+    total = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             with path.open("rb") as file:
-                found.update(f"{path.relative_to(folder)} {hashlib.file_digest(file, 'sha256').hexdigest()} ".encode())
-    return found.hexdigest()
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            total.update(f"{path.relative_to(folder)} {content} ".encode())
+    return total.hexdigest()
 
 
 def fingerprint(policy: Any) -> tuple[int, ...]:
-    """Changes when a step, or a resumed run, changes the weights."""
+    """Return a value that changes whenever a step or a resume changes the weights."""
     return (id(policy), *(x._version for x in policy.parameters()))
 
 
 def rank_of(folder: Path) -> int:
-    """The rank of a peft adapter."""
+    """Return the rank of a peft adapter."""
     return int(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["r"])
 
 
 @torch.no_grad()
-def next_tokens(policy: Any, probes: Sequence[Sequence[int]], cut: dict[str, Any]) -> Tensor:
-    """Log-probabilities of the token after each of these prompts (N, V). cut: temperature, top_k, top_p."""
+def next_token_logprobs(
+    policy: Any, probes: Sequence[Sequence[int]], cut: dict[str, Any]
+) -> Tensor:
+    """Return log-probabilities of the token after each of these prompts, (N, V). cut: temperature,
+    top_k, top_p.
+    """
     with autocast(policy):
-        given = (torch.tensor([ids], device=policy.device) for ids in probes)
-        return torch.cat([warp(policy(ids, use_cache=False).logits[0, -1:], **cut).cpu() for ids in given])
+        prompts = (torch.tensor([ids], device=policy.device) for ids in probes)
+        return torch.cat(
+            [warp(policy(ids, use_cache=False).logits[0, -1:], **cut).cpu() for ids in prompts]
+        )

@@ -1,7 +1,9 @@
-"""One vLLM server: how it is asked for completions, given weights, and probed whether it has them.
+"""A client for one vLLM server: requests completions, loads weights, and probes that the server has
+them.
 
-Token ids go in and come out, with the log-probability of each as sampled. Every answer that is not whole, or of other weights than it
-was asked for, is a NoAnswerError; what the server refuses is a RefusedError.
+Token ids go in and come out, with the log-probability of each as sampled. An incomplete answer, or
+one from other weights than requested, is a NoAnswerError; what the server refuses is a
+RefusedError.
 """
 
 import asyncio
@@ -16,70 +18,97 @@ from typing import Any
 
 import httpx
 
-from trivet.generation.local import Local
+from trivet.generation.local import LocalServer
 from trivet.generation.nccl import Link
 from trivet.generation.sync import Weights, digest
-from trivet.http import NoAnswerError, RefusedError, answered
+from trivet.http import NoAnswerError, RefusedError, call_server
 
-LARGEST = 256 << 20  # bytes of an answer
+LARGEST = 256 << 20  # limit on the bytes of an answer
 SHORT = 10.0  # seconds for answers that need no model
-AT_ONCE = 64  # groups under way at a server
-TOP, FLOOR = 20, -20.0  # most likely tokens after each probe that are compared, down to so many nats
+AT_ONCE = 64  # groups in flight per server
+# The probe compares this many most likely tokens after each prompt, down to this log-probability.
+TOP, FLOOR = 20, -20.0
 
 Completion = tuple[list[int], list[float]]  # token ids, the log-probability of each as sampled
 
 
 class ProbeError(Exception):
-    """A server that says it has the weights, and answers with other numbers."""
+    """A server claims to have the weights but returns different log-probabilities."""
 
 
 @dataclass(eq=False)
 class Server:
-    """One vLLM server, and what is known of it."""
+    """One vLLM server and its state."""
 
     url: str
     stops: Sequence[int]
     cut: dict[str, Any]  # temperature, top_k, top_p
-    timeout: float  # seconds for a group
-    tolerance: float  # of the probe, nats; the largest difference where exact, else their mean
+    timeout: float  # seconds per group
+    tolerance: float  # of the probe, in nats: on the largest difference if exact, else on the mean
     exact: bool
-    local: Local | None = None
-    base: str = ""  # what a local server starts from, where adapters are loaded on top
-    has: set[str] = field(default_factory=set[str])  # names of weights that it is trusted with
-    asked: set[Any] = field(default_factory=set[Any])  # requests under way
+    local: LocalServer | None = None
+    base: str = ""  # the model a local server starts with, if adapters are loaded on top
+    has: set[str] = field(default_factory=set[str])  # names of the weights it is trusted with
+    requests: set[Any] = field(default_factory=set[Any])  # requests in flight
     busy: int = 0
     strikes: int = 0
-    starts: int = 0  # of a local one, since it was last well
-    trouble: str = "it has not been reached yet"
-    hopeless: bool = False  # the trouble is not of the kind that passes
-    difference: float = 0.0  # largest one of the last probe, nats
+    starts: int = 0  # starts of a local server since it last passed the probe
+    trouble: str = "not reached yet"
+    hopeless: bool = False  # the trouble is permanent
+    difference: float = 0.0  # largest difference in the last probe, in nats
     client: httpx.AsyncClient | None = None
-    link: Link | None = None  # of NCCL
+    link: Link | None = None  # over NCCL
 
-    async def call(self, how: str, what: str, body: Any = None, timeout: float = 0.0, plain: bool = False) -> Any:
-        """One call to it, as calls.answered makes them."""
+    async def call(
+        self, how: str, what: str, body: Any = None, timeout: float = 0.0, plain: bool = False
+    ) -> Any:
+        """Call the server with http.call_server."""
         if self.client is None:
             key = os.environ.get("VLLM_API_KEY", "")
             headers = {"Authorization": f"Bearer {key}"} if key else {}
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=AT_ONCE)
-            self.client = httpx.AsyncClient(headers=headers, timeout=None, limits=limits, trust_env=False)
+            self.client = httpx.AsyncClient(
+                headers=headers, timeout=None, limits=limits, trust_env=False
+            )
         limit = timeout or self.timeout
-        told = {"timeout": limit, "largest": LARGEST, "plain": plain}
-        return await answered(self.client, how, self.url, what, body, **told)
+        options = {"timeout": limit, "largest": LARGEST, "plain": plain}
+        return await call_server(self.client, how, self.url, what, body, **options)
 
-    async def sample(self, weights: Weights, prompt: Sequence[int], n: int, seed: int, limit: int) -> list[Completion]:
-        """n completions of one prompt by these weights. Errors: NoAnswerError for any answer that is not whole or not theirs."""
+    async def sample(
+        self, weights: Weights, prompt: Sequence[int], n: int, seed: int, limit: int
+    ) -> list[Completion]:
+        """Sample n completions of one prompt with these weights. Errors: NoAnswerError for an
+        answer that is incomplete or from other weights.
+        """
         choices = await self._choices(weights, prompt, n, seed, limit)
         return [(tokens, [x["logprob"] for x in content]) for tokens, content in choices]
 
     async def _choices(
         self, weights: Weights, prompt: Sequence[int], n: int, seed: int, limit: int, top: int = 0
     ) -> list[tuple[list[int], list[dict[str, Any]]]]:
-        """Token ids, and of each token the log-probability, as vLLM says it: with those of the `top` most likely ones."""
+        """Return token ids and vLLM's log-probability entry of each token, which includes the `top`
+        most likely tokens.
+        """
         name = secrets.token_hex(8)
-        settings = {"n": n, "seed": seed, "max_tokens": limit, "logprobs": top, "detokenize": False} | self.cut
-        settings |= {"stop_token_ids": list(self.stops), "ignore_eos": True, "min_p": 0.0, "repetition_penalty": 1.0}
-        body = {"request_id": name, "token_ids": list(prompt), "cache_salt": weights.name, "sampling_params": settings}
+        settings = {
+            "n": n,
+            "seed": seed,
+            "max_tokens": limit,
+            "logprobs": top,
+            "detokenize": False,
+        } | self.cut
+        settings |= {
+            "stop_token_ids": list(self.stops),
+            "ignore_eos": True,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+        }
+        body = {
+            "request_id": name,
+            "token_ids": list(prompt),
+            "cache_salt": weights.name,
+            "sampling_params": settings,
+        }
         if weights.adapter:
             body["model"] = weights.name
         try:
@@ -90,51 +119,71 @@ class Server:
             raise
         try:
             if not str(answer["request_id"]).endswith(name):
-                raise NoAnswerError(f"{self.url} answers to another request than it was asked")
+                raise NoAnswerError(f"{self.url} answered a different request")
             choices = sorted(answer["choices"], key=lambda choice: choice["index"])
             if [choice["index"] for choice in choices] != list(range(n)):
-                raise NoAnswerError(f"{self.url} answers with {len(choices)} completions, not each of {n} once")
+                raise NoAnswerError(
+                    f"{self.url} returned {len(choices)} completions; expected each of {n} once"
+                )
             return [self._read(choice, weights, limit) for choice in choices]
         except (LookupError, TypeError, AttributeError, ValueError):
-            raise NoAnswerError(f"{self.url} answers in another form than vLLM's /inference/v1/generate") from None
+            raise NoAnswerError(
+                f"{self.url} does not answer like vLLM's /inference/v1/generate"
+            ) from None
 
-    def _read(self, choice: Any, weights: Weights, limit: int) -> tuple[list[int], list[dict[str, Any]]]:
-        tokens, content = [int(token) for token in choice["token_ids"]], choice["logprobs"]["content"]
+    def _read(
+        self, choice: Any, weights: Weights, limit: int
+    ) -> tuple[list[int], list[dict[str, Any]]]:
+        tokens, content = (
+            [int(token) for token in choice["token_ids"]],
+            choice["logprobs"]["content"],
+        )
         logprobs = [float(x["logprob"]) for x in content]
         made_by = {span["version"] for span in choice.get("weight_versions") or ()}
         if not weights.adapter and made_by != {weights.name}:
-            raise NoAnswerError(f"{self.url} answers with weights {'/'.join(map(str, made_by))}, not {weights.name}")
+            raise NoAnswerError(
+                f"{self.url} answered with weights {'/'.join(map(str, made_by))}, not "
+                f"{weights.name}"
+            )
         ended = bool(tokens) and tokens[-1] in self.stops
         whole = ended or len(tokens) == limit
-        if choice["finish_reason"] not in ("stop", "length") or not whole or [x["token_id"] for x in content] != tokens:
-            raise NoAnswerError(f"{self.url} answers with a completion that is not whole")
+        if (
+            choice["finish_reason"] not in ("stop", "length")
+            or not whole
+            or [x["token_id"] for x in content] != tokens
+        ):
+            raise NoAnswerError(f"{self.url} returned an incomplete completion")
         if not all(map(math.isfinite, logprobs)):
-            raise NoAnswerError(f"{self.url} answers with log-probabilities that are not numbers")
+            raise NoAnswerError(f"{self.url} returned log-probabilities that are NaN or infinite")
         return tokens, content
 
-    async def bring(self, weights: Weights, probes: Sequence[Sequence[int]]) -> None:
-        """Give it these weights, where it lacks them, and trust it with them if it passes the probe."""
+    async def sync(self, weights: Weights, probes: Sequence[Sequence[int]]) -> None:
+        """Load these weights onto the server if it lacks them, and trust it with them if it passes
+        the probe.
+        """
         if not weights.adapter:
             self.has.clear()  # full weights replace each other
         if self.local is not None and self.starts > 1 and not self.local.alive():
-            said = self.local.complaint()
-            raise RefusedError(0, f"the server that --vllm starts does not stay: {said}; see {self.local.log}")
-        await self._reach(weights)
-        there = await self._holds(weights)
-        if not there:
+            problem = self.local.first_error()
+            raise RefusedError(
+                0, f"the server started by --vllm keeps exiting: {problem}; see {self.local.log}"
+            )
+        await self._ensure_running(weights)
+        loaded = await self._has_weights(weights)
+        if not loaded:
             await self._load(weights)
         try:
             await self._probe(weights, probes)
         except ProbeError:
-            if not there:
+            if not loaded:
                 raise
             await self._load(weights)
             await self._probe(weights, probes)
         self.has.add(weights.name)
         self.strikes, self.starts, self.hopeless, self.trouble = 0, 0, False, ""
 
-    async def _reach(self, weights: Weights) -> None:
-        """It answers; a local one that does not run is started."""
+    async def _ensure_running(self, weights: Weights) -> None:
+        """Check that the server answers; start a local one that is not running."""
         if self.local is None or self.local.alive():
             await self.call("GET", "health", timeout=SHORT)
             return
@@ -144,81 +193,122 @@ class Server:
         while True:
             await asyncio.sleep(0.2)
             if not self.local.alive():
-                said = self.local.complaint()
-                raise RefusedError(0, f"the server that --vllm starts ends at once: {said}; see {self.local.log}")
+                problem = self.local.first_error()
+                raise RefusedError(
+                    0,
+                    f"the server started by --vllm exited at once: {problem}; see {self.local.log}",
+                )
             if time.monotonic() - began > self.timeout:
-                raise NoAnswerError(f"{self.url} is not up after {self.timeout:g} seconds; see {self.local.log}")
+                raise NoAnswerError(
+                    f"{self.url} is not up after {self.timeout:g} seconds; see {self.local.log}"
+                )
             with suppress(NoAnswerError):
                 await self.call("GET", "health", timeout=SHORT)
                 return
 
-    async def _holds(self, weights: Weights) -> bool:
-        """Whether it says that it has them."""
+    async def _has_weights(self, weights: Weights) -> bool:
+        """Return whether the server reports that it has these weights."""
         if weights.adapter:
             models = await self.call("GET", "v1/models", timeout=SHORT)
             return any(model.get("id") == weights.name for model in models["data"])
-        return (await self.call("GET", "weight_info", timeout=SHORT))["weight_version"] == weights.name
+        return (await self.call("GET", "weight_info", timeout=SHORT))[
+            "weight_version"
+        ] == weights.name
 
     async def _load(self, weights: Weights) -> None:
         if weights.tensors:
             await self._send(weights)
             return
         if digest(weights.folder) != weights.checksum:
-            raise RefusedError(0, f"the files in {weights.folder} have changed since they were written")
+            raise RefusedError(
+                0, f"the files in {weights.folder} have changed since they were written"
+            )
         path = str(weights.folder)
         if weights.adapter:
             with suppress(RefusedError, NoAnswerError):
                 await self.forget(weights.name)
-            await self.call("POST", "v1/load_lora_adapter", {"lora_name": weights.name, "lora_path": path}, plain=True)
+            await self.call(
+                "POST",
+                "v1/load_lora_adapter",
+                {"lora_name": weights.name, "lora_path": path},
+                plain=True,
+            )
             return
-        await self.call("POST", "pause?mode=abort")  # and clear the cache of prefixes
-        await self.call("POST", "collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}})
-        await self.call("POST", "update_weight_version", {"new_version": weights.name}, timeout=SHORT)
+        await self.call("POST", "pause?mode=abort")  # also clears the prefix cache
+        await self.call(
+            "POST", "collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}}
+        )
+        await self.call(
+            "POST", "update_weight_version", {"new_version": weights.name}, timeout=SHORT
+        )
         await self.call("POST", "resume", timeout=SHORT)
 
     async def _send(self, weights: Weights) -> None:
-        """Over NCCL: both sides at once, ours in a thread; a side that fails leaves the other to its time limit."""
+        """Send weights over NCCL, both sides at once, ours in a thread; if one side fails, the
+        other runs into its time limit.
+        """
         if self.link is None:
             workers = int((await self.call("GET", "get_world_size", timeout=SHORT))["world_size"])
             link = Link(workers, next(iter(weights.tensors.values())).device)
             joined = asyncio.to_thread(link.join)
-            await self._both(joined, "init_weight_transfer_engine", {"init_info": link.invitation()})
+            await self._call_beside(
+                joined, "init_weight_transfer_engine", {"init_info": link.init_info()}
+            )
             self.link = link
-        facts = [(name, str(x.dtype).removeprefix("torch."), list(x.shape)) for name, x in weights.tensors.items()]
-        told = dict(zip(("names", "dtype_names", "shapes"), map(list, zip(*facts, strict=True)), strict=True))
+        facts = [
+            (name, str(x.dtype).removeprefix("torch."), list(x.shape))
+            for name, x in weights.tensors.items()
+        ]
+        info = dict(
+            zip(
+                ("names", "dtype_names", "shapes"), map(list, zip(*facts, strict=True)), strict=True
+            )
+        )
         await self.call("POST", "pause?mode=abort")
         await self.call("POST", "start_weight_update")
         sent = asyncio.to_thread(self.link.send, weights.tensors.values())
-        await self._both(sent, "update_weights", {"update_info": told})
+        await self._call_beside(sent, "update_weights", {"update_info": info})
         await self.call("POST", "finish_weight_update", {"weight_version": weights.name})
         await self.call("POST", "resume", timeout=SHORT)
 
-    async def _both(self, ours: Coroutine[Any, Any, None], what: str, body: Any) -> None:
+    async def _call_beside(self, ours: Coroutine[Any, Any, None], what: str, body: Any) -> None:
         try:
             async with asyncio.timeout(self.timeout):
                 await asyncio.gather(ours, self.call("POST", what, body))
-        except BaseException as error:  # the communicator is of no use any more
+        except BaseException as error:  # the communicator can't be used again
             self.link = None
             if isinstance(error, RuntimeError | TimeoutError):
-                raise NoAnswerError(f"{self.url}: weights over NCCL: {error or 'not within the time'}") from None
+                raise NoAnswerError(
+                    f"{self.url}: weights over NCCL: {error or 'timed out'}"
+                ) from None
             raise
 
     async def forget(self, name: str) -> None:
-        """Let go of an adapter."""
+        """Unload an adapter."""
         self.has.discard(name)
-        await self.call("POST", "v1/unload_lora_adapter", {"lora_name": name}, timeout=SHORT, plain=True)
+        await self.call(
+            "POST", "v1/unload_lora_adapter", {"lora_name": name}, timeout=SHORT, plain=True
+        )
 
     async def _probe(self, weights: Weights, probes: Sequence[Sequence[int]]) -> None:
         top = min(TOP, weights.expected.shape[1])
-        asked = [self._choices(weights, prompt, 1, seed, 1, top) for seed, prompt in enumerate(probes)]
+        requests = [
+            self._choices(weights, prompt, 1, seed, 1, top) for seed, prompt in enumerate(probes)
+        ]
         differences = list[float]()
-        for expected, choices in zip(weights.expected, await asyncio.gather(*asked), strict=True):
-            said = choices[0][1][0]
-            likely = [said, *(x for x in said["top_logprobs"] if expected[x["token_id"]] > FLOOR)]
+        for expected, choices in zip(
+            weights.expected, await asyncio.gather(*requests), strict=True
+        ):
+            sampled = choices[0][1][0]
+            likely = [
+                sampled,
+                *(x for x in sampled["top_logprobs"] if expected[x["token_id"]] > FLOOR),
+            ]
             differences += [abs(float(expected[x["token_id"]]) - x["logprob"]) for x in likely]
         self.difference, average = max(differences), sum(differences) / len(differences)
         if not (self.difference if self.exact else average) <= self.tolerance:
             raise ProbeError(
-                f"{self.url} took version {weights.version} of the weights, but its log-probabilities are not the learner's: "
-                f"they differ by up to {self.difference:.2g} nats, {average:.2g} on average"
+                f"{self.url} accepted version {weights.version} of the weights, but its "
+                "log-probabilities are not the learner's; they differ by up to "
+                f"{self.difference:.2g} nats, {average:.2g} on average"
             )

@@ -1,8 +1,11 @@
-"""Hugging Face models as trunk and head: loading, the shared-prefix forward, log-probabilities that never build logits."""
+"""Hugging Face models as trunk and head: loading, the shared-prefix forward, log-probabilities that
+never build all logits.
+"""
 
-from trivet.dependencies import require_tried_versions
+from trivet.dependencies import require_tested_versions
 
-require_tried_versions()  # before transformers and peft are imported: what they lack would be a traceback
+# before importing transformers and peft, where a wrong version would be a traceback
+require_tested_versions()
 
 from trivet.model.copies import frozen_copy
 from trivet.model.forward import token_logprobs

@@ -1,4 +1,4 @@
-"""The repeated layers of a trunk, and passes through them that keep nothing but what goes in."""
+"""The repeated layers of a trunk, and gradient checkpointing of them."""
 
 from functools import partial
 from typing import Any
@@ -8,18 +8,25 @@ from torch.utils.checkpoint import checkpoint
 
 
 def blocks(model: Any) -> list[Any]:
-    """The layers of the trunk, in order."""
-    return [block for part in model.base_model.children() if isinstance(part, torch.nn.ModuleList) for block in part]
+    """Return the layers of the trunk in order."""
+    return [
+        block
+        for part in model.base_model.children()
+        if isinstance(part, torch.nn.ModuleList)
+        for block in part
+    ]
 
 
 def checkpoint_blocks(model: Any) -> Any:
-    """Gradient checkpointing: of each layer only its input is kept for the backward pass, which computes the rest again."""
+    """Turn on gradient checkpointing: only each layer's input is kept for the backward pass, which
+    recomputes the rest.
+    """
     for block in blocks(model):
-        block.forward = partial(_recomputed, block.forward)
+        block.forward = partial(_checkpoint_forward, block.forward)
     return model
 
 
-def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
-    if not torch.is_grad_enabled():  # a cache that is written must be written once
+def _checkpoint_forward(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():  # a cache must be written only once
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

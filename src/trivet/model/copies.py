@@ -1,4 +1,4 @@
-"""Models made from models in memory."""
+"""Copies of models in memory."""
 
 import copy
 from typing import Any
@@ -9,8 +9,12 @@ from trivet.model.weights import makes_model
 
 @makes_model
 def frozen_copy(model: Any) -> Any:
-    """A reference: the model as it stands in memory, not on disk, without gradients; the base below an adapter is shared."""
-    copied = copy.deepcopy(model, {id(x): x for x in model.parameters() if not x.requires_grad}).requires_grad_(False)
+    """Return a frozen copy of the model as it is in memory, to serve as the reference; the base
+    below an adapter is shared.
+    """
+    copied = copy.deepcopy(
+        model, {id(x): x for x in model.parameters() if not x.requires_grad}
+    ).requires_grad_(False)
     moved = [bool(x.any()) for name, x in copied.named_parameters() if "lora_B" in name]
     if moved and not any(moved):  # a new adapter: the reference is the base alone
         return without_layers(copied)

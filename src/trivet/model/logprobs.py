@@ -1,4 +1,6 @@
-"""Log-probabilities of chosen tokens from hidden states, one vocabulary chunk at a time: (M, V) never exists in float32."""
+"""Log-probabilities of chosen tokens from hidden states, one vocabulary chunk at a time: (M, V)
+never exists in float32.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -6,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = {"cpu": 1 << 20}  # float32 logits worked on at once: what a cache holds; elsewhere 1 << 26
-KEPT = 1 << 27  # bytes of products that wait for the backward pass; others are made again
+CHUNK = {"cpu": 1 << 20}  # float32 logits at a time, to fit a CPU's cache; elsewhere 1 << 26
+KEPT = 1 << 27  # bytes of products kept for the backward pass; others are recomputed
 
 
 def selected_logprobs(
@@ -15,8 +17,8 @@ def selected_logprobs(
 ) -> Tensor:
     """log softmax((hidden weight' + bias) / temperature) at the target tokens.
 
-    hidden: (M, D). weight: (V, D), the output embedding. targets: (M,). Returns (M,), float32 or wider: products in the
-    type of hidden (under autocast, in its type), sums in float32.
+    hidden: (M, D). weight: (V, D), the output embedding. targets: (M,). Returns (M,), float32 or
+    wider: products in the dtype of hidden (under autocast, in its dtype), sums in float32.
     """
     kind = hidden.device.type
     if torch.is_autocast_enabled(kind):
@@ -27,7 +29,12 @@ def selected_logprobs(
 class _SelectedLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, sharpness: float
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        sharpness: float,
     ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         lse = hidden.new_full((len(hidden), 1), -torch.inf, dtype=wide)  # (M, 1)
@@ -45,13 +52,18 @@ class _SelectedLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, lse, *kept = ctx.saved_tensors
-        scale, cast = (-ctx.sharpness * grads[0])[:, None], _cast(weight, hidden.dtype)  # (M, 1), (V, D)
-        scaled, grad_hidden = (hidden * scale).to(hidden.dtype), torch.zeros_like(hidden, dtype=lse.dtype)  # (M, D)
+        scale = (-ctx.sharpness * grads[0])[:, None]  # (M, 1)
+        cast = _cast(weight, hidden.dtype)  # (V, D)
+        scaled = (hidden * scale).to(hidden.dtype)  # (M, D)
+        grad_hidden = torch.zeros_like(hidden, dtype=lse.dtype)  # (M, D)
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         grad_bias = None if bias is None else torch.empty_like(bias)
-        for start, _, logits, here, column in _chunks(hidden, weight, bias, targets, ctx.sharpness, kept):
+        for start, _, logits, here, column in _chunks(
+            hidden, weight, bias, targets, ctx.sharpness, kept
+        ):
             stop = start + logits.shape[1]
-            slope = logits.sub_(lse).exp_().scatter_add_(1, column, -here.to(lse.dtype))  # (M, C): softmax - one-hot
+            # (M, C): softmax - one-hot
+            slope = logits.sub_(lse).exp_().scatter_add_(1, column, -here.to(lse.dtype))
             if grad_bias is not None:
                 grad_bias[start:stop] = (slope * scale).sum(0)
             slope = slope.to(hidden.dtype)
@@ -62,11 +74,19 @@ class _SelectedLogprobs(torch.autograd.Function):
 
 
 def _chunks(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, sharpness: float, kept: Sequence[Tensor] = ()
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    sharpness: float,
+    kept: Sequence[Tensor] = (),
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
-    """By chunks of the vocabulary: where it starts, the product, the logits (M, C) in wide numbers, always in the same memory
-    (fresh memory costs more than the sums), whether each target is in the chunk, and its column there (M, 1)."""
-    count, cast, wide = len(hidden), _cast(weight, hidden.dtype), torch.promote_types(hidden.dtype, torch.float32)
+    """For each chunk of the vocabulary yield its start, the product, the logits (M, C) in the wider
+    dtype, always in the same memory (fresh memory costs more than the sums), whether each target is
+    in the chunk, and its column there (M, 1).
+    """
+    count, cast = len(hidden), _cast(weight, hidden.dtype)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
     size = min(len(weight), max(256, CHUNK.get(hidden.device.type, 1 << 26) // max(1, count)))
     memory = torch.empty(count * size, dtype=wide, device=hidden.device)
     for i, start in enumerate(range(0, len(weight), size)):
@@ -79,7 +99,7 @@ def _chunks(
 
 
 def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight in the type of the products, made once for as long as it does not change."""
+    """Return the weight in the products' dtype, cached until the weight changes."""
     key = (weight._version, weight.data_ptr(), dtype)
     if weight.dtype != dtype and getattr(weight, "_cast_key", None) != key:
         weight._cast, weight._cast_key = weight.detach().to(dtype), key  # type: ignore[attr-defined]

@@ -1,23 +1,30 @@
-"""What the files of a stranger's model may do here: be read. Python code and pickles among them wait for --trust-remote-code."""
+"""Decide what an untrusted model's files may do: they are only read. Python code and pickles among
+them need --trust-remote-code.
+"""
 
 import os
 
-SAID = "TRIVET_TRUST_REMOTE_CODE"  # in the environment, so that no config file can say it
-os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would ask a server to convert pickles
+VARIABLE = "TRIVET_TRUST_REMOTE_CODE"  # an environment variable, so that no config file can set it
+# Otherwise transformers would ask a server to convert pickles.
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 
 def trusted() -> bool:
-    """Whether code and pickles of a model may run: --trust-remote-code, or TRIVET_TRUST_REMOTE_CODE=1 in the environment."""
-    return os.environ.get(SAID) == "1"
+    """Return whether code and pickles of a model may run: --trust-remote-code, or
+    TRIVET_TRUST_REMOTE_CODE=1 in the environment.
+    """
+    return os.environ.get(VARIABLE) == "1"
 
 
 def refusal(error: Exception) -> str:
-    """What transformers refused, in a sentence with the way out; '' where it failed for another reason."""
-    said = str(error)
-    if "trust_remote_code" in said or "custom code" in said:
-        what = "it needs Python code of its own"
-    elif "use_safetensors" in said or "no file named model.safetensors" in said:
-        what = "its weights are not safetensors (another kind can run code when it is read)"
+    """Describe what transformers refused to load and the way out; '' if it failed for another
+    reason.
+    """
+    message = str(error)
+    if "trust_remote_code" in message or "custom code" in message:
+        reason = "it needs Python code of its own"
+    elif "use_safetensors" in message or "no file named model.safetensors" in message:
+        reason = "its weights are not in safetensors (other formats can run code when loaded)"
     else:
         return ""
-    return f"{what}; look at its files and, if you trust them, give --trust-remote-code"
+    return f"{reason}; inspect its files and, if you trust them, pass --trust-remote-code"

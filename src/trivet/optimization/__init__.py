@@ -1,6 +1,12 @@
-"""Leg 3 · how does the policy change? Pure functions on tensors: imports torch and nothing of ours."""
+"""Leg 3 · how does the policy change? Pure functions on tensors that import torch and nothing else
+of Trivet.
+"""
 
-from trivet.optimization.advantages import group_advantages, leave_one_out_advantages, scale_by_batch
+from trivet.optimization.advantages import (
+    group_advantages,
+    leave_one_out_advantages,
+    scale_by_batch,
+)
 from trivet.optimization.control import adapted_beta
 from trivet.optimization.kl import k1, k2, k3
 from trivet.optimization.normalize import scale_to_unit_variance, whiten

@@ -1,4 +1,6 @@
-"""Other ways to learn from comparisons: hinge, smoothed and robust, IPO, SimPO, ORPO; and KTO, from single labels."""
+"""Other losses for learning from comparisons: hinge, smoothed and robust labels, IPO, SimPO, ORPO;
+and KTO, from single labels.
+"""
 
 import torch
 from torch import Tensor
@@ -7,48 +9,55 @@ from trivet.optimization.preference import bradley_terry_loss, implicit_reward
 
 
 def hinge_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Bradley-Terry's comparison with a hinge: nothing is learned once the winner leads by 1.
+    """A hinge in place of Bradley-Terry's log-sigmoid: no gradient once the winner leads by 1.
 
         max(0, 1 - (r(y_w) - r(y_l)))
 
-    chosen, rejected: (B,) rewards, implicit ones for SLiC. Returns (B,). Equal rewards give 1. Source: SLiC-HF (Zhao et
-    al. 2023); on implicit rewards: RSO (Liu et al. 2024).
+    chosen, rejected: (B,) rewards, for SLiC implicit ones. Returns (B,). Equal rewards give 1.
+    Source: SLiC-HF (Zhao et al. 2023); on implicit rewards: RSO (Liu et al. 2024).
     """
     return (1 - (chosen - rejected)).relu()
 
 
 def conservative_loss(chosen: Tensor, rejected: Tensor, *, label_smoothing: float) -> Tensor:
-    """Bradley-Terry when a share of the labels is believed to be flipped: cross-entropy with the smoothed label.
+    """Bradley-Terry with a smoothed label, for when a share of the labels may be flipped:
+    cross-entropy against that label.
 
         -(1 - eps) log sigmoid(d) - eps log sigmoid(-d),  d = r(y_w) - r(y_l)
 
-    chosen, rejected: (B,) rewards. label_smoothing: eps in [0, 0.5). Returns (B,). Least at d = log((1 - eps) / eps); eps = 0
-    is bradley_terry_loss. Source: conservative DPO (Mitchell 2023, "A note on DPO with noisy preferences").
+    chosen, rejected: (B,) rewards. label_smoothing: eps in [0, 0.5). Returns (B,). Minimal at d =
+    log((1 - eps) / eps); eps = 0 is bradley_terry_loss. Source: conservative DPO (Mitchell 2023, "A
+    note on DPO with noisy preferences").
     """
-    return (1 - label_smoothing) * bradley_terry_loss(chosen, rejected) + label_smoothing * bradley_terry_loss(
-        rejected, chosen
-    )
+    return (1 - label_smoothing) * bradley_terry_loss(
+        chosen, rejected
+    ) + label_smoothing * bradley_terry_loss(rejected, chosen)
 
 
 def robust_loss(chosen: Tensor, rejected: Tensor, *, label_smoothing: float) -> Tensor:
-    """Bradley-Terry made unbiased under labels that are flipped with a known probability.
+    """Bradley-Terry corrected to be unbiased when labels are flipped with a known probability.
 
         (-(1 - eps) log sigmoid(d) + eps log sigmoid(-d)) / (1 - 2 eps),  d = r(y_w) - r(y_l)
 
-    chosen, rejected: (B,) rewards. label_smoothing: eps in [0, 0.5), the probability of a flip; in expectation over flips the
-    result is the bradley_terry_loss of the true labels. Returns (B,). Source: robust DPO (Chowdhury et al. 2024).
+    chosen, rejected: (B,) rewards. label_smoothing: eps in [0, 0.5), the probability of a flip; in
+    expectation over flips the result equals bradley_terry_loss of the true labels. Returns (B,).
+    Source: robust DPO (Chowdhury et al. 2024).
     """
-    right, flipped = bradley_terry_loss(chosen, rejected), bradley_terry_loss(rejected, chosen)
-    return ((1 - label_smoothing) * right - label_smoothing * flipped) / (1 - 2 * label_smoothing)
+    correct, flipped = bradley_terry_loss(chosen, rejected), bradley_terry_loss(rejected, chosen)
+    return ((1 - label_smoothing) * correct - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
-def ipo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, *, beta: float) -> Tensor:
-    """Identity preference optimization: regress the log-ratio margin to 1 / (2 beta) instead of pushing it to infinity.
+def ipo_loss(
+    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, *, beta: float
+) -> Tensor:
+    """Identity preference optimization: regress the log-ratio margin to 1 / (2 beta) instead of
+    pushing it to infinity.
 
         ([(log pi(y_w) - log pi(y_l)) - (log pi_ref(y_w) - log pi_ref(y_l))] - 1 / (2 beta))^2
 
-    chosen, rejected, ref_chosen, ref_rejected: (B,) log-probabilities of whole completions, or their means over tokens. beta:
-    the paper's tau, per nat. Returns (B,). At pi = pi_ref it is 1 / (4 beta^2). Source: Azar et al. 2023, eq. 17.
+    chosen, rejected, ref_chosen, ref_rejected: (B,) log-probabilities of whole completions, or
+    their means over tokens. beta: the paper's tau, per nat. Returns (B,). At pi = pi_ref it is 1 /
+    (4 beta^2). Source: Azar et al. 2023, eq. 17.
     """
     return ((chosen - rejected) - (ref_chosen - ref_rejected) - 1 / (2 * beta)).square()
 
@@ -58,8 +67,8 @@ def simpo_loss(chosen: Tensor, rejected: Tensor, *, beta: float, gamma: float) -
 
         -log sigmoid(beta (log pi(y_w) / |y_w| - log pi(y_l) / |y_l|) - gamma)
 
-    chosen, rejected: (B,) log-probabilities per token, meaned over each completion. gamma: target margin of the rewards.
-    Returns (B,). Source: Meng et al. 2024, eq. 6.
+    chosen, rejected: (B,) mean log-probability per token of each completion. gamma: target margin
+    of the rewards. Returns (B,). Source: Meng et al. 2024, eq. 6.
     """
     return bradley_terry_loss(beta * chosen, beta * rejected, margin=gamma)
 
@@ -69,27 +78,33 @@ def odds_ratio_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
 
         -log sigmoid(log odds(y_w) - log odds(y_l)),  odds = p / (1 - p),  p = exp(log pi(y) / |y|)
 
-    chosen, rejected: (B,) log-probabilities per token, meaned over each completion, below 0. Returns (B,). It stands beside
-    the supervised loss of the chosen side. Source: Hong et al. 2024, eq. 4 and 7.
+    chosen, rejected: (B,) mean log-probability per token of each completion, below 0. Returns (B,).
+    It is added to the supervised loss of the chosen completion. Source: Hong et al. 2024, eq. 4 and
+    7.
     """
     return bradley_terry_loss(chosen - _log1mexp(chosen), rejected - _log1mexp(rejected))
 
 
-def kto_loss(logprob: Tensor, ref_logprob: Tensor, desirable: Tensor, kl: Tensor, *, beta: float) -> Tensor:
-    """Kahneman-Tversky optimization: each completion is good or bad by itself, against a reference point.
+def kto_loss(
+    logprob: Tensor, ref_logprob: Tensor, desirable: Tensor, kl: Tensor, *, beta: float
+) -> Tensor:
+    """Kahneman-Tversky optimization: each completion is judged good or bad on its own, relative to
+    a reference point.
 
         1 - sigmoid(beta (log pi/pi_ref - z))  where desirable
         1 - sigmoid(beta (z - log pi/pi_ref))  elsewhere
 
-    logprob, ref_logprob: (B,) log-probabilities of whole completions. desirable: (B,) bool. kl: scalar z, an estimate of
-    KL(pi || pi_ref) from mismatched completions, at least 0, without gradient. Returns (B,). Source: Ethayarajh et al. 2024,
-    eq. 7.
+    logprob, ref_logprob: (B,) log-probabilities of whole completions. desirable: (B,) bool. kl:
+    scalar z, an estimate of KL(pi || pi_ref) from mismatched completions, at least 0, without
+    gradient. Returns (B,). Source: Ethayarajh et al. 2024, eq. 7.
     """
     lead = implicit_reward(logprob, ref_logprob + kl.detach(), beta=beta)
     return torch.where(desirable, -lead, lead).sigmoid()
 
 
 def _log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x < 0, without losing the digits at either end; at 0, as just below it."""
+    """log(1 - exp(x)) for x < 0, without losing precision at either end; at 0, its value just below
+    0.
+    """
     x = x.clamp(max=-torch.finfo(x.dtype).eps)
     return torch.where(x > -0.693, (-torch.expm1(x)).log(), torch.log1p(-x.exp()))

@@ -1,1 +1,1 @@
-"""trivet plan: what a step of each method will hold, compute and move, before anything runs."""
+"""trivet plan: predict what a step of each method will hold, compute and move before it runs."""

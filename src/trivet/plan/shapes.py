@@ -1,4 +1,6 @@
-"""What is planned for: models, counted by transformers' own classes without making their weights, and devices."""
+"""The models and devices that trivet plan knows. Models are counted by transformers' own classes
+without creating their weights.
+"""
 
 import os
 import time
@@ -7,11 +9,19 @@ from typing import Any, NamedTuple
 
 from trivet.errors import InputError, first_line
 
-# Public shapes and known cards -----------------------------------------------------------------------------------------
+# Built-in shapes and cards
+# -----------------------------------------------------------------------------------------
+
 
 LLAMA: dict[str, Any] = {"model_type": "llama", "tie_word_embeddings": False}
-QWEN3: dict[str, Any] = {"model_type": "qwen3", "vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8}
-SHAPES: dict[str, dict[str, Any]] = {  # config.json of the hub's models, as far as it decides a count; `source`: where it stands
+QWEN3: dict[str, Any] = {
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "head_dim": 128,
+    "num_key_value_heads": 8,
+}
+# the parts of the hub models' config.json that decide a count; `source`: where to find it
+SHAPES: dict[str, dict[str, Any]] = {
     "Qwen2.5-0.5B": {
         "source": "huggingface.co/Qwen/Qwen2.5-0.5B", "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896,
         "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
@@ -38,7 +48,8 @@ SHAPES: dict[str, dict[str, Any]] = {  # config.json of the hub's models, as far
         "num_key_value_heads": 4, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_hidden_layers": 48,
         "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8, "tie_word_embeddings": False,
     },
-    "DeepSeek-V3": {  # without the module for multi-token prediction, which transformers does not build
+    # without the multi-token prediction module, which transformers does not build
+    "DeepSeek-V3": {
         "source": "huggingface.co/deepseek-ai/DeepSeek-V3", "model_type": "deepseek_v3", "vocab_size": 129280,
         "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048, "num_hidden_layers": 61,
         "num_attention_heads": 128, "num_key_value_heads": 128, "n_routed_experts": 256, "n_shared_experts": 1,
@@ -49,11 +60,13 @@ SHAPES: dict[str, dict[str, Any]] = {  # config.json of the hub's models, as far
 
 
 class Card(NamedTuple):
-    """A device: its memory in GB, dense peaks of matrix products in TFLOP/s, GB/s of its memory and to its neighbors (one way)."""
+    """A device: its memory in GB, its dense peaks of matrix products in TFLOP/s, its bandwidth in
+    GB/s to memory and to its neighbors (one way).
+    """
 
     memory: float
     bfloat16: float
-    float32: float  # as torch makes them unless told otherwise: without TF32
+    float32: float  # by torch's default: without TF32
     bandwidth: float
     link: float
 
@@ -68,12 +81,12 @@ CARDS = {  # vendors' data sheets
     "l40s": Card(48, 362, 91.6, 864, 32),
     "rtx-4090": Card(24, 165, 82.6, 1008, 32),
 }
-NETWORK = 50.0  # GB/s a device and way between nodes: 400 Gbit/s
+NETWORK = 50.0  # GB/s per device and direction between nodes: 400 Gbit/s
 CONTEXT = 0.6e9  # bytes of a CUDA context with its libraries, assumed
 
 
 class Machine(NamedTuple):
-    """The device that is planned for, in bytes, operations a second and bytes a second."""
+    """The device to plan for, in bytes, operations per second and bytes per second."""
 
     name: str
     cpu: bool
@@ -86,12 +99,15 @@ class Machine(NamedTuple):
     program: float  # bytes held before a model is loaded
 
 
-# What is counted of a model --------------------------------------------------------------------------------------------
+# Counting a model
+# --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What the formulas need of a model, counted from its own class in transformers on the meta device."""
+    """What the formulas need to know of a model, counted from its transformers class on the meta
+    device.
+    """
 
     name: str
     source: str
@@ -105,32 +121,37 @@ class Shape:
     kv_heads: int
     key_width: int
     value_width: int
-    latent: int  # numbers of a token and layer that a server keeps of keys and values together (DeepSeek), or 0
+    # numbers per token and layer that a server caches for keys and values together (DeepSeek), or 0
+    latent: int
     matrices: int  # parameters of the trunk's matrices that every token is multiplied by
     experts: int  # parameters of all experts
-    active_experts: int  # of those that one token is multiplied by
+    active_experts: int  # parameters of the experts that one token is multiplied by
     block: int  # parameters of the largest block
     trunk: int  # parameters without the output head, as a scorer holds them
-    root: int  # parameters outside of the blocks: embedding, head, last norm
-    adapters: int  # matrices that adapters sit beside: all but head and experts
+    root: int  # parameters outside the blocks: embedding, head, last norm
+    adapters: int  # matrices that get adapters: all but head and experts
     adapted: int  # sum of in + out over them
-    inputs: int  # numbers that a token leaves for the backward in the type of the products: what matrices read, gates
-    norms: int  # and in float32: what norms read
+    # numbers per token kept for the backward pass in the products' dtype: inputs of matrices, gates
+    inputs: int
+    norms: int  # the same in float32: inputs of norms
     gates: int  # sum of the widths of gated feed-forwards
-    expert_inputs: int  # widths that the experts of one token read, and write
+    expert_inputs: int  # widths that the experts of one token read and write
     expert_gates: int
 
     @property
     def widest(self) -> float:
-        """Feed-forward of one block, as wide as it is for one token."""
+        """Width of one block's feed-forward, as one token sees it."""
         return (self.gates + self.expert_gates) / self.layers
 
 
-SAME_INPUT = ("k_proj", "v_proj", "kv_a_proj_with_mqa", "up_proj")  # read what the matrix before them reads
+# these matrices read the same input as the one before them
+SAME_INPUT = ("k_proj", "v_proj", "kv_a_proj_with_mqa", "up_proj")
 
 
 def shape_of(config: Any, name: str, source: str) -> Shape:
-    """Count a model of this config without making its weights. Errors: InputError where transformers can't build it."""
+    """Count a model with this config without creating its weights. Errors: InputError if
+    transformers can't build it.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -139,25 +160,34 @@ def shape_of(config: Any, name: str, source: str) -> Shape:
             model: Any = AutoModelForCausalLM.from_config(config)
     except Exception as error:
         raise InputError(
-            f"--model {name}: transformers can't build a causal language model of it: {first_line(error)}"
+            f"--model {name}: transformers can't build a causal language model from it: "
+            f"{first_line(error)}"
         ) from None
     text = config.get_text_config()
     body, head = model.base_model, model.get_output_embeddings()
     embedding = model.get_input_embeddings().weight
     if head is None or not hasattr(body, "layers"):
         raise InputError(
-            f"--model {name}: {type(model).__name__} is no stack of layers under a head; plan knows only these"
+            f"--model {name}: {type(model).__name__} is not a stack of layers under a head, the "
+            "only kind that plan supports"
         )
     heads = text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     key_width = getattr(text, "qk_head_dim", None) or width
     value_width = getattr(text, "v_head_dim", None) or width
-    chosen, there = _experts(text)
-    linear = {name.split(".")[-1] for name, module in body.named_modules() if isinstance(module, torch.nn.Linear)}
-    counted = dict.fromkeys(("matrices", "experts", "adapters", "adapted", "inputs", "gates", "norms"), 0)
+    chosen, experts = _experts(text)
+    linear = {
+        name.split(".")[-1]
+        for name, module in body.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    counted = dict.fromkeys(
+        ("matrices", "experts", "adapters", "adapted", "inputs", "gates", "norms"), 0
+    )
     counted |= dict.fromkeys(("expert_inputs", "expert_gates"), 0)
-    norms = [m for m in body.modules() if type(m).__name__.endswith("RMSNorm")]  # what model/lean.py knows keeps less:
+    # norms and gates that model/lean.py supports keep less
+    norms = [m for m in body.modules() if type(m).__name__.endswith("RMSNorm")]
     lean_norms = bool(norms) and all(hasattr(m, "variance_epsilon") for m in norms)
     lean_gates = getattr(text, "hidden_act", "") == "silu"
     for path, p in body.named_parameters():
@@ -166,21 +196,25 @@ def shape_of(config: Any, name: str, source: str) -> Shape:
             continue
         if p.dim() == 3:  # experts, fused: (experts, out, in)
             counted["experts"] += p.numel()
-            counted["expert_inputs"] += chosen * (p.shape[2] + (0 if "gate" in path else p.shape[1]))
+            counted["expert_inputs"] += chosen * (
+                p.shape[2] + (0 if "gate" in path else p.shape[1])
+            )
             counted["expert_gates"] += chosen * p.shape[1] // 2 if "gate" in path else 0
         elif p.dim() == 2:  # (out, in)
             counted["matrices"] += p.numel()
             counted["adapters"] += kind in linear
             counted["adapted"] += sum(p.shape) if kind in linear else 0
-            counted["inputs"] += 0 if kind in SAME_INPUT or (kind == "down_proj" and lean_gates) else p.shape[1]
-            if kind == "up_proj":  # gate and up; without lean also the activation of gate
+            counted["inputs"] += (
+                0 if kind in SAME_INPUT or (kind == "down_proj" and lean_gates) else p.shape[1]
+            )
+            if kind == "up_proj":  # gate and up; without model/lean.py also the activated gate
                 counted["gates"] += p.shape[0]
                 counted["inputs"] += (2 if lean_gates else 3) * p.shape[0]
         elif p.dim() == 1:
             inner = {"q_norm": heads * width, "k_norm": kv_heads * width}.get(kind)
-            if inner is None:  # what it reads; without lean also that over its root mean square
+            if inner is None:  # its input; without model/lean.py also the normalized input
                 counted["norms"] += p.numel() if lean_norms else 2 * p.numel()
-            else:  # of queries or keys, which come in the type of the products
+            else:  # the norm of queries or keys, which come in the products' dtype
                 counted["inputs"] += inner
                 counted["norms"] += 0 if lean_norms else inner
     total = sum(p.numel() for p in model.parameters())
@@ -198,8 +232,9 @@ def shape_of(config: Any, name: str, source: str) -> Shape:
         kv_heads=kv_heads,
         key_width=key_width,
         value_width=value_width,
-        latent=(getattr(text, "kv_lora_rank", None) or 0) and text.kv_lora_rank + text.qk_rope_head_dim,
-        active_experts=counted["experts"] * chosen // there,
+        latent=(getattr(text, "kv_lora_rank", None) or 0)
+        and text.kv_lora_rank + text.qk_rope_head_dim,
+        active_experts=counted["experts"] * chosen // experts,
         block=max(blocks),
         root=total - sum(blocks),
         trunk=sum(p.numel() for p in body.parameters()),
@@ -208,27 +243,40 @@ def shape_of(config: Any, name: str, source: str) -> Shape:
 
 
 def _experts(config: Any) -> tuple[int, int]:
-    """(experts of a token, experts there are); (1, 1) in a dense model."""
-    there = next(
-        (n for key in ("num_experts", "n_routed_experts", "num_local_experts") if (n := getattr(config, key, 0))), 1
+    """(experts per token, experts in all); (1, 1) for a dense model."""
+    experts = next(
+        (
+            n
+            for key in ("num_experts", "n_routed_experts", "num_local_experts")
+            if (n := getattr(config, key, 0))
+        ),
+        1,
     )
-    return (getattr(config, "num_experts_per_tok", 1) or 1, there) if there > 1 else (1, 1)
+    return (getattr(config, "num_experts_per_tok", 1) or 1, experts) if experts > 1 else (1, 1)
 
 
 def own_shape(config: Any) -> Shape:
-    """A shape given by its dimensions: a Llama, or with experts a Qwen3 mixture. Errors: InputError where they don't fit together."""
+    """A shape from its dimensions: a Llama or, with experts, a Qwen3 mixture. Errors: InputError if
+    the dimensions don't fit together.
+    """
     from transformers import AutoConfig
 
     if min(config.hidden, config.heads, config.vocabulary) < 1:
-        raise InputError("a shape of your own needs --layers, --hidden and --heads, and a --vocabulary of at least 1")
+        raise InputError(
+            "a shape of your own needs --layers, --hidden and --heads, and a --vocabulary of at "
+            "least 1"
+        )
     if config.hidden % config.heads and not config.head_dim:
-        raise InputError(f"--hidden {config.hidden} is no multiple of --heads {config.heads}; give --head-dim")
+        raise InputError(
+            f"--hidden {config.hidden} is not a multiple of --heads {config.heads}; pass --head-dim"
+        )
     kv_heads = config.kv_heads or config.heads
     if config.heads % kv_heads:
-        raise InputError(f"--heads {config.heads} is no multiple of --kv-heads {kv_heads}")
+        raise InputError(f"--heads {config.heads} is not a multiple of --kv-heads {kv_heads}")
     if config.experts and not 0 < config.active_experts <= config.experts:
         raise InputError(
-            f"--active-experts {config.active_experts}: expected 1 to {config.experts}, the --experts there are"
+            f"--active-experts is {config.active_experts}; expected 1 to {config.experts}, the "
+            "number of --experts"
         )
     numbers: dict[str, Any] = {
         "vocab_size": config.vocabulary, "hidden_size": config.hidden, "num_hidden_layers": config.layers,
@@ -238,17 +286,20 @@ def own_shape(config: Any) -> Shape:
     wide = config.feed_forward or 4 * config.hidden
     if config.experts:
         numbers |= {"num_experts": config.experts, "num_experts_per_tok": config.active_experts}
-        made = AutoConfig.for_model("qwen3_moe", **numbers, intermediate_size=wide, moe_intermediate_size=wide)
+        built = AutoConfig.for_model(
+            "qwen3_moe", **numbers, intermediate_size=wide, moe_intermediate_size=wide
+        )
     else:
-        made = AutoConfig.for_model("llama", **numbers, intermediate_size=wide)
-    return shape_of(made, "your own shape", "by its dimensions")
+        built = AutoConfig.for_model("llama", **numbers, intermediate_size=wide)
+    return shape_of(built, "your own shape", "from its dimensions")
 
 
 def card_of(name: str) -> Machine:
-    """A known card. Errors: InputError with those there are."""
+    """A built-in card. Errors: InputError that lists them all."""
     if name.lower() not in CARDS:
         raise InputError(
-            f"--card {name}: there is this, {', '.join(CARDS)}; or give --memory-gb, --tflops and --bandwidth"
+            f"unknown card '{name}'; choose from this, {', '.join(CARDS)}, or describe yours with "
+            "--memory-gb, --tflops and --bandwidth"
         )
     card = CARDS[name.lower()]
     rates = 1e12 * card.bfloat16, 1e12 * card.float32, 1e9 * card.bandwidth, 1e9 * card.link
@@ -256,7 +307,9 @@ def card_of(name: str) -> Machine:
 
 
 def this_machine() -> Machine:
-    """The machine at hand: its memory, and how fast it multiplies and copies, measured for a second or two."""
+    """This machine: its memory, and how fast it multiplies and copies, measured for a second or
+    two.
+    """
     import torch
 
     from trivet.runner.memory import memory_now
@@ -270,7 +323,9 @@ def this_machine() -> Machine:
     bandwidth = 2 * small / _shortest(y.clone)
     if device == "cuda":
         about = torch.cuda.get_device_properties(0)
-        return Machine(about.name, False, about.total_memory, *rates, bandwidth, 32e9, 1e9 * NETWORK, CONTEXT)
+        return Machine(
+            about.name, False, about.total_memory, *rates, bandwidth, 32e9, 1e9 * NETWORK, CONTEXT
+        )
     name, memory = f"this machine, {torch.get_num_threads()} threads", _memory()
     return Machine(name, True, memory, *rates, bandwidth, 1e9, 1e9, memory_now("cpu"))
 

@@ -1,6 +1,8 @@
-"""The methods: each file composes a reward signal, generation and optimization, and reading it is reading the method."""
+"""The methods: each file composes a reward signal, generation and optimization, and to read the
+file is to read the method.
+"""
 
-METHODS = {  # method: the module that is its recipe
+METHODS = {  # method: the module of its recipe
     "sft": "trivet.recipes.sft",
     "reward-model": "trivet.recipes.reward_model",
     "dpo": "trivet.recipes.dpo",

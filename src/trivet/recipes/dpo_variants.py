@@ -1,4 +1,6 @@
-"""What the options of DPO choose from: which numbers of the two sides are compared, and how. `config` is a dpo.Config."""
+"""The losses that DPO's options choose from: which numbers of the two sides are compared, and how.
+`config` is a dpo.Config.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,14 +18,14 @@ from trivet.optimization.preference_variants import (
     simpo_loss,
 )
 
-VARIANTS: dict[str, dict[str, Any]] = {  # published ones with their papers' numbers, as presets
+VARIANTS: dict[str, dict[str, Any]] = {  # presets: published variants with their papers' numbers
     "ipo": {"loss": "ipo", "length_normalize": True},
     "simpo": {"loss": "simpo", "beta": 2.0, "gamma": 1.0},
     "orpo": {"loss": "orpo", "sft_weight": 1.0},
     "kto": {"loss": "kto"},
 }
 REFERENCE_FREE = ("simpo", "orpo")
-BELONGS = {  # options that only some losses have
+LOSSES_WITH = {  # option: the losses that use it
     "label_smoothing": ("conservative", "robust"),
     "length_normalize": ("sigmoid", "conservative", "robust", "hinge", "ipo"),
     "gamma": ("simpo",),
@@ -34,32 +36,43 @@ BELONGS = {  # options that only some losses have
 
 
 def check(config: Any) -> None:
-    """InputError for an option that the chosen loss would ignore, or one that it can't do without."""
-    for option, losses in BELONGS.items():
+    """Raise an InputError if the chosen loss would ignore an option, or lacks one that it needs."""
+    for option, losses in LOSSES_WITH.items():
         if getattr(config, option) != getattr(type(config), option) and config.loss not in losses:
             flag = option.replace("_", "-")
-            raise InputError(f"--{flag} does nothing with --loss {config.loss}; it belongs to {', '.join(losses)}")
-    if config.loss in BELONGS["label_smoothing"] and not 0 < config.label_smoothing < 0.5:
+            raise InputError(
+                f"--{flag} has no effect with --loss {config.loss}; drop it, or choose a --loss "
+                f"that uses it: {', '.join(losses)}"
+            )
+    if config.loss in LOSSES_WITH["label_smoothing"] and not 0 < config.label_smoothing < 0.5:
         raise InputError(
-            f"--loss {config.loss} needs --label-smoothing above 0 and below 0.5, the share of wrong labels"
+            f"--loss {config.loss} needs --label-smoothing above 0 and below 0.5: the share of "
+            "labels that are wrong"
         )
     if config.loss == "orpo" and not config.sft_weight:
-        raise InputError("--loss orpo stands beside the supervised loss; give --sft-weight too (1 in the paper)")
+        raise InputError(
+            "--loss orpo is an addition to the supervised loss; set --sft-weight too (1 in the "
+            "paper)"
+        )
     if config.loss == "kto" and config.prompts_per_step < 2:
-        raise InputError("--loss kto needs --prompts-per-step of at least 2: its KL comes from exchanged completions")
+        raise InputError(
+            "--loss kto needs --prompts-per-step of at least 2: it estimates its KL from "
+            "mismatched completions"
+        )
 
 
-Comparison = Callable[
-    [Tensor, Tensor, Tensor], Tensor
-]  # logprob, ref_logprob, tokens, (b,) each -> loss of each pair, (p,)
+# (logprob, ref_logprob, tokens), (b,) each -> the loss of each pair, (p,)
+Comparison = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def comparison_of(config: Any) -> Comparison:
-    """The function that --loss names, of log pi and log pi_ref of whole completions and their lengths."""
+    """Return the loss that --loss names, a function of log pi and log pi_ref of whole completions
+    and of their lengths.
+    """
     beta, smoothing = config.beta, {"label_smoothing": config.label_smoothing}
 
     def on_rewards(loss: Callable[..., Tensor], **options: float) -> Callable[..., Tensor]:
-        """A loss of the implicit rewards of the two sides."""
+        """A loss on the implicit rewards of the two sides."""
         return lambda chosen, rejected, ref_chosen, ref_rejected: loss(
             implicit_reward(chosen, ref_chosen, beta=beta),
             implicit_reward(rejected, ref_rejected, beta=beta),
@@ -72,7 +85,9 @@ def comparison_of(config: Any) -> Comparison:
         "robust": on_rewards(robust_loss, **smoothing),
         "hinge": on_rewards(hinge_loss),
         "ipo": lambda *sides: ipo_loss(*sides, beta=beta),
-        "simpo": lambda chosen, rejected, *_: simpo_loss(chosen, rejected, beta=beta, gamma=config.gamma),
+        "simpo": lambda chosen, rejected, *_: simpo_loss(
+            chosen, rejected, beta=beta, gamma=config.gamma
+        ),
         "orpo": lambda chosen, rejected, *_: beta * odds_ratio_loss(chosen, rejected),
     }
     loss, by_token = losses[config.loss], config.length_normalize or config.loss in REFERENCE_FREE
@@ -86,7 +101,9 @@ def comparison_of(config: Any) -> Comparison:
 
 
 def implied_rewards(config: Any, logprob: Tensor, ref_logprob: Tensor, tokens: Tensor) -> Tensor:
-    """The reward that the loss reads off the policy, (b,) each -> (b,): per token in simpo and orpo, which have no reference."""
+    """The reward that the loss implies for the policy's completions, (b,) each -> (b,): per token
+    in simpo and orpo, which have no reference.
+    """
     if config.loss in REFERENCE_FREE:
         return config.beta * logprob / tokens
     return implicit_reward(logprob, ref_logprob, beta=config.beta)

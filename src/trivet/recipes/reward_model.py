@@ -1,4 +1,4 @@
-"""Reward model: a scalar head that ranks completions as people (or a program) did.
+"""Reward model: a scalar head that ranks completions as people (or a program) ranked them.
 
 reward signal   preference pairs
 generation      none
@@ -7,8 +7,9 @@ optimization    Bradley-Terry on the scores of the two sides
     L = mean over pairs of  -log sigmoid(r_w - r_l - margin) + center (r_w + r_l)^2
     r_w = r(x, y_w) of the chosen side, r_l = r(x, y_l) of the rejected one
 
-The score is read at the last real token, EOS included. The head starts at zero, so the first loss is
-log 2. The model is saved as a sequence classifier that transformers loads and that --reward takes.
+The score is read at the last real token, EOS included. The head starts at zero, so the first loss
+is log 2. The model is saved as a sequence classifier that transformers can load and that --reward
+accepts.
 
     trivet reward-model --model Qwen/Qwen3-0.6B --data preferences.jsonl
 """
@@ -31,7 +32,7 @@ from trivet.step.run import Run
 from trivet.timing import timed
 from trivet.toy import ARITHMETIC, STORIES
 
-ROWS, TRAINS = "preference", "scorer"  # what the data must hold, and what kind of model is trained
+ROWS, TRAINS = "preference", "scorer"  # the kind of rows, and the kind of model that is trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +40,15 @@ class Config(Options):
     """Reward model: Bradley-Terry on preference pairs."""
 
     margin: float = 0.0
-    """How far apart the two scores should be; added to the column `margin` of a row that has one."""
+    """How far apart the two scores should be; added to a row's column `margin`, if it has one."""
     center: float = 0.0
-    """Weight of the squared sum of the two scores, which keeps them around 0; 0.01 in the literature."""
+    """Weight of the squared sum of the two scores, which keeps them near 0; 0.01 in the
+    literature.
+    """
 
 
 def train(config: Config, run: Run) -> Iterator[Result]:
-    """Train run.model, the reward model, a step at a time."""
+    """Train run.model, the reward model, one step at a time."""
     model, optimizer = run.model, run.optimizer(run.model)
 
     for _, pairs in run.batches():
@@ -61,22 +64,31 @@ def train(config: Config, run: Run) -> Iterator[Result]:
         optimizer.step()
 
         metrics = pair_metrics(trace.score, margin, config) | {"tokens/trained": trace.tokens}
-        yield Result(metrics=metrics, completions=groups, rows=rows_of(pairs), numbers={"reward": trace.score})
+        yield Result(
+            metrics=metrics,
+            completions=groups,
+            rows=rows_of(pairs),
+            numbers={"reward": trace.score},
+        )
 
 
 def margins(examples: Sequence[Example], config: Config, device: str) -> Tensor:
-    """(P,): --margin and each row's own."""
-    own = [example.row.get("margin") or 0.0 for example in examples]
+    """The margin of each pair: --margin plus that of its row. (P,)"""
+    column = [example.row.get("margin") or 0.0 for example in examples]
     try:
-        return torch.tensor([config.margin + float(margin) for margin in own], device=device)
+        return torch.tensor([config.margin + float(margin) for margin in column], device=device)
     except (TypeError, ValueError):
-        raise InputError(f"{config.data}: column margin holds something other than numbers: {own!r:.80}") from None
+        raise InputError(
+            f"{config.data}: column margin must hold numbers only, but holds {column!r:.80}"
+        ) from None
 
 
 def pair_metrics(score: Tensor, margin: Tensor, config: Config) -> Tally:
-    """Loss, how often the chosen one scores higher, and by how much."""
+    """Loss, how often the chosen side scores higher, and by how much."""
     chosen, rejected = score.view(-1, 2).unbind(1)
-    loss = bradley_terry_loss(chosen, rejected, margin=margin) + config.center * centering_loss(chosen, rejected)
+    loss = bradley_terry_loss(chosen, rejected, margin=margin) + config.center * centering_loss(
+        chosen, rejected
+    )
     return {
         "loss": mean(loss),
         "accuracy": mean(chosen > rejected),

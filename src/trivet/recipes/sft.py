@@ -1,13 +1,13 @@
 """SFT: supervised fine-tuning.
 
-reward signal   the answer itself, taken as good
+reward signal   the answer itself, assumed to be good
 generation      none
 optimization    negative log-likelihood of its tokens
 
     L = mean over completion tokens of  -log pi(y_t | x, y_<t)
 
-Only the answer is learned, its EOS included, never the prompt (of a conversation: the assistant's turns). Preference rows are
-read too: their chosen side is the answer.
+Only the answer is learned, including its EOS, never the prompt (in a conversation, only the
+assistant's turns). Preference rows work too: their chosen side is the answer.
 
     trivet sft --model Qwen/Qwen3-0.6B --data conversations.jsonl
 """
@@ -26,7 +26,7 @@ from trivet.step.run import Run
 from trivet.timing import timed
 from trivet.toy import ARITHMETIC, STORIES
 
-ROWS, TRAINS = "supervised", "policy"  # what the data must hold, and what kind of model is trained
+ROWS, TRAINS = "supervised", "policy"  # the kind of rows, and the kind of model that is trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Config(Options):
 
 
 def train(config: Config, run: Run) -> Iterator[Result]:
-    """Train run.model, a step at a time."""
+    """Train run.model, one step at a time."""
     policy, optimizer = run.model, run.optimizer(run.model)
 
     for _, examples in run.batches():
@@ -48,7 +48,10 @@ def train(config: Config, run: Run) -> Iterator[Result]:
             token_mean(nll_loss(logprobs), part.mask, total=total).backward()
         optimizer.step()
 
-        metrics = {"loss": mean(nll_loss(trace.latest), groups.mask), "tokens/trained": trace.tokens}
+        metrics = {
+            "loss": mean(nll_loss(trace.latest), groups.mask),
+            "tokens/trained": trace.tokens,
+        }
         numbers = {"logprob": trace.latest}
         yield Result(metrics=metrics, completions=groups, rows=rows_of(examples), numbers=numbers)
 

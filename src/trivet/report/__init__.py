@@ -1,1 +1,1 @@
-"""What runs look like: the comparison table, plots, samples side by side."""
+"""Show runs: the comparison table, plots, the report page, the terminal and warnings."""

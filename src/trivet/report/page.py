@@ -1,4 +1,6 @@
-"""trivet report: one HTML file for one run or several, which opens from disk and needs nothing else."""
+"""trivet report: write a self-contained HTML file about one run or several, which opens from
+disk.
+"""
 
 import base64
 import hashlib
@@ -12,20 +14,21 @@ from trivet.report.compare import place_of, runs_in
 from trivet.report.gather import gather
 
 PARTS = Path(__file__).parent / "page"
-# The files of the page's own script, in the order in which page_script joins them.
+# the files of the page's script, in the order in which page_script joins them
 SCRIPTS = ("base", "charts", "overview", "curves", "samples", "tokens", "cost", "render")
 HELP = """trivet report RUN [RUN ...] [--out FILE.html]
 
-One page for one run, or for several side by side: what was run, warnings, the comparison, samples, curves, the token view, cost.
-It is a single file that works offline. RUN is a run directory, or a folder of run directories (runs/quickstart). Runs that are still
-going or were stopped can be shown too.
+Write one page about one run, or several side by side: what was run, warnings, the comparison,
+samples, curves, the token view and cost. It is a single file that works offline. RUN is a run
+directory or a folder of run directories (runs/quickstart). Runs may be unfinished or stopped.
 
---out FILE.html   output file. Default: RUN/report.html; for all runs of a folder, FOLDER/report.html; for several other runs, a file
-                  with their names, such as runs/report-grpo-ppo.html"""
+--out FILE.html   Output file. Default: RUN/report.html; for all runs of a folder,
+                  FOLDER/report.html; for any other set of runs, a file with their names, such as
+                  runs/report-grpo-ppo.html"""
 
 
 def report(args: list[str]) -> None:
-    """Write the page, and say where it is and how large."""
+    """Write the page and print its path and size."""
     if not args or {"-h", "--help"} & set(args):
         print(HELP)
         return
@@ -33,15 +36,17 @@ def report(args: list[str]) -> None:
 
     flags = next((i for i, arg in enumerate(args) if arg.startswith("--")), len(args))
     if not flags:
-        raise InputError("name a run directory first: trivet report RUN [RUN ...] [--out FILE.html]")
-    given = read_flags(type("Options", (), {"__annotations__": {"out": str}}), args[flags:])
+        raise InputError(
+            "name a run directory first: trivet report RUN [RUN ...] [--out FILE.html]"
+        )
+    options = read_flags(type("Options", (), {"__annotations__": {"out": str}}), args[flags:])
     runs = list(dict.fromkeys(run for arg in args[:flags] for run in runs_in(Path(arg))))
-    out = write_page(runs, Path(given.get("out", f"{place_of(runs, 'report')}.html")))
+    out = write_page(runs, Path(options.get("out", f"{place_of(runs, 'report')}.html")))
     print(f"{out}  ·  {out.stat().st_size / 1e6:.1f} MB")
 
 
 def write_page(runs: list[Path], out: Path) -> Path:
-    """The page of these runs as a file."""
+    """Write the page about these runs to a file and return its path."""
     page = build_page(gather(runs))
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page, encoding="utf-8")
@@ -49,13 +54,21 @@ def write_page(runs: list[Path], out: Path) -> Path:
 
 
 def build_page(payload: dict[str, Any], *, live: bool = False) -> str:
-    """The payload of gather as one HTML file; live: it polls data.json beside it for a new payload every two seconds.
+    """Build one HTML page from gather's payload. live: the page polls data.json next to it for a
+    new payload every two seconds.
 
-    The page may run the scripts it was built with, named by their hashes, and nothing else: no network, no inline handlers.
+    The page's policy allows only the scripts it was built with, identified by their hashes: no
+    network (but data.json, if live), no inline handlers.
     """
-    scripts = {name: (PARTS / name).read_text("utf-8") for name in ("vendor/d3.min.js", "vendor/plot.umd.min.js")}
+    scripts = {
+        name: (PARTS / name).read_text("utf-8")
+        for name in ("vendor/d3.min.js", "vendor/plot.umd.min.js")
+    }
     scripts["script"] = page_script()
-    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts.values()]
+    hashes = [
+        base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        for script in scripts.values()
+    ]
     policy = "default-src 'none'; script-src " + " ".join(f"'sha256-{digest}'" for digest in hashes)
     policy += "; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
     names = ", ".join(run["name"] for run in payload["runs"])
@@ -65,19 +78,27 @@ def build_page(payload: dict[str, Any], *, live: bool = False) -> str:
         "live": "live" if live else "",
         "css": (PARTS / "page.css").read_text("utf-8"),
         "data": as_json(payload),
-        "licenses": "\n".join((PARTS / f"vendor/{name}.LICENSE").read_text("utf-8") for name in ("d3", "plot")),
+        "licenses": "\n".join(
+            (PARTS / f"vendor/{name}.LICENSE").read_text("utf-8") for name in ("d3", "plot")
+        ),
         **scripts,
     }
-    return re.sub(r"\{\{(\S+?)\}\}", lambda slot: slots[slot[1]], (PARTS / "page.html").read_text("utf-8"))
+    return re.sub(
+        r"\{\{(\S+?)\}\}", lambda slot: slots[slot[1]], (PARTS / "page.html").read_text("utf-8")
+    )
 
 
 def page_script() -> str:
-    """The page's own files as one script: they share the scope of one function, and leave only window.trivet behind."""
+    """Join the page's script files into one script, in the scope of one function; the only global
+    they leave is window.trivet.
+    """
     files = "\n".join((PARTS / f"{name}.js").read_text("utf-8") for name in SCRIPTS)
     return f'"use strict";\n(() => {{\n{files}}})();\n'
 
 
 def as_json(payload: dict[str, Any]) -> str:
-    """JSON that can stand inside a script element: ASCII, and without the characters that could end it."""
+    """JSON that is safe inside a script element: ASCII, without the characters that could end
+    it.
+    """
     text = json.dumps(payload, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

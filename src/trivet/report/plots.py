@@ -1,4 +1,4 @@
-"""Pictures of runs: any metric of any runs, as PNG and SVG."""
+"""trivet plot: draw any metrics of any runs as PNG and SVG."""
 
 import difflib
 import math
@@ -14,7 +14,7 @@ from trivet.errors import InputError
 from trivet.report.compare import place_of, runs_in
 from trivet.store.reading import method_of, read_metrics, require_run, run_names
 
-COLORS = {  # Okabe and Ito's palette, told apart by color-blind readers too
+COLORS = {  # Okabe and Ito's palette, which color-blind readers can tell apart
     "sft": "#000000",
     "reward-model": "#999999",
     "dpo": "#E69F00",
@@ -25,7 +25,7 @@ COLORS = {  # Okabe and Ito's palette, told apart by color-blind readers too
 MORE_COLORS = ("#56B4E9", "#D55E00", "#8A6FB0", "#7A6A00")  # for a second run of the same method
 DASHES = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)), (0, (10, 3)), (0, (1, 2.5)))
 MARKERS = "os^DvPX*"
-LABELS = {  # metric: what stands at its axis; those of other names stand as they are
+LABELS = {  # metric: axis label; other metrics are labeled with their names
     "step": "step",
     "seconds": "wall time (s)",
     "lr": "learning rate",
@@ -34,14 +34,14 @@ LABELS = {  # metric: what stands at its axis; those of other names stand as the
     "tokens/generated": "tokens generated in the step",
     "loss": "loss",
     "nll_loss": "-log π of the chosen side (nats per token)",
-    "accuracy": "share of pairs ranked right",
+    "accuracy": "share of pairs ranked correctly",
     "margin": "margin of the scores",
     "mean_reward": "mean score",
     "rewards/chosen": "implicit reward, chosen side",
     "rewards/rejected": "implicit reward, rejected side",
     "rewards/margins": "margin of the implicit rewards",
     "rewards/accuracies": "share of pairs with a positive margin",
-    "rewards/unscored": "opinions missing",
+    "rewards/unscored": "unscored completions",
     "logps/chosen": "log π of the chosen side (nats per completion)",
     "logps/rejected": "log π of the rejected side (nats per completion)",
     "reward": "reward",
@@ -52,28 +52,34 @@ LABELS = {  # metric: what stands at its axis; those of other names stand as the
     "entropy": "entropy (nats per token)",
     "completions/mean_length": "completion length (tokens)",
     "completions/clipped_ratio": "share of completions cut",
-    "sampling/logprob_difference/mean": "sampler against learner, mean (nats per token)",
-    "sampling/logprob_difference/max": "sampler against learner, largest (nats per token)",
+    "sampling/logprob_difference/mean": "sampler vs. learner log-probs, mean (nats per token)",
+    "sampling/logprob_difference/max": "sampler vs. learner log-probs, max (nats per token)",
     "clip_ratio": "share of tokens clipped",
     "objective/kl_coef": "KL coefficient β",
     "objective/rlhf_reward": "reward minus the KL charge",
-    "value/explained_variance": "returns' variance that the critic explains (share)",
+    "value/explained_variance": "share of the returns' variance explained by the critic",
     "value/grad_norm": "norm of the critic's gradient",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """One picture of any metrics of any runs, a line for each run, as PNG and as SVG. RUN is a run directory, or a folder of them."""
+    """Draw any metrics of any runs in one figure, one line per run, as PNG and SVG. RUN is a run
+    directory or a folder of them.
+    """
 
     y: tuple[str, ...] = ()
-    """Names in metrics.jsonl, a panel each, one above the other."""
+    """Metrics in metrics.jsonl; each gets its own panel."""
     x: str = "step"
-    """What they are drawn against: step, seconds, or another metric, kl for one."""
+    """Horizontal axis: step, seconds, or a metric such as kl."""
     smooth: int = 5
-    """Mean of this many steps up to each; 1 draws the steps as they are. Held-out numbers are never smoothed."""
+    """Average each step with the ones before it, this many in all; 1 turns smoothing off. Held-out
+    numbers are never smoothed.
+    """
     out: str = ""
-    """Files to write, without .png and .svg; default plot-METRIC in the run directory, of all runs of a folder in that folder, of others with their names."""
+    """Output path without .png or .svg. Default: plot-METRIC in the run directory; for all runs of
+    a folder, in that folder; for any other set of runs, with their names added.
+    """
 
 
 def plot(args: list[str]) -> None:
@@ -81,7 +87,7 @@ def plot(args: list[str]) -> None:
     paths, config = runs_and_options(Config, args, "trivet plot")
     runs = [run for path in paths for run in runs_in(path)]
     if not config.y:
-        raise InputError("name a metric to draw: --y reward, for one")
+        raise InputError("name a metric to draw, such as --y reward")
     if config.smooth < 1:
         raise InputError(f"--smooth is {config.smooth}; it must be at least 1")
     name = "plot-" + "-".join(config.y) + (f"-by-{config.x}" if config.x != "step" else "")
@@ -90,10 +96,13 @@ def plot(args: list[str]) -> None:
     print("  ·  ".join(map(str, draw_metrics(runs, config.y, config.x, config.smooth, out))))
 
 
-def draw_metrics(runs: Sequence[Path], ys: Sequence[str], x: str, width: int, out: str) -> list[Path]:
-    """OUT.png and OUT.svg: a panel for each y, a line for each run that has it.
+def draw_metrics(
+    runs: Sequence[Path], ys: Sequence[str], x: str, width: int, out: str
+) -> list[Path]:
+    """Write OUT.png and OUT.svg with a panel for each y and a line for each run that has it; return
+    their paths.
 
-    Errors: InputError for a metric that none of the runs has, naming near ones.
+    Errors: InputError for a metric that none of the runs has, naming similar ones.
     """
     require_extra("plot", "a picture")
     import matplotlib
@@ -108,10 +117,18 @@ def draw_metrics(runs: Sequence[Path], ys: Sequence[str], x: str, width: int, ou
         if not any(lines):
             raise InputError(_missing(runs, rows, x, y))
         for run in (run for run, line in zip(runs, lines, strict=True) if not line):
-            print(f"trivet plot: {run} has no {y} against {x}; it is left out of that panel", file=sys.stderr)
+            print(
+                f"trivet plot: {run} has no steps with both {y} and {x}; left out of that panel",
+                file=sys.stderr,
+            )
     methods = [method_of(run) for run in runs]
     colors = run_colors(methods)
-    paper: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "trivet", "font.size": 9, "savefig.dpi": 200}
+    paper: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "trivet",
+        "font.size": 9,
+        "savefig.dpi": 200,
+    }
     paper |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
     with matplotlib.rc_context(
         {**paper, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
@@ -129,21 +146,32 @@ def draw_metrics(runs: Sequence[Path], ys: Sequence[str], x: str, width: int, ou
                 if width > 1 and not held:
                     if x in ("step", "seconds"):
                         panel.plot(xs, values, color=colors[i], alpha=0.25, linewidth=0.8)
-                    xs, values = (xs if x in ("step", "seconds") else smooth(xs, width)), smooth(values, width)
+                    xs, values = (
+                        (xs if x in ("step", "seconds") else smooth(xs, width)),
+                        smooth(values, width),
+                    )
                 style |= {"marker": MARKERS[i % len(MARKERS)], "markersize": 4}
                 every = 1 if held else (i * 3 % max(1, len(xs) // 8), max(1, len(xs) // 8))
                 (keys[i],) = panel.plot(xs, values, **style, markevery=every, linewidth=1.5)
             label = axis_label(y)
-            panel.set_ylabel(label if len(label) < 36 else label.replace(" (", "\n("), parse_math=False)
+            panel.set_ylabel(
+                label if len(label) < 36 else label.replace(" (", "\n("), parse_math=False
+            )
             panel.grid(alpha=0.2, linewidth=0.6)
-            said = "as measured" if held or width == 1 else f"mean of the last {width} steps"
-            said += "; faint: each step" if said.startswith("mean") and x in ("step", "seconds") else ""
-            panel.set_title(said, loc="right", fontsize=7.5, color="0.35")
+            note = "as measured" if held or width == 1 else f"mean of the last {width} steps"
+            note += (
+                "; faint: each step" if note.startswith("mean") and x in ("step", "seconds") else ""
+            )
+            panel.set_title(note, loc="right", fontsize=7.5, color="0.35")
         panels[-1].set_xlabel(axis_label(x), parse_math=False)
         names = [name for i, name in enumerate(run_names(runs, methods)) if i in keys]
         columns = max(1, min(len(names), 90 // (max(map(len, names)) + 8)))
         legend = figure.legend(
-            [keys[i] for i in sorted(keys)], names, loc="outside upper center", ncols=columns, handlelength=3.5
+            [keys[i] for i in sorted(keys)],
+            names,
+            loc="outside upper center",
+            ncols=columns,
+            handlelength=3.5,
         )
         for text in legend.get_texts():
             text.set_parse_math(False)
@@ -155,7 +183,7 @@ def draw_metrics(runs: Sequence[Path], ys: Sequence[str], x: str, width: int, ou
 
 
 def points(rows: Sequence[dict[str, Any]], x: str, y: str) -> list[tuple[float, float]]:
-    """(x, y) of the lines that have both; NaN, a gap, where one of them is null."""
+    """(x, y) of the lines that have both; null becomes NaN, a gap in the plot."""
 
     def number(value: Any) -> float:
         return float(value) if isinstance(value, int | float) else math.nan
@@ -164,7 +192,7 @@ def points(rows: Sequence[dict[str, Any]], x: str, y: str) -> list[tuple[float, 
 
 
 def axis_label(metric: str) -> str:
-    """What a metric is, with its unit."""
+    """The axis label of a metric: what it is, with its unit."""
     if metric.startswith("eval/"):
         return f"held-out {axis_label(metric.removeprefix('eval/'))}"
     if metric.startswith("time/"):
@@ -175,30 +203,42 @@ def axis_label(metric: str) -> str:
 
 
 def run_colors(methods: Sequence[str]) -> list[str]:
-    """A color for each run: its method's, another one where that is taken."""
+    """A color for each run: its method's, or another one if that is taken."""
     colors = list[str]()
     for method in methods:
         first = COLORS.get(method, MORE_COLORS[0])
-        colors.append(next((color for color in (first, *MORE_COLORS) if color not in colors), first))
+        colors.append(
+            next((color for color in (first, *MORE_COLORS) if color not in colors), first)
+        )
     return colors
 
 
 def _missing(runs: Sequence[Path], rows: Sequence[list[dict[str, Any]]], x: str, y: str) -> str:
-    """Why there is nothing to draw, in a sentence."""
-    known = sorted({key for lines in rows for row in lines for key in row})
+    """A sentence that says why there is nothing to draw."""
+    metrics = sorted({key for lines in rows for row in lines for key in row})
     where = str(runs[0]) if len(runs) == 1 else "these runs"
-    if not known:
-        return f"{where}: metrics.jsonl has no line yet"
-    absent = next((name for name in (y, x) if name not in known), "")
+    if not metrics:
+        return f"{where}: metrics.jsonl has no lines yet"
+    absent = next((name for name in (y, x) if name not in metrics), "")
     if not absent:
         return f"{where}: no step has both {y} and {x}"
-    plain = {key.lower(): key for key in known}
-    near = sorted((key for name, key in plain.items() if absent.lower() in name.split("/")), key=len)
-    near += [plain[name] for name in difflib.get_close_matches(absent.lower(), plain, n=4)]
-    return f"{where}: no metric '{absent}'; there is {', '.join(dict.fromkeys(near or known))}"
+    lowercase = {key.lower(): key for key in metrics}
+    near = sorted(
+        (key for name, key in lowercase.items() if absent.lower() in name.split("/")), key=len
+    )
+    near += [lowercase[name] for name in difflib.get_close_matches(absent.lower(), lowercase, n=4)]
+    choices = ", ".join(dict.fromkeys(near or metrics))
+    return f"{where}: unknown metric '{absent}'; choose from {choices}"
 
 
 def smooth(values: Sequence[float], width: int = 5) -> list[float]:
-    """Mean of the last few values at each point; NaN, a gap, stays one, and the means around it leave it out."""
-    windows = [[v for v in values[max(0, i - width + 1) : i + 1] if v == v] for i in range(len(values))]
-    return [sum(known) / len(known) if value == value else value for value, known in zip(values, windows, strict=True)]
+    """The mean of the last `width` values at each point. NaN (a gap) stays NaN, and the means
+    around it leave it out.
+    """
+    windows = [
+        [v for v in values[max(0, i - width + 1) : i + 1] if v == v] for i in range(len(values))
+    ]
+    return [
+        sum(window) / len(window) if value == value else value
+        for value, window in zip(values, windows, strict=True)
+    ]

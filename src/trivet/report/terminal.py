@@ -1,4 +1,6 @@
-"""What a run says on the screen: the data report, one live line (plain lines where there is no terminal), a table at the end."""
+"""Print a run's progress: the data report, one live line (plain lines without a terminal), and a
+table at the end.
+"""
 
 import os
 import time
@@ -18,9 +20,9 @@ from trivet.runner.prepare import Launch
 from trivet.step import Metrics
 from trivet.store.reading import read_metrics
 
-# in which a tie counts as wrong; before anything is learned all pairs are tied
+# a tie counts as wrong in these; before anything is learned, all pairs are tied
 ACCURACIES = ("accuracy", "rewards/accuracies")
-SHOWN = {
+LIVE_METRICS = {
     "reward": "reward",
     "loss": "loss",
     "accuracy": "accuracy",
@@ -28,19 +30,14 @@ SHOWN = {
     "kl": "KL",
     "completions/mean_length": "length",
 }
-
-
-SUMMED_UP = (
-    *SHOWN,
-    "rewards/margins",
-    "margin",
-    "entropy",
-    "grad_norm",
-)  # first, last and held out, in the table at the end
+# shown in the table at the end: at the first step, at the last, and held out
+SUMMARY_METRICS = (*LIVE_METRICS, "rewards/margins", "margin", "entropy", "grad_norm")
 
 
 class Screen(Console):
-    """Falls silent once nobody reads any more: a run outlives its terminal, a `| head`, a full disk below its log."""
+    """Stops printing when stdout is gone (closed terminal, `| head`, full disk) instead of ending
+    the run.
+    """
 
     def _check_buffer(self) -> None:
         try:
@@ -49,19 +46,21 @@ class Screen(Console):
             self.on_broken_pipe()
 
     def on_broken_pipe(self) -> None:
-        """What is said from here on, by others too, goes nowhere; rich would end the process."""
+        """Discard all further output to stdout, by anyone; rich would end the process."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 class Terminal:
-    """Follows one run; give it to launch. brief: the progress line only."""
+    """Follows one run; pass it to launch. brief: print only the progress line."""
 
     def __init__(self, *, brief: bool = False) -> None:
         self.brief = brief
-        self.console = Screen(highlight=False, force_terminal=False if os.environ.get("CI") else None)
+        self.console = Screen(
+            highlight=False, force_terminal=False if os.environ.get("CI") else None
+        )
         self.progress: Progress | None = None
-        self.spoken, self.tokens, self.evaluating = 0.0, 0.0, 0.0
+        self.last_print, self.tokens, self.evaluating = 0.0, 0.0, 0.0
         self.first = Metrics()
 
     def __call__(self, launched: Launch, step: int, metrics: Metrics) -> None:
@@ -69,36 +68,43 @@ class Terminal:
             self._begin(launched)
             return
         run = launched.run
-        line = "  ".join(f"{name} {metrics[key]:.3g}" for key, name in SHOWN.items() if key in metrics)
+        line = "  ".join(
+            f"{name} {metrics[key]:.3g}" for key, name in LIVE_METRICS.items() if key in metrics
+        )
         left = ""
-        if not self.first:  # it carries what is done once, a reference pass for one, and tells nothing of the speed
+        # the first step includes one-time work such as a reference pass, so it has no speed
+        if not self.first:
             self.first = metrics
         else:
             self.tokens += metrics.get("tokens/generated", 0) + metrics.get("tokens/trained", 0)
             self.evaluating += metrics.get("time/evaluation", 0)
             spent = max(1e-9, metrics["seconds"] - self.first["seconds"])
             line += f"  {self.tokens / max(1e-9, spent - self.evaluating):,.0f} tokens/s"
-            left = f"  {_clock((run.steps - step) * spent / (step - self.first['step']))} left"
+            remaining = (run.steps - step) * spent / (step - self.first["step"])
+            left = f"  {_minutes(remaining)} left"
         if self.progress:
             self.progress.update(self.progress.task_ids[0], completed=step, numbers=line)
-        elif step == run.steps or time.monotonic() - self.spoken > 5:
+        elif step == run.steps or time.monotonic() - self.last_print > 5:
             self.console.print(f"step {step}/{run.steps}  {line}{left}", soft_wrap=True)
-            self.spoken = time.monotonic()
+            self.last_print = time.monotonic()
         if step == run.steps:
             self.close()
             if not self.brief:
                 rows: list[dict[str, Any]] = [dict(self.first)]
-                with suppress(InputError, OSError):  # a record that was edited: the model is still to be saved
+                # an edited metrics.jsonl must not keep the model from being saved
+                with suppress(InputError, OSError):
                     rows = read_metrics(launched.out) or rows
                 self.console.print(_summary(rows[0], metrics))
                 peak = f"peak memory {peak_memory(run.device) / 2**20:,.0f} MiB"
-                self.console.print(f"  {run.steps} steps in {_clock(metrics['seconds'])} · {peak}")
-                for found in warnings(asdict(launched.config), rows):
-                    said = f"  [yellow]{escape(found.what)}[/yellow]: {escape(found.reason)}; {escape(found.help)}"
-                    self.console.print(said, soft_wrap=True)
+                duration = _minutes(metrics["seconds"])
+                self.console.print(f"  {run.steps} steps in {duration} · {peak}")
+                for warning in warnings(asdict(launched.config), rows):
+                    line = f"  [yellow]{escape(warning.what)}[/yellow]: "
+                    line += f"{escape(warning.reason)}; {escape(warning.help)}"
+                    self.console.print(line, soft_wrap=True)
 
     def close(self) -> None:
-        """End the live line, also of a run that failed."""
+        """End the live line, even if the run failed."""
         if self.progress:
             self.progress.stop()
 
@@ -114,47 +120,68 @@ class Terminal:
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[numbers]}"),
             )
-            self.progress = Progress(*columns, TimeRemainingColumn(), TextColumn("left"), console=self.console)
+            self.progress = Progress(
+                *columns, TimeRemainingColumn(), TextColumn("left"), console=self.console
+            )
             self.progress.add_task(launched.method, total=run.steps, numbers="")
             self.progress.start()
 
     def _report(self, launched: Launch) -> None:
         self.console.print(
-            f"[bold]{launched.method}[/bold]  {escape(launched.start_from)}  on {launched.run.device}, {launched.run.steps} steps"
+            f"[bold]{launched.method}[/bold]  {escape(launched.start_from)}  on "
+            f"{launched.run.device}, {launched.run.steps} steps"
         )
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 2))
         for reason, count in launched.counts.items():
             table.add_row(reason, f"{count:,}")
         self.console.print(table)
         example = launched.example()
-        shown = "one example, [dim]given[/dim] and [green]learned[/green]" if example["completions"] else "one prompt"
-        self.console.print(f"  {shown}:\n  " + _example(example).replace("\n", "\n  "), soft_wrap=True)
+        shown = (
+            "one example, [dim]prompt[/dim] and [green]learned tokens[/green]"
+            if example["completions"]
+            else "one prompt"
+        )
+        self.console.print(
+            f"  {shown}:\n  " + _example(example).replace("\n", "\n  "), soft_wrap=True
+        )
 
 
 def _example(example: dict[str, Any]) -> str:
-    """An example of Launch.example: the prompt dim, learned tokens green."""
+    """Format an example from Launch.example: the prompt dim, learned tokens green."""
     spans = (
-        "".join(f"[{'green' if learned else 'dim'}]{escape(text)}[/]" for text, learned in completion)
+        "".join(
+            f"[{'green' if learned else 'dim'}]{escape(text)}[/]" for text, learned in completion
+        )
         for completion in example["completions"]
     )
-    return "\n".join([f"[dim]{escape(example['prompt'])}[/dim]", *(f"→ {completion}" for completion in spans)])
+    return "\n".join(
+        [f"[dim]{escape(example['prompt'])}[/dim]", *(f"→ {completion}" for completion in spans)]
+    )
 
 
 def _summary(first: dict[str, Any], last: Metrics) -> Table:
-    """The main numbers of the first and the last step, and the held-out ones, those that were only taken there included."""
-    tied = not any(
-        first.get(key) for key in (*ACCURACIES, "margin", "rewards/margins")
-    )  # none right, no margin on average
+    """The main metrics at the first and the last step, and the held-out ones, including those
+    measured only there.
+    """
+    # no pair is right and the mean margin is zero
+    tied = not any(first.get(key) for key in (*ACCURACIES, "margin", "rewards/margins"))
     table = Table(box=None, padding=(0, 2, 0, 2), header_style="dim")
     for title in ("", "first step", "last step", "held out"):
         table.add_column(title, justify="right" if title else "left")
-    heldout = {key.removeprefix("eval/"): value for key, value in last.items() if key.startswith("eval/")}
-    for key in dict.fromkeys(key for key in (*SUMMED_UP, *heldout) if key in last or key in heldout):
-        cells = [f"{x:.4g}" if (x := numbers.get(key)) is not None else "" for numbers in (first, last, heldout)]
+    heldout = {
+        key.removeprefix("eval/"): value for key, value in last.items() if key.startswith("eval/")
+    }
+    for key in dict.fromkeys(
+        key for key in (*SUMMARY_METRICS, *heldout) if key in last or key in heldout
+    ):
+        cells = [
+            f"{x:.4g}" if (x := numbers.get(key)) is not None else ""
+            for numbers in (first, last, heldout)
+        ]
         cells[0] += " (all tied)" if tied and key in ACCURACIES and cells[0] else ""
         table.add_row(key, *cells)
     return table
 
 
-def _clock(seconds: float) -> str:
+def _minutes(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

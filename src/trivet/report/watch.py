@@ -1,4 +1,6 @@
-"""trivet watch: the page of trivet report in the browser, live while the runs go on. It only reads their directories."""
+"""trivet watch: serve the page of trivet report, live while runs are going. It only reads their
+directories.
+"""
 
 import asyncio
 import hashlib
@@ -28,8 +30,8 @@ from trivet.store.reading import lives, read_object, require_run
 
 HOSTS = ("127.0.0.1", "localhost", "[::1]")
 FILES = ("config.toml", "run.json", "metrics.jsonl", "samples.jsonl", "summary.json", "judged.json")
-WAIT = 60.0  # seconds for a run that is not there yet
-EVERY = 2.0  # seconds between two questions of a page
+WAIT = 60.0  # seconds to wait for a run directory that does not exist yet
+EVERY = 2.0  # seconds between a page's requests for new data
 HEADERS = {
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
@@ -41,27 +43,34 @@ HEADERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The page of trivet report, live while runs go on, for browsers on this machine. RUN is a run directory, or a folder of them."""
+    """Serve the page of trivet report, live while runs are going, to browsers on this machine. RUN
+    is a run directory or a folder of them.
+    """
 
     port: int = 0
-    """Port to listen on; 0 takes one that is free."""
+    """Port to listen on; 0 picks a free one."""
     open: bool = False
     """Open the page in a browser."""
 
 
 def watch(args: list[str]) -> None:
-    """trivet watch RUN [RUN ...]: serve until Ctrl-C."""
+    """trivet watch RUN [RUN ...]: serve the page until Ctrl-C."""
     paths, config = runs_and_options(Config, args, "trivet watch")
     if not 0 <= config.port < 2**16:
-        raise InputError(f"--port {config.port}: ports end at 65535")
+        raise InputError(f"--port is {config.port}; it must be from 0 to 65535")
     wait_for(paths)
     try:
         listening = socket.create_server(("127.0.0.1", config.port))
     except OSError as error:  # taken, or not allowed
-        raise InputError(f"--port {config.port}: {error.strerror}; without --port a free one is taken") from None
-    os.nice(10)  # after the runs
+        raise InputError(
+            f"--port {config.port}: {error.strerror}; leave out --port to use a free one"
+        ) from None
+    os.nice(10)  # runs on this machine go first
     address = f"http://127.0.0.1:{listening.getsockname()[1]}/"
-    print(f"{', '.join(map(str, paths))}: {address}  (Ctrl-C ends it; the run does not notice)", flush=True)
+    print(
+        f"{', '.join(map(str, paths))}: {address}  (Ctrl-C stops the viewer, not the run)",
+        flush=True,
+    )
     if config.open:
         webbrowser.open(address)
     settings = uvicorn.Config(
@@ -77,14 +86,18 @@ def watch(args: list[str]) -> None:
 
 
 def wait_for(paths: list[Path]) -> None:
-    """Return when these are run directories. One that is not there may be that of a run which is loading its model: it has a minute.
+    """Return once all of these are run directories. A missing one may belong to a run that is still
+    loading its model, so it is given a minute.
 
-    Errors: InputError for what is no run directory, then or at once.
+    Errors: InputError if any is still missing then, or at once if it exists but is not a run
+    directory.
     """
     until = time.monotonic()
     if missing := [str(path) for path in paths if not path.exists()]:
         print(
-            f"trivet watch: waiting up to {WAIT:.0f} s for {', '.join(missing)} to begin", file=sys.stderr, flush=True
+            f"trivet watch: waiting up to {WAIT:.0f} s for {', '.join(missing)} to start",
+            file=sys.stderr,
+            flush=True,
         )
         until += WAIT
     while True:
@@ -99,10 +112,12 @@ def wait_for(paths: list[Path]) -> None:
 
 
 def application(paths: list[Path]) -> ASGIApp:
-    """The page at /, its data at /data.json, and nothing else: no file is served, so no path leads to one.
+    """An app that serves the page at / and its data at /data.json, and nothing else: it serves no
+    files, so no path can reach one.
 
-    What was gathered is kept until a file of the runs changes, so that several who watch cost what one does, and for ten times
-    as long as gathering took: a long run is not slowed down by being looked at. The ETag is of what the page shows.
+    Gathered data is kept until a file of the runs changes, so that several viewers cost as much as
+    one, and for at least ten times as long as gathering took, so that watching does not slow down
+    a long run. The ETag is a hash of what the page shows.
     """
     seen: tuple[Any, ...] | None = None
     shown: tuple[dict[str, Any], str, str] = {}, "", ""  # the payload, as JSON, its ETag
@@ -123,19 +138,23 @@ def application(paths: list[Path]) -> ASGIApp:
     async def answer(request: Request) -> Response:
         host = request.headers.get("host", "").lower()
         if host.rpartition(":")[0] not in HOSTS and host not in HOSTS:
-            said = f"This is {HOSTS[0]}; a page that reached it by another name ({host[:100]}) is not let in.\n"
-            return PlainTextResponse(said, 403)
+            message = f"Forbidden: this server only answers requests to {HOSTS[0]}.\n"
+            return PlainTextResponse(message, 403)
         if request.url.path not in ("/", "/data.json"):
-            return PlainTextResponse("There is / and /data.json.\n", 404)
+            return PlainTextResponse("Not found. Available: /, /data.json\n", 404)
         if request.method not in ("GET", "HEAD"):
-            return PlainTextResponse("This only shows: GET.\n", 405, {"Allow": "GET, HEAD"})
+            message = "Method not allowed: this server only answers GET and HEAD.\n"
+            return PlainTextResponse(message, 405, {"Allow": "GET, HEAD"})
         try:
             async with one_at_a_time:
                 payload, data, tag = await run_in_threadpool(latest)
-        except (InputError, OSError) as error:  # the directory is gone, for one; it may come back
+        except (InputError, OSError) as error:  # perhaps the directory is gone; it may come back
             return PlainTextResponse(f"{error}\n", 503)
         if request.url.path == "/":
-            return Response(await run_in_threadpool(partial(build_page, payload, live=True)), media_type="text/html")
+            return Response(
+                await run_in_threadpool(partial(build_page, payload, live=True)),
+                media_type="text/html",
+            )
         if request.headers.get("if-none-match") == tag:
             return Response(None, 304, {"ETag": tag})
         return Response(data, 200, {"ETag": tag}, "application/json")
@@ -149,8 +168,10 @@ def application(paths: list[Path]) -> ASGIApp:
 
 
 def stamp(runs: list[Path]) -> tuple[Any, ...]:
-    """What changes when a payload may: sizes and times of the runs' files, whether their processes live; or, until they are
-    done, when ten seconds are over, for a run that has been quiet for too long counts as stopped."""
+    """A value that changes whenever the payload may have: from the sizes and times of the runs'
+    files and whether their processes are alive. For unfinished runs it also changes every ten
+    seconds, since a run that has been quiet for too long counts as stopped.
+    """
     seen: list[Any] = []
     for run in runs:
         for path in (run / name for name in FILES):

@@ -1,1 +1,1 @@
-"""Leg 1 · what is good? Groups of completions to one number each."""
+"""Leg 1 · what is good? Turns groups of completions into one number each."""

@@ -1,4 +1,4 @@
-"""Around code that somebody else wrote: a time limit, an ear for what it prints."""
+"""Guards around user code: a time limit, and captured output."""
 
 import io
 import signal
@@ -8,23 +8,26 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-AGAIN = 1.0  # seconds after which an alarm that was swallowed rings again
+AGAIN = 1.0  # seconds after which an alarm that was swallowed fires again
 
 
 class OutOfTime(BaseException):
-    """Raised inside code whose time is up; no Exception, so that `except Exception` in there does not swallow it."""
+    """Raised inside code whose time is up. Not an Exception, so that an `except Exception` in that
+    code does not swallow it.
+    """
 
 
-def within(seconds: float, call: Callable[[], T]) -> T:
-    """call(), or OutOfTime when it takes longer.
+def with_time_limit(seconds: float, call: Callable[[], T]) -> T:
+    """Return call(), or raise OutOfTime if it takes longer.
 
-    In the main thread an alarm interrupts it where it stands, in a loop, a sleep, a socket, a lock or a regular expression,
-    and nothing of it goes on. In another thread, and on Windows, there are no alarms: it runs in a daemon thread, which is
-    left to itself when its time is up. What an alarm can't end: a call into C that never looks at signals, and code that
-    catches everything for ever. Code that sets an alarm of its own takes ours off.
+    In the main thread an alarm interrupts it wherever it is, in a loop, a sleep, a socket, a lock
+    or a regular expression, and nothing of it keeps running. In another thread, and on Windows,
+    there are no alarms: it runs in a daemon thread, which is abandoned when its time is up. An
+    alarm can't end a C call that never checks for signals, nor code that catches everything
+    forever. Code that sets its own alarm disables this one.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
-        return _within_a_thread(seconds, call)
+        return _run_in_thread(seconds, call)
     armed = True
 
     def ring(number: int, frame: object) -> None:
@@ -37,13 +40,13 @@ def within(seconds: float, call: Callable[[], T]) -> T:
         try:
             return call()
         finally:
-            armed = False  # should it ring just here, the outer finally still puts things back
+            armed = False  # if it fires right here, the outer finally still restores the handler
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
 
-def _within_a_thread(seconds: float, call: Callable[[], Any]) -> Any:
+def _run_in_thread(seconds: float, call: Callable[[], Any]) -> Any:
     ended: list[tuple[Any, BaseException | None]] = []
 
     def work() -> None:
@@ -63,23 +66,24 @@ def _within_a_thread(seconds: float, call: Callable[[], Any]) -> Any:
     return result
 
 
-class Heard(io.TextIOBase):
-    """Stands in for stdout: keeps the beginning of what is printed, and forgets the rest."""
+class CapturedOutput(io.TextIOBase):
+    """Replaces stdout: keeps the beginning of what is printed and drops the rest."""
 
     def __init__(self, most: int = 4000):
         self.text, self.most = "", most
-        self.rich_proxied_file = getattr(sys.stdout, "rich_proxied_file", sys.stdout)  # rich draws its live line there
+        # rich draws its live line on this file.
+        self.rich_proxied_file = getattr(sys.stdout, "rich_proxied_file", sys.stdout)
 
     def write(self, text: str) -> int:
-        """Keep it while there is room."""
+        """Keep the text while there is room."""
         if len(self.text) < self.most:
             self.text += text[: self.most - len(self.text)]
         return len(text)
 
     def fileno(self) -> int:
-        """That of the real one, for a program that is started with it."""
+        """Return the real one's descriptor, for programs started with this as their stdout."""
         return self.rich_proxied_file.fileno()
 
     def writable(self) -> bool:
-        """It is."""
+        """Always True."""
         return True

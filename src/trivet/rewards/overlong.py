@@ -1,13 +1,15 @@
-"""A charge for nearing the length limit."""
+"""A penalty for nearing the length limit."""
 
 from torch import Tensor
 
 
 def overlong_penalty(lengths: Tensor, *, longest: int, buffer: int) -> Tensor:
-    """A reward that falls linearly from 0 to -1 over the last `buffer` tokens before the length limit.
+    """Penalty that falls linearly from 0 to -1 over the last `buffer` tokens before the length
+    limit.
 
         -max(0, |y| - (longest - buffer)) / buffer
 
-    lengths: (B,) tokens, at most longest. Returns (B,). Source: soft overlong punishment of DAPO (Yu et al. 2025), eq. 13.
+    lengths: (B,) tokens, at most longest. Returns (B,). Source: soft overlong punishment of DAPO
+    (Yu et al. 2025), eq. 13.
     """
     return -(lengths - (longest - buffer)).clamp(min=0) / buffer

@@ -1,12 +1,13 @@
-"""Comparisons inside a group to win rates."""
+"""Turn comparisons within a group into win rates."""
 
 import math
 from collections.abc import Iterable
 
 
 def matches(group_size: int, opponents: int = 0) -> list[tuple[int, int]]:
-    """Who is compared with whom, (first shown, second shown): everybody with everybody once, or with this many neighbors
-    in a ring on each side. Each is shown first about as often as second, as judges favor a place.
+    """List which completions to compare, as (shown first, shown second): every pair once, or each
+    with this many neighbors in a ring on each side. Each is shown first about as often as second,
+    since judges favor one position.
 
         3 in a group: (0, 1), (1, 2), (2, 0)
     """
@@ -19,9 +20,10 @@ def matches(group_size: int, opponents: int = 0) -> list[tuple[int, int]]:
 
 
 def win_rates(group_size: int, verdicts: Iterable[tuple[int, int, float | None]]) -> list[float]:
-    """The share of its comparisons that each has won, ties half; NaN for one without any.
+    """Return the share of its comparisons that each completion won, ties counting half; NaN for one
+    without any.
 
-    verdicts: (i, j, what i has of the win: 1, 0, a half, or None where there was no verdict).
+    verdicts: (i, j, i's share of the win: 1, 0, a half, or None for no verdict).
     """
     won, count = [0.0] * group_size, [0] * group_size
     for i, j, share in verdicts:

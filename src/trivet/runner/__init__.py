@@ -1,1 +1,1 @@
-"""From a Config to a run and through it: loading, the steps, what goes wrong, and going on."""
+"""Running a recipe from a Config: loading, the steps, recovery from failures, and resuming."""

@@ -1,4 +1,4 @@
-"""Options that are out of bounds, refused before anything is loaded."""
+"""Checks of option values, made before anything is loaded."""
 
 import math
 import os
@@ -25,24 +25,31 @@ LIMITS = {
 
 
 def check(config: Options, method: str, *, again: bool = False) -> None:
-    """InputError for a value that can't be meant; again: the run directory may be there. Numbers are finite and, where LIMITS says nothing else, at least 0."""
+    """Raise an InputError for an invalid value. Numbers must be finite and, unless LIMITS says
+    otherwise, at least 0. again: the run directory may exist already.
+    """
     for name, value in vars(config).items():
         low, high = LIMITS.get(name, (0, INF))
         if name == "group_size" and method != "ppo":
-            low = 2  # the completions of a prompt are compared with each other
+            low = 2  # a prompt's completions are compared with each other
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, str) and re.search("[\0\ud800-\udfff]", number):
                 raise InputError(
-                    f"--{name.replace('_', '-')} is {number!a:.80}, which is not valid UTF-8 text; rename it"
+                    f"--{name.replace('_', '-')} is {number!a:.80}, which is not valid UTF-8 text; "
+                    "rename it"
                 )
-            if not isinstance(number, str) and not (low <= number <= high and math.isfinite(number)):
+            if not isinstance(number, str) and not (
+                low <= number <= high and math.isfinite(number)
+            ):
                 limits = f"at least {low:g} and {f'at most {high:g}' if high < INF else 'finite'}"
                 raise InputError(f"--{name.replace('_', '-')} is {number}; it must be {limits}")
     require(config.track)
     if not again and config.out and (Path(config.out) / "config.toml").exists():
-        said = f"choose another directory, or go on with it: trivet resume {config.out}"
-        raise InputError(f"--out {config.out} already holds a run; {said}")
+        advice = f"choose another directory, or continue it: trivet resume {config.out}"
+        raise InputError(f"--out {config.out} already holds a run; {advice}")
     out = Path(config.out or "runs").absolute()
-    there = next(path for path in (out, *out.parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise InputError(f"--out {config.out}: {there} is not a directory that can be written to; choose another")
+    parent = next(path for path in (out, *out.parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(
+            f"--out {config.out}: {parent} is not a writable directory; choose another one"
+        )

@@ -1,4 +1,4 @@
-"""What fills the memory: the peak of a run, and its share by part."""
+"""Memory use: the peak of a run, and the share of each part."""
 
 import sys
 from collections.abc import Mapping
@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from trivet.step.reference_cache import plain
+from trivet.step.reference_cache import component_tensors
 
 
 def peak_memory(device: str) -> int:
-    """Bytes: the most that the GPU held for us, else the most resident memory of this process."""
+    """Return the peak memory in bytes: allocated on the GPU, else resident in this process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "linux":
@@ -23,25 +23,31 @@ def peak_memory(device: str) -> int:
 
 
 def memory_now(device: str) -> int:
-    """Bytes held at this moment; 0 where that can't be told."""
+    """Return the bytes in use now; 0 where that is unknown."""
     if device.startswith("cuda"):
         return torch.cuda.memory_allocated(device)
     return _of_process("VmRSS") if sys.platform == "linux" else 0
 
 
-def by_part(
+def bytes_by_part(
     model: Any, parts: Mapping[str, Any], rewards: Mapping[str, Any], program: int, peak: int
 ) -> dict[str, int]:
-    """Bytes by part; each tensor counts once, for the first part that has it. program: memory before the model was loaded.
+    """Return the bytes of each part; each tensor counts once, for the first part that has it.
+    program: the memory in use before the model was loaded.
 
-    Weights, gradients, optimizer states and models are counted tensor by tensor, the cache is what the engine held at most. What the
-    peak has beyond them is activations and the rest: buffers of the libraries, memory that the allocator kept.
+    Weights, gradients, optimizer states and models are counted tensor by tensor; the cache is the
+    most that the engine held. The remainder of the peak is activations and the rest: buffers of the
+    libraries, and memory that the allocator kept.
     """
     seen = set[int]()
 
     def bytes_of(tensors: Any) -> int:
-        own = (getattr(x, "_local_tensor", x) for x in tensors)  # of what is in shards, this rank's
-        new = {x.data_ptr(): x.nbytes for x in chain(*map(plain, own)) if x.data_ptr() not in seen}
+        own = (getattr(x, "_local_tensor", x) for x in tensors)  # only this rank's shards
+        new = {
+            x.data_ptr(): x.nbytes
+            for x in chain(*map(component_tensors, own))
+            if x.data_ptr() not in seen
+        }
         seen.update(new)
         return sum(new.values())
 
@@ -54,15 +60,23 @@ def by_part(
         if isinstance(part, torch.nn.Module):
             found[name] = bytes_of(part.parameters())
         elif hasattr(part, "adamw"):
-            states = (x for state in part.adamw.state.values() for x in state.values() if isinstance(x, torch.Tensor))
+            states = (
+                x
+                for state in part.adamw.state.values()
+                for x in state.values()
+                if isinstance(x, torch.Tensor)
+            )
             found["optimizer"] = found.get("optimizer", 0) + bytes_of(states)
         elif hasattr(part, "cache_bytes"):
             found["cache"] = part.cache_bytes
     scorers = [
-        reward.model for reward in rewards.values() if isinstance(getattr(reward, "model", None), torch.nn.Module)
+        reward.model
+        for reward in rewards.values()
+        if isinstance(getattr(reward, "model", None), torch.nn.Module)
     ]
     found["reward model"] = sum(bytes_of(scorer.parameters()) for scorer in scorers)
-    program = max(0, min(program, peak - sum(found.values())))  # some of what it held may have been free for the run
+    # the run may have reused some of what the program held
+    program = max(0, min(program, peak - sum(found.values())))
     found = {"program": program, **found}
     found["activations and the rest"] = max(0, peak - sum(found.values()))
     return {name: size for name, size in found.items() if size}

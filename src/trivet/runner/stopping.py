@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a closed terminal: the step is finished and saved, then the run ends."""
+"""Ctrl-C, SIGTERM and a closed terminal: finish the step, save, then end the run."""
 
 import os
 import signal
@@ -11,30 +11,35 @@ from trivet.step.run import Run
 
 
 class Stopped(KeyboardInterrupt):
-    """A run that was asked to stop, and did so after a step, with a checkpoint. code: what the process exits with."""
+    """The run stopped after a step, with a checkpoint, because it was asked to. code: the exit code
+    of the process.
+    """
 
     code = 130
 
 
 @contextmanager
-def asked_to_stop(run: Run) -> Iterator[list[int]]:
-    """Within it the first Ctrl-C, SIGTERM or SIGHUP (its terminal is gone) is only noted in this list; the second ends the process as ever.
+def catch_stop_signals(run: Run) -> Iterator[list[int]]:
+    """Only add the first Ctrl-C, SIGTERM or SIGHUP (the terminal was closed) to the list; a second
+    one ends the process as usual.
 
-    One that the process was started to ignore, by nohup for one, stays ignored."""
+    A signal that the process was started to ignore, by nohup for example, stays ignored.
+    """
     asked, before, own = list[int](), dict[int, Any](), os.getpid()
 
     def note(number: int, _: Any) -> None:
         asked.append(number)
         for signal_number, handler in before.items():
             signal.signal(signal_number, handler)
-        if os.getpid() != own:  # a process that a reward function has forked, and means to end
+        if os.getpid() != own:  # a process forked by a reward function, which wants to end it
             return os.kill(os.getpid(), number)
-        run.note("stopping after this step, with a checkpoint; once more stops at once")
+        run.note("finishing this step and saving; Ctrl-C again quits immediately")
 
     if threading.current_thread() is threading.main_thread():
-        numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows has no SIGHUP
-        heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
-        before.update({number: signal.signal(number, note) for number in heard})
+        # Windows has no SIGHUP
+        numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+        caught = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+        before.update({number: signal.signal(number, note) for number in caught})
     try:
         yield asked
     finally:
@@ -42,8 +47,8 @@ def asked_to_stop(run: Run) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def asked_of(number: int, said: str) -> Stopped:
-    """The end of a run that this signal asked for."""
-    stopped = Stopped(said)
+def stopped_by(number: int, message: str) -> Stopped:
+    """Return the exception that ends a run because of this signal."""
+    stopped = Stopped(message)
     stopped.code = 128 + number
     return stopped

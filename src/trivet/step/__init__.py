@@ -1,3 +1,3 @@
-"""What a recipe sees: its options, the run, the optimizer, the trace of a step, its metrics."""
+"""What a recipe uses: its options, the run, the optimizer, the trace of a step, its metrics."""
 
-Metrics = dict[str, float]  # what a step reports, by name
+Metrics = dict[str, float]  # the numbers that a step reports, by name

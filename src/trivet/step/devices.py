@@ -1,4 +1,6 @@
-"""Where the work of a run is done: in this process, or shared among many (distributed/ranks.py). The seam between the two."""
+"""The interface between a run and where its work is done: in this process, or shared among many
+(distributed/ranks.py).
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
@@ -16,31 +18,47 @@ MicroBatches = Iterator[tuple[Tensor, Groups]]
 
 
 class Devices(Protocol):
-    """What one process and many do differently. Every rank knows the whole step; passes, generation and weights are shared."""
+    """What one process and many processes do differently. Every rank knows the whole step; passes,
+    generation and weights are shared.
+    """
 
     rank: int
     size: int
 
     def load(self, load: Callable[..., Any], name: str, **options: Any) -> Any:
-        """Return the model that load(name, **options) reads, where this run holds its models."""
+        """Load a model by load(name, **options) and place it where this run holds its models."""
         ...
 
     def microbatches(
-        self, groups: Groups, budget: int, *, whole: bool = False, only: Tensor | None = None, filled: Sequence[Tensor]
+        self,
+        groups: Groups,
+        budget: int,
+        *,
+        whole: bool = False,
+        only: Tensor | None = None,
+        filled: Sequence[Tensor],
     ) -> MicroBatches:
-        """batch.microbatches of this process's share; afterwards `filled`, (B, ...) each, written by row, is whole everywhere."""
+        """Yield batch.microbatches of this process's share. Afterwards the tensors `filled`, (B,
+        ...) each, which the loop has written by row, are complete on every process.
+        """
         ...
 
     def engine(self, engine: Engine) -> Any:
-        """Return what generates in this engine's way, each process its share of the prompts."""
+        """Return an engine like this one, in which each process generates for its share of the
+        prompts.
+        """
         ...
 
     def servers(self, make: Callable[..., Any], engine: Engine) -> Any:
-        """Return what generates by the servers that make(**options) sets up, once for all processes."""
+        """Return an engine that generates with the servers that make(**options) sets up, once for
+        all processes.
+        """
         ...
 
     def reward(self, reward: Any) -> Any:
-        """Return a reward that is asked once for all processes; one that is a model shares its passes as any model."""
+        """Return a reward that is computed once for all processes; if it is a model, its passes are
+        shared like those of any model.
+        """
         ...
 
     def clip_grad_norm(self, parameters: Sequence[Any], limit: float) -> Tensor:
@@ -48,28 +66,32 @@ class Devices(Protocol):
         ...
 
     def count_not_finite(self, tensors: Sequence[Any]) -> list[int]:
-        """How many entries of each tensor are NaN or infinite, over all shards."""
+        """Count the entries of each tensor that are NaN or infinite, over all shards."""
         ...
 
     def first(self, call: Callable[[], T]) -> T:
-        """Return what the call returns on rank 0; an InputError or OSError of it is raised everywhere."""
+        """Return what the call returns on rank 0; if it raises an InputError or OSError there,
+        raise that on every rank.
+        """
         ...
 
     def most(self, *numbers: int) -> list[int]:
-        """The largest of each number on any rank."""
+        """Return the maximum of each number over the ranks."""
         ...
 
     def whole(self, model: Any) -> Any:
-        """The model in one piece, to be saved; None on ranks that save nothing."""
+        """Return the unsharded model, for saving; None on ranks that save nothing."""
         ...
 
     def digest(self, model: Any) -> str:
-        """The digest of the weights that a loaded model began with (reference_cache.digest)."""
+        """Return the digest of the weights that the model had when it was loaded
+        (reference_cache.digest).
+        """
         ...
 
 
 class OneProcess:
-    """All of it here."""
+    """Do everything in this process."""
 
     rank, size = 0, 1
 
@@ -78,29 +100,35 @@ class OneProcess:
         return load(name, **options)
 
     def microbatches(
-        self, groups: Groups, budget: int, *, whole: bool = False, only: Tensor | None = None, filled: Sequence[Tensor]
+        self,
+        groups: Groups,
+        budget: int,
+        *,
+        whole: bool = False,
+        only: Tensor | None = None,
+        filled: Sequence[Tensor],
     ) -> MicroBatches:
-        """batch.microbatches of all of it."""
+        """Return batch.microbatches of the whole step."""
         return batch.microbatches(groups, budget, whole=whole, only=only)
 
     def engine(self, engine: Engine) -> Any:
-        """The engine itself."""
+        """Return the engine itself."""
         return engine
 
     def servers(self, make: Callable[..., Any], engine: Engine) -> Any:
-        """The servers themselves."""
+        """Return the servers themselves."""
         return make()
 
     def reward(self, reward: Any) -> Any:
-        """The reward itself."""
+        """Return the reward itself."""
         return reward
 
     def clip_grad_norm(self, parameters: Sequence[Any], limit: float) -> Tensor:
-        """torch's own."""
+        """torch.nn.utils.clip_grad_norm_"""
         return torch.nn.utils.clip_grad_norm_(parameters, limit)
 
     def count_not_finite(self, tensors: Sequence[Any]) -> list[int]:
-        """How many entries of each tensor are NaN or infinite."""
+        """Count the entries of each tensor that are NaN or infinite."""
         return [int((~x.isfinite()).sum()) for x in tensors]
 
     def first(self, call: Callable[[], T]) -> T:
@@ -108,13 +136,13 @@ class OneProcess:
         return call()
 
     def most(self, *numbers: int) -> list[int]:
-        """The numbers themselves."""
+        """Return the numbers themselves."""
         return list(numbers)
 
     def whole(self, model: Any) -> Any:
-        """The model itself."""
+        """Return the model itself."""
         return model
 
     def digest(self, model: Any) -> str:
-        """Read from its weights."""
+        """Compute the digest of its weights."""
         return digest(model, [])

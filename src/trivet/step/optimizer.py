@@ -1,4 +1,4 @@
-"""AdamW with a schedule and a limit on the gradient's norm; a step whose gradient is not finite is not taken."""
+"""AdamW with a schedule and gradient clipping; a step whose gradient is not finite is skipped."""
 
 import math
 from typing import Any
@@ -12,10 +12,11 @@ from trivet.timing import timed
 
 
 class Optimizer:
-    """AdamW with warm-up, linear decay if asked for, and a limit on the gradient's norm.
+    """AdamW with warm-up, optional linear decay, and a limit on the norm of the gradient.
 
-    steps: how many the schedule is for. skipped: how many were not taken because their gradient was not finite; `bad` then names
-    the parameters of the last one, (name, entries that are not finite, entries).
+    steps: the length of the schedule. skipped: the number of steps that were skipped because their
+    gradient was not finite; `bad` then lists the affected parameters of the last one, (name,
+    entries that are not finite, entries).
     """
 
     def __init__(
@@ -29,7 +30,9 @@ class Optimizer:
         self.named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.parameters = [p for _, p in self.named]
         self.devices = devices or OneProcess()
-        self.adamw = torch.optim.AdamW(self.parameters, lr=config.lr if lr is None else lr, weight_decay=0, fused=True)
+        self.adamw = torch.optim.AdamW(
+            self.parameters, lr=config.lr if lr is None else lr, weight_decay=0, fused=True
+        )
         self.max_grad_norm, warmup = config.max_grad_norm, config.warmup_steps
 
         def scale(done: int) -> float:
@@ -43,12 +46,15 @@ class Optimizer:
 
     @timed("optimizer")
     def step(self) -> Metrics:
-        """Take the step if the gradient is finite, clear it; returns its norm before clipping, and the learning rate."""
+        """Take the step if the gradient is finite, and clear the gradient; return its norm before
+        clipping, and the learning rate.
+        """
         norm = self.devices.clip_grad_norm(self.parameters, self.max_grad_norm).item()
         self.metrics = {"grad_norm": norm, "lr": float(self.schedule.get_last_lr()[0])}
         if math.isfinite(norm):
             self.adamw.step()
-            torch.autograd.graph.increment_version(self.parameters)  # the fused step forgets; casts are kept by version
+            # the fused step does not do this, and cached casts are looked up by version
+            torch.autograd.graph.increment_version(self.parameters)
             self.schedule.step()
         else:
             self.skipped += 1
@@ -62,19 +68,23 @@ class Optimizer:
         return [(name, n, p.numel()) for (name, p), n in zip(named, counts, strict=True) if n]
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
+        """What a checkpoint saves."""
         return {"adamw": self.adamw.state_dict(), "schedule": self.schedule.state_dict()}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` returned."""
+        """Restore what `state` returned."""
         self.adamw.load_state_dict(state["adamw"])
         self.set_schedule(state["schedule"])
 
     def set_schedule(self, state: dict[str, Any]) -> None:
-        """The position of the schedule, on the learning rate of the config, which may have been lowered since."""
+        """Restore the position of the schedule, but keep the learning rate of the config, which may
+        have been lowered since.
+        """
         base = self.schedule.base_lrs
         self.schedule.load_state_dict(state)
         self.schedule.base_lrs = base
-        for group, lr, scale in zip(self.adamw.param_groups, base, self.schedule.lr_lambdas, strict=True):
+        for group, lr, scale in zip(
+            self.adamw.param_groups, base, self.schedule.lr_lambdas, strict=True
+        ):
             group["initial_lr"], group["lr"] = lr, lr * scale(self.schedule.last_epoch)
         self.schedule._last_lr = [group["lr"] for group in self.adamw.param_groups]

@@ -1,4 +1,6 @@
-"""What the options of a recipe or command are called and mean, read from their source, so that nothing heavy is imported for it."""
+"""The names and help texts of the options of a recipe or command, read from source, so that --help
+imports nothing heavy.
+"""
 
 import ast
 from itertools import pairwise
@@ -11,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent
 
 
 class Option(NamedTuple):
-    """A field of a config, as its source says it."""
+    """A field of a config, as written in its source."""
 
     kind: str  # the annotation
     default: Any
@@ -20,51 +22,62 @@ class Option(NamedTuple):
 
 
 def file_of(module: str) -> Path:
-    """The source file of a module of Trivet's, by its full name."""
+    """Return the source file of a module of Trivet, given its full name."""
     return PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py")
 
 
 def options_of(file: Path, kind: str = "Config") -> dict[str, Option]:
-    """The options of the config of this name in this file, those that it inherits first.
+    """Return the options of the config class `kind` in this file, inherited ones first.
 
-    A field's text is the comment behind it or the string below it; a line of comment above one begins a group.
+    A field's text is the comment behind it or the string below it; a comment line above a field
+    begins a group.
     """
     config, source = _class(file, kind)
-    lines, found = source.splitlines(), dict[str, Option]()
+    lines, options = source.splitlines(), dict[str, Option]()
     for base in config.bases:
-        if (place := _where(base, file, source)) is not None:
-            found |= options_of(*place)
-    group = "Method options" if found else "Options"
+        if (place := _find_class(base, file, source)) is not None:
+            options |= options_of(*place)
+    group = "Method options" if options else "Options"
     for field, after in pairwise([*config.body, None]):
         if isinstance(field, ast.AnnAssign) and field.value:
             above = lines[field.lineno - 2].strip()
             group = above.removeprefix("# ") if above.startswith("# ") else group
             text = lines[field.lineno - 1].partition("  # ")[2]
-            text = " ".join(ast.literal_eval(after.value).split()) if isinstance(after, ast.Expr) else text
+            text = (
+                " ".join(ast.literal_eval(after.value).split())
+                if isinstance(after, ast.Expr)
+                else text
+            )
             option = Option(ast.unparse(field.annotation), _default(field.value), text, group)
-            found[ast.unparse(field.target)] = option
-    return found
+            options[ast.unparse(field.target)] = option
+    return options
 
 
 def about(file: Path, kind: str = "Config") -> str:
-    """The docstring of the config of this name in this file."""
+    """Return the docstring of the config class `kind` in this file."""
     return ast.get_docstring(_class(file, kind)[0]) or ""
 
 
 def presets_of(file: Path) -> list[str]:
-    """The names of a recipe's presets, those of its variants included."""
-    found = list[str]()
+    """Return the names of a recipe's presets, including those of its variants."""
+    presets = list[str]()
     for path in (file, file.with_name(f"{file.stem}_variants.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body if path.exists() else []:
-            named = isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict)
-            target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+            named = isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(
+                node.value, ast.Dict
+            )
+            target = (
+                node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+            )
             if named and isinstance(target, ast.Name) and target.id in ("PRESETS", "VARIANTS"):
-                found += [ast.literal_eval(key) for key in node.value.keys if key]  # type: ignore[union-attr]
-    return found
+                presets += [ast.literal_eval(key) for key in node.value.keys if key]  # type: ignore[union-attr]
+    return presets
 
 
 def _default(value: ast.expr) -> Any:
-    """The value that a field has; of one that is computed, in a recipe of one's own, its source."""
+    """Return a field's default value, or its source where it is computed, as a user's recipe may
+    do.
+    """
     try:
         return ast.literal_eval(value)
     except ValueError:
@@ -72,20 +85,28 @@ def _default(value: ast.expr) -> Any:
 
 
 def _class(file: Path, kind: str) -> tuple[ast.ClassDef, str]:
-    """The class of this name, and the source that it stands in. Errors: InputError where there is none."""
+    """Return the class of this name and the source of its file. Errors: InputError if there is no
+    such class.
+    """
     try:
         source = file.read_text(encoding="utf-8")
         nodes = ast.parse(source).body
-    except (SyntaxError, ValueError) as error:  # a ValueError: bytes that are no text
-        raise InputError(f"{file} can't be read as Python: {type(error).__name__}: {error}") from error
+    except (SyntaxError, ValueError) as error:  # ValueError: the bytes are not text
+        raise InputError(
+            f"{file} can't be read as Python: {type(error).__name__}: {error}"
+        ) from error
     for node in nodes:
         if isinstance(node, ast.ClassDef) and node.name == kind:
             return node, source
-    raise InputError(f"{file} has no class {kind}, which every recipe has (docs/your-own-method.md)")
+    raise InputError(
+        f"{file} has no class {kind}, which every recipe needs (docs/your-own-method.md)"
+    )
 
 
-def _where(base: ast.expr, file: Path, source: str) -> tuple[Path, str] | None:
-    """The file and the name of a class that is inherited, where it stands in this file or in Trivet; else None."""
+def _find_class(base: ast.expr, file: Path, source: str) -> tuple[Path, str] | None:
+    """Return the file and the name of a base class, if it is defined in this file or in Trivet;
+    else None.
+    """
     module, _, name = ast.unparse(base).rpartition(".")
     for node in ast.parse(source).body:
         if isinstance(node, ast.ClassDef) and node.name == name and not module:

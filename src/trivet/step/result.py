@@ -12,15 +12,16 @@ from trivet.step.metrics import Tally
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """A step, or an evaluation: its metrics, and the completions that it was about with the numbers that belong to them.
+    """A step or an evaluation: its metrics, and its completions with the numbers that belong to
+    them.
 
-    A recipe hands over the tensors that it has and does not know who reads them: launch reduces the metrics and keeps a few completions
-    (store/record.py). The gradient norm and the learning rate are added from run.optimizer.
+    A recipe emits tensors; it does not know how they are shown. launch reduces the metrics, adds
+    the gradient norm and the learning rate of run.optimizer, and keeps a few completions
+    (store/record.py).
     """
 
     metrics: Tally
     completions: Rollouts | Groups | None = None
-    rows: Sequence[Mapping[str, Any]] = ()  # (P,) source rows of Groups; Rollouts bring their own
-    numbers: Mapping[str, Tensor] = field(
-        default_factory=dict[str, Tensor]
-    )  # by name: (B,) one a completion, (B, T) a token
+    rows: Sequence[Mapping[str, Any]] = ()  # (P,) source rows of Groups; Rollouts have their own
+    # by name: (B,) one per completion, or (B, T) one per token
+    numbers: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])

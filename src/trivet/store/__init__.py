@@ -1,1 +1,1 @@
-"""A run directory: what is written while a run goes on, checkpoints included, and how it is read again."""
+"""The run directory: writing it during a run, including checkpoints, and reading it."""

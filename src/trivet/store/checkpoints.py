@@ -1,7 +1,8 @@
-"""Checkpoints that are whole or not there, of all that a run needs to go on to the same bits.
+"""Atomic checkpoints of everything that a run needs to resume bit for bit.
 
-checkpoints/step-N/ is an ordinary model folder with state.safetensors and state.json beside the weights, and manifest.json, the
-sizes and SHA-256 of all of them. It is written under another name and renamed when it is on the disk, so a kill leaves the old ones.
+checkpoints/step-N/ is an ordinary model folder with state.safetensors and state.json beside the
+weights, and manifest.json, the sizes and SHA-256 of all files. It is written under another name and
+renamed when it is on the disk, so a kill leaves the old checkpoints intact.
 """
 
 import hashlib
@@ -17,57 +18,82 @@ from torch import Tensor
 
 from trivet.errors import InputError
 from trivet.model.load import restore, save_model
-from trivet.model.quantize import plain
+from trivet.model.quantize import component_tensors
 from trivet.step.optimizer import Optimizer
 from trivet.step.run import Run
 from trivet.store.files import make_folder, to_disk, write_json
-from trivet.store.state import packed, random_state, set_random_state, set_state, small_states, state_of, unpacked
+from trivet.store.state import (
+    from_json,
+    random_state,
+    set_random_state,
+    set_state,
+    small_states,
+    state_of,
+    to_json,
+)
 
 
 class Checkpoints:
-    """The state of one run: its model, the parts that its recipe holds, its random generators, and what launch counts."""
+    """The state of one run: its model, the parts that its recipe holds, its random generators, and
+    launch's totals.
+    """
 
     def __init__(self, out: Path, run: Run, tokenizer: Any):
         self.folder, self.run, self.tokenizer = out / "checkpoints", run, tokenizer
-        self.before: dict[str, Any] = {}  # what the step now going on began with, but for weights and optimizers
-        self.start: Path | None = None  # where the run goes on from
-        self.size = 0  # bytes of the last one
+        # the state at the beginning of the current step, except weights and optimizers
+        self.before: dict[str, Any] = {}
+        self.start: Path | None = None  # the checkpoint that the run resumes from
+        self.size = 0  # bytes of the last checkpoint
 
     @property
     def parts(self) -> dict[str, Any]:
-        """What the recipe has made for its loop: models, optimizers, tensors."""
+        """What the recipe has created for its loop: models, optimizers, tensors."""
         return self.run.parts
 
     def begin(self) -> None:
-        """The loop begins: the parts that the recipe has made take the state that the run goes on from."""
+        """Restore the recipe's parts from the checkpoint that the run resumes from. Called when the
+        loop begins.
+        """
         self._make_room()
         if self.start is not None:
             self._restore(self.start)
         self.step_begins()
 
     def step_begins(self) -> None:
-        """Remember the small things that the next step will change."""
+        """Remember the small states that the next step will change."""
         small, random = small_states(self.parts), random_state(self.run.generator)
         self.before = {"updates": self._updates(), "small": small, "random": random}
 
     @property
     def untouched(self) -> bool:
-        """Whether the step now going on has changed no weights so far, so that its beginning can still be saved."""
+        """Whether the current step has not changed any weights yet, so that its beginning can still
+        be saved.
+        """
         return bool(self.before) and self.before["updates"] == self._updates()
 
     def _updates(self) -> list[int]:
-        return [part.schedule.last_epoch for part in self.parts.values() if isinstance(part, Optimizer)]
+        return [
+            part.schedule.last_epoch for part in self.parts.values() if isinstance(part, Optimizer)
+        ]
 
-    def save(self, step: int, counted: dict[str, Any], keep: int = 0, *, beginning: bool = False) -> Path:
-        """Write the state after this step; with beginning, that of the beginning of the next one, while it is untouched.
+    def save(
+        self, step: int, counted: dict[str, Any], keep: int = 0, *, beginning: bool = False
+    ) -> Path:
+        """Write the state after this step; with `beginning`, the state at the beginning of the next
+        one, which must still be untouched.
 
-        keep: then remove all but so many of the newest; 0 keeps all.
+        keep: afterwards remove all but this many of the newest checkpoints; 0 keeps all.
         """
-        if not all(bool(part.isfinite().all()) for x in self.run.model.parameters() for part in plain(x)):
+        if not all(
+            bool(part.isfinite().all())
+            for x in self.run.model.parameters()
+            for part in component_tensors(x)
+        ):
             saved = [str(number) for number, _ in steps(self.folder)[-1:]]
             raise InputError(
-                f"the weights after step {step} are not numbers any more, so they are not saved; lower lr in "
-                f"{self.folder.parent / 'config.toml'} and go on from {' '.join(['step', *saved]) if saved else 'the start'}: "
+                f"weights are NaN or infinite after step {step}; checkpoint not written; lower lr "
+                f"in {self.folder.parent / 'config.toml'} and continue from "
+                f"{' '.join(['step', *saved]) if saved else 'the start'}: "
                 f"trivet resume {self.folder.parent}"
             )
         tensors: dict[str, Tensor] = {}
@@ -85,15 +111,15 @@ class Checkpoints:
         make_folder(half)
         try:
             save_model(self.run.model, self.tokenizer, half)
-            write_json(half / "state.json", {"state": packed(state, tensors, "")})
+            write_json(half / "state.json", {"state": to_json(state, tensors, "")})
             save_file(tensors, half / "state.safetensors")
             write_json(half / "manifest.json", {"step": step, "files": manifest(half)})
             put_in_place(half, whole, self.folder.parent)
-        except BaseException:  # a full disk, for one: the checkpoints before it stay as they are
+        except BaseException:  # e.g. a full disk: earlier checkpoints stay as they are
             shutil.rmtree(half, ignore_errors=True)
             raise
         if trouble := damage(whole):
-            raise InputError(f"{whole} is not as it was written ({trouble}); is the disk failing?")
+            raise InputError(f"{whole} differs from what was written ({trouble}); check the disk")
         self.size = sum(path.stat().st_size for path in whole.rglob("*"))
         self._prune(keep)
         return whole
@@ -102,51 +128,66 @@ class Checkpoints:
         for _, old in steps(self.folder)[: -keep or None] if keep else []:
             shutil.rmtree(old)
 
-    def go_on(self, note: Callable[[str], None]) -> dict[str, Any]:
-        """Take the newest checkpoint that is whole as the start; returns what launch had counted, {} where there is none."""
+    def choose_start(self, note: Callable[[str], None]) -> dict[str, Any]:
+        """Choose the newest intact checkpoint as the start; return launch's totals from it, {} if
+        there is none.
+        """
         for step, folder in reversed(steps(self.folder)):
             if trouble := damage(folder):
-                note(f"{folder} is damaged ({trouble}); taking the one before it")
+                note(f"{folder} is damaged ({trouble}); using the one before it")
                 continue
             self.start = folder
-            return json.loads((folder / "state.json").read_text(encoding="utf-8"))["state"]["counted"] | {"step": step}
+            return json.loads((folder / "state.json").read_text(encoding="utf-8"))["state"][
+                "counted"
+            ] | {"step": step}
         return {}
 
     def _restore(self, folder: Path) -> None:
         if (folder / "shards").exists():  # many processes wrote it
-            from trivet.store.shard_files import (
-                restore as restore_shards,  # torch's distributed checkpoint loads slowly
-            )
+            from trivet.store import shard_files  # torch's distributed checkpoint imports slowly
 
-            return restore_shards(self.run, self.parts, folder)
+            return shard_files.restore(self.run, self.parts, folder)
         run, tensors = self.run, load_file(folder / "state.safetensors")
-        state = unpacked(json.loads((folder / "state.json").read_text(encoding="utf-8"))["state"], tensors)
-        run.done = state["step"]  # from here on: what was made before, DPO's reference, was of all steps
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))["state"]
+        state = from_json(state, tensors)
+        # only now: what the recipe created before its loop, DPO's reference, needs all steps
+        run.done = state["step"]
         restore(run.model, folder)
         for name, part in self.parts.items():
             set_state(part, state["parts"].get(name))
         set_random_state(run.generator, state["random"])
 
     def _make_room(self) -> None:
-        """InputError where the disk can't take another one: before it is begun, so that nothing is lost."""
-        there = next(path for path in (self.folder, *self.folder.parents) if path.exists())
-        free, needed = shutil.disk_usage(there).free, self.size or self.expected()
+        """Raise an InputError if the disk has no room for another checkpoint: before writing it, so
+        that nothing is lost.
+        """
+        parent = next(path for path in (self.folder, *self.folder.parents) if path.exists())
+        free, needed = shutil.disk_usage(parent).free, self.size or self.expected()
         if free < 1.1 * needed:
             raise InputError(
-                f"{self.folder}: a checkpoint takes {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free on the disk; "
-                "make room, then: trivet resume " + str(self.folder.parent)
+                f"{self.folder}: a checkpoint takes {needed / 1e9:.2f} GB, but only "
+                f"{free / 1e9:.2f} GB are free on the disk; free some space, then: trivet resume "
+                f"{self.folder.parent}"
             )
 
     def expected(self) -> int:
-        """Bytes of a checkpoint before the first one is written: the weights, and of each trained one two moments."""
+        """Estimate the bytes of the first checkpoint: the weights, and two moments for each trained
+        one.
+        """
         model = self.run.model
-        saved = {x.data_ptr(): x for x in model.parameters() if x.requires_grad or not hasattr(model, "peft_config")}
-        trained = [x for part in self.parts.values() if hasattr(part, "adamw") for x in part.parameters]
+        saved = {
+            x.data_ptr(): x
+            for x in model.parameters()
+            if x.requires_grad or not hasattr(model, "peft_config")
+        }
+        trained = [
+            x for part in self.parts.values() if hasattr(part, "adamw") for x in part.parameters
+        ]
         return sum(x.nbytes for x in saved.values()) + 3 * sum(x.nbytes for x in trained)
 
 
 def save_whole(model: Any, tokenizer: Any, folder: Path, *, merge: bool = False) -> None:
-    """save_model under another name, then renamed."""
+    """Save the model under another name, then rename it."""
     half = folder.with_name(f".{folder.name}")
     shutil.rmtree(half, ignore_errors=True)
     save_model(model, tokenizer, half, merge=merge)
@@ -156,42 +197,48 @@ def save_whole(model: Any, tokenizer: Any, folder: Path, *, merge: bool = False)
 
 
 def put_in_place(half: Path, whole: Path, run: Path) -> None:
-    """Give a folder its name when it is on the disk, and so is the record of the run up to here."""
+    """Rename a folder to its final name once it and the run's record so far are on the disk."""
     for path in (*half.rglob("*"), half, *run.glob("*.jsonl"), run):
         to_disk(path)
-    shutil.rmtree(whole, ignore_errors=True)  # a damaged one, or of a time that a resumed run has taken back
+    # a damaged one, or one from steps that a resumed run repeats
+    shutil.rmtree(whole, ignore_errors=True)
     half.rename(whole)
     to_disk(whole.parent)
 
 
 def steps(folder: Path) -> list[tuple[int, Path]]:
-    """The checkpoints in a folder, by step."""
-    found = (path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit())
-    return sorted((int(path.name.removeprefix("step-")), path) for path in found)
+    """Return the checkpoints in a folder, sorted by step."""
+    paths = (path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit())
+    return sorted((int(path.name.removeprefix("step-")), path) for path in paths)
 
 
 def manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file in it."""
+    """Return the size and SHA-256 of every file in a folder."""
     return facts_of(folder, files_of(folder))
 
 
 def files_of(folder: Path) -> list[Path]:
-    """What a manifest speaks of."""
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
+    """Return the files that a manifest lists."""
+    return sorted(
+        path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json"
+    )
 
 
 def facts_of(folder: Path, files: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of these files."""
-    return {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+    """Return the size and SHA-256 of these files."""
+    return {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in files
+    }
 
 
 def damage(folder: Path) -> str:
-    """What is wrong with a checkpoint, '' if nothing is."""
+    """Return what is wrong with a checkpoint, '' if it is intact."""
     try:
-        said = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
-        for name, facts in said.items():
+        listed = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
+        for name, facts in listed.items():
             if (size := (folder / name).stat().st_size) != facts["bytes"]:
-                return f"{name} has {size} bytes in place of {facts['bytes']}"
+                return f"{name} has {size} bytes instead of {facts['bytes']}"
             if _sha256(folder / name) != facts["sha256"]:
                 return f"the bytes of {name} have changed"
             if name.endswith(".safetensors"):
@@ -207,11 +254,13 @@ def _sha256(path: Path) -> str:
 
 
 def _require_whole(path: Path) -> None:
-    """OSError where a file of tensors is not as long as its own header says."""
+    """Raise an OSError if a file of tensors is not as long as its own header says."""
     size, length, ends = path.stat().st_size, 0, list[int]()
-    with path.open("rb") as file, suppress(ValueError):  # half a header
+    with path.open("rb") as file, suppress(ValueError):  # the header may be cut off
         length = int.from_bytes(file.read(8), "little")
         tensors = json.loads(file.read(min(length, size)))
-        ends = [facts["data_offsets"][1] for name, facts in tensors.items() if name != "__metadata__"]
+        ends = [
+            facts["data_offsets"][1] for name, facts in tensors.items() if name != "__metadata__"
+        ]
     if size != 8 + length + max(ends, default=0):
         raise OSError(f"{path} is not as long as its header says")

@@ -1,4 +1,4 @@
-"""Files of a run directory."""
+"""Writing the files of a run directory durably."""
 
 import json
 import os
@@ -8,12 +8,12 @@ from typing import Any
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """The file, readable, whole or not there."""
+    """Write a readable JSON file atomically."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """The file, whole or not there, also after a power cut: it gets its name when it is on the disk."""
+    """Write a file atomically, even across a power cut: it gets its name once it is on the disk."""
     half = path.with_name(f".{path.name}")
     half.write_text(text, encoding="utf-8")
     to_disk(half)
@@ -22,7 +22,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """The folder and those that it is in, there also after a power cut."""
+    """Create a folder and its parents so that they survive a power cut."""
     if not path.exists():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)

@@ -1,7 +1,7 @@
-"""The run directory: what a run leaves for those who look, while it goes on and after.
+"""The record of a run in its directory, written during the run.
 
-config.toml and run.json when its loop begins, a line a step in metrics.jsonl, completions in samples.jsonl, with their
-tokens at some steps, summary.json at the end.
+config.toml and run.json when its loop begins, a line per step in metrics.jsonl, completions in
+samples.jsonl, at some steps with their tokens, and summary.json at the end.
 """
 
 import json
@@ -51,46 +51,62 @@ class Record:
         decode: Callable[..., str],
         reward: Any,
     ):
-        """recipe: where resume finds it again. reward: rewards.reward.WeightedSum, whose parts are kept beside their sum, or None."""
-        self.out, self.config, self.method, self.recipe, self.steps = out, config, method, recipe, steps
+        """recipe: where resume finds it. reward: rewards.reward.WeightedSum, whose parts are
+        recorded beside their sum, or None.
+        """
+        self.out, self.config = out, config
+        self.method, self.recipe, self.steps = method, recipe, steps
         self.tokenizer, self.decode, self.reward = tokenizer, decode, reward
         self.samples: list[dict[str, Any]] = []
         self.resumed = False
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """The directory is there, and this process's alone; a lock that a dead process held is free.
+        """Create the directory and lock it for this process; a dead process holds no lock.
 
-        Errors: InputError where it can't be locked, or where something within can't be written, which says how to go on.
+        Errors: InputError if it can't be locked, or, with how to resume, if the code inside can't
+        write a file.
         """
         make_folder(self.out)
         with (self.out / ".lock").open("w") as file:
             _lock(file, self.out)
-            if fcntl is not None:  # else what a reward function has forked would hold it after us
+            if fcntl is not None:  # or a child forked by a reward function would keep the lock
                 os.register_at_fork(after_in_child=file.close)
             try:
                 yield
-            except Exception as error:  # a file that can't be written: libraries in Rust say so in kinds of their own
+            except Exception as error:  # a failed write; libraries in Rust raise their own types
                 rust = isinstance(error, SafetensorError) or type(error) is Exception
                 if isinstance(error, BrokenPipeError) or not (rust or isinstance(error, OSError)):
                     raise
-                there = (self.out / "config.toml").exists()
-                said = f"; make room or mend what is wrong, then: trivet resume {self.out}" if there else ""
-                raise InputError(f"{self.out}: {first_line(error)}{said}") from error
+                begun = (self.out / "config.toml").exists()
+                advice = (
+                    f"; free some space or fix the cause, then: trivet resume {self.out}"
+                    if begun
+                    else ""
+                )
+                raise InputError(f"{self.out}: {first_line(error)}{advice}") from error
 
     def begin(self, about: Mapping[str, Any], step: int) -> None:
-        """config.toml, and run.json: what is run, on what, since when. What is recorded beyond this step is cut off."""
+        """Write config.toml, and run.json: what is run, on what, since when. Remove what was
+        recorded after this step.
+        """
         for name in ("metrics.jsonl", "samples.jsonl"):
-            _cut(self.out / name, step)
-        known = read_object(self.out / "run.json")
-        if known.get("start", about["start"]) != about["start"]:
-            raise InputError(f"{self.out}: {about['started_from']} is not what it was when the run began; restore it")
-        self.resumed = "began" in known
-        again = {key: known[key] for key in ("began", "id", "out_of_memory") if key in known}
-        again |= {"resumed": [*known.get("resumed", []), step]} if self.resumed else {}
+            _truncate(self.out / name, step)
+        then = read_object(self.out / "run.json")
+        if then.get("start", about["start"]) != about["start"]:
+            raise InputError(
+                f"{self.out}: {about['started_from']} has changed since the run began; restore it"
+            )
+        self.resumed = "began" in then
+        again = {key: then[key] for key in ("began", "id", "out_of_memory") if key in then}
+        again |= {"resumed": [*then.get("resumed", []), step]} if self.resumed else {}
         command = f"# trivet {self.method} --config config.toml\n"
         write_text(self.out / "config.toml", command + to_toml(self.config))
-        weights = {} if self.reward is None else dict(zip(self.reward.rewards, self.reward.weights, strict=True))
+        weights = (
+            {}
+            if self.reward is None
+            else dict(zip(self.reward.rewards, self.reward.weights, strict=True))
+        )
         facts = {
             "method": self.method,
             "recipe": self.recipe,
@@ -99,12 +115,12 @@ class Record:
             "pid": os.getpid(),
             "reward_weights": weights,
         }
-        facts["directory"] = os.getcwd()  # from which the paths of the options are meant
-        facts |= again | {"options": asdict(self.config)} | surroundings(self.config.device)
+        facts["directory"] = os.getcwd()  # the paths in the options are relative to it
+        facts |= again | {"options": asdict(self.config)} | machine_facts(self.config.device)
         write_json(self.out / "run.json", facts)
 
     def undo(self) -> None:
-        """Leave nothing of a run that failed in its first step, unless something is recorded."""
+        """Remove the record of a run that failed in its first step, unless it has metrics."""
         if self.resumed or ((line := self.out / "metrics.jsonl").exists() and line.stat().st_size):
             return
         for name in ("config.toml", ".config.toml", "run.json", ".run.json", ".lock"):
@@ -113,7 +129,7 @@ class Record:
             self.out.rmdir()
 
     def step(self, metrics: Metrics) -> None:
-        """The line of a step, and the completions that were kept of it."""
+        """Write the line of a step, and the completions that were kept of it."""
         _append(self.out / "metrics.jsonl", [metrics])
         _append(self.out / "samples.jsonl", self.samples)
         self.samples.clear()
@@ -124,16 +140,19 @@ class Record:
         return every > 0 and (step in (1, self.steps) or step % every == 0)
 
     def keep(self, step: int, result: Result, *, heldout: bool = False) -> None:
-        """Completions of a step for samples.jsonl, and at a kept step every token's numbers with them.
+        """Keep completions of a step for samples.jsonl, at some steps with every token's numbers.
 
-        With old_logprob among the numbers the ratio is recorded, with ref_logprob each token's part of the KL.
+        If the numbers include old_logprob, the ratio is recorded; if they include ref_logprob, each
+        token's part of the KL.
         """
         if (given := result.completions) is None:
             return
         rows, numbers = result.rows, dict(result.numbers)
-        sampled, groups = isinstance(given, Rollouts), given.groups if isinstance(given, Rollouts) else given
+        sampled = isinstance(given, Rollouts)
+        groups = given.groups if isinstance(given, Rollouts) else given
         if isinstance(given, Rollouts):
-            rows, numbers = given.rows, numbers | {"finished": given.finished, "sampler_logprob": given.logprobs}
+            rows = given.rows
+            numbers |= {"finished": given.finished, "sampler_logprob": given.logprobs}
         size = groups.group_size
         with_tokens = self.keeps(step) and not (heldout and sampled)
         if not (with_tokens or sampled):
@@ -145,12 +164,13 @@ class Record:
             chosen = torch.arange(len(groups.completions)) % 2 == 0
         if "old_logprob" in numbers:
             numbers["ratio"] = (numbers["logprob"] - numbers.pop("old_logprob")).exp()
-        if getattr(self.config, "beta", 1) == 0:  # there is no reference
+        if getattr(self.config, "beta", 1) == 0:  # no reference
             numbers.pop("ref_logprob", None)
         if "ref_logprob" in numbers:
             numbers["kl"] = numbers["logprob"] - numbers["ref_logprob"]
         read = {name: x[:count].tolist() for name, x in numbers.items()}
-        prompts, ids = groups.prompts[: -(-count // size)].tolist(), groups.completions[:count].tolist()
+        prompts = groups.prompts[: -(-count // size)].tolist()
+        ids = groups.completions[:count].tolist()
         present, mask = groups.present[:count].tolist(), groups.mask[:count].tolist()
         prompt_mask = groups.prompt_mask[: -(-count // size)].tolist()
         for b in range(count):
@@ -159,23 +179,39 @@ class Record:
             before = [token for token, real in zip(prompts[p], prompt_mask[p], strict=True) if real]
             written = [ids[b][t] for t in own]
             text = self.decode(before, written[:-1] if sampled and read["finished"][b] else written)
-            line: dict[str, Any] = {"step": step, "group": p, "prompt": rows[p].get("prompt"), "completion": text}
+            line: dict[str, Any] = {
+                "step": step,
+                "group": p,
+                "prompt": rows[p].get("prompt"),
+                "completion": text,
+            }
             line |= {"set": "held-out"} if heldout else {}
-            if isinstance(given, Rollouts) and given.versions:  # steps behind the weights that wrote it, and since then
+            # version: the step of the weights that sampled it; staleness: steps since then
+            if isinstance(given, Rollouts) and given.versions:
                 done = step if heldout else step - 1
                 line |= {"version": given.versions[b], "staleness": done - given.versions[b]}
             line |= {"side": "chosen" if chosen[b] else "rejected"} if chosen is not None else {}
             line |= {name: short(x[b]) for name, x in read.items() if not isinstance(x[b], list)}
-            line |= {"rewards": {name: short(part[b].item()) for name, part in parts.items()}} if parts else {}
+            line |= (
+                {"rewards": {name: short(part[b].item()) for name, part in parts.items()}}
+                if parts
+                else {}
+            )
             by_token = {name: x[b] for name, x in read.items() if isinstance(x[b], list)}
             if with_tokens and by_token:
-                line["tokens"] = spelled(self.tokenizer, before, written)
-                line |= {name: [short(x[t]) if mask[b][t] else None for t in own] for name, x in by_token.items()}
+                line["tokens"] = token_texts(self.tokenizer, before, written)
+                line |= {
+                    name: [short(x[t]) if mask[b][t] else None for t in own]
+                    for name, x in by_token.items()
+                }
             self.samples.append(line)
 
     def end(self, summary: Mapping[str, Any]) -> None:
-        """summary.json: the run is done."""
-        write_json(self.out / "summary.json", {"method": self.method, **summary} | surroundings(self.config.device))
+        """Write summary.json, which marks the run as done."""
+        write_json(
+            self.out / "summary.json",
+            {"method": self.method, **summary} | machine_facts(self.config.device),
+        )
 
 
 class NoRecord:
@@ -184,23 +220,25 @@ class NoRecord:
     locked = staticmethod(nullcontext)
 
     def keep(self, step: int, result: Result, *, heldout: bool = False) -> None:
-        """Nothing is kept."""
+        """Do nothing."""
 
     def begin(self, about: Mapping[str, Any], step: int) -> None:
-        """Nothing is written."""
+        """Do nothing."""
 
     def undo(self) -> None:
-        """Nothing is there."""
+        """Do nothing."""
 
     def step(self, metrics: Metrics) -> None:
-        """Nothing is written."""
+        """Do nothing."""
 
     def end(self, summary: Mapping[str, Any]) -> None:
-        """Nothing is written."""
+        """Do nothing."""
 
 
 def require_free(out: Path) -> None:
-    """InputError where another process runs this directory, before a model is loaded that would take the memory of that one's."""
+    """Raise an InputError if another process is using this directory, before a second model takes
+    up memory.
+    """
     with suppress(FileNotFoundError), (out / ".lock").open() as file:
         _lock(file, out, shared=True)
 
@@ -210,41 +248,51 @@ def _lock(file: IO[str], out: Path, *, shared: bool = False) -> None:
         try:
             fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"{out}: another process is running it; wait for it, or stop that one") from None
+            raise InputError(
+                f"{out}: another process is using this run; wait for it, or stop it"
+            ) from None
         except OSError:  # this file system has no locks
             pass
 
 
-def spelled(tokenizer: Any, before: Sequence[int], ids: Sequence[int], window: int = 4) -> list[str]:
-    """Each token's own text, so that together they read as the whole. Bytes of a character split over tokens come with its last."""
+def token_texts(
+    tokenizer: Any, before: Sequence[int], ids: Sequence[int], window: int = 4
+) -> list[str]:
+    """Return the text of each token, so that together they read as the whole. A character split
+    over several tokens comes with its last one.
+    """
     everything, texts = [*before[-window:], *ids], list[str]()
     for end in range(len(everything) - len(ids), len(everything)):
-        known = everything[max(0, end - window) : end]
-        without, with_it = tokenizer.decode(known), tokenizer.decode([*known, everything[end]])
+        context = everything[max(0, end - window) : end]
+        without, with_it = tokenizer.decode(context), tokenizer.decode([*context, everything[end]])
         whole = with_it.startswith(without) and not with_it.endswith("\ufffd")
         texts.append(with_it[len(without) :] if whole else tokenizer.decode([everything[end]]))
     return texts
 
 
-def surroundings(device: str) -> dict[str, Any]:
-    """Machine and versions."""
+def machine_facts(device: str) -> dict[str, Any]:
+    """Return the machine and the versions of the software."""
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     versions |= {"python": platform.python_version(), "trivet": version("trivet")}
-    return {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {device}", "versions": versions}
+    return {
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {device}",
+        "versions": versions,
+    }
 
 
 def short(x: Any) -> Any:
-    """Six digits of a number, null for NaN and infinity, which JSON does not have."""
+    """Round a float to six digits; NaN and infinity, which JSON lacks, become None."""
     return (float(f"{x:.6g}") if math.isfinite(x) else None) if isinstance(x, float) else x
 
 
-def _cut(path: Path, step: int) -> None:
-    """Only the whole lines up to this step."""
+def _truncate(path: Path, step: int) -> None:
+    """Keep only the complete lines up to this step."""
     if path.exists():
         half = path.with_name(f".{path.name}")
         with path.open("rb") as lines, half.open("wb") as kept:
             for line in lines:
-                with suppress(ValueError, TypeError, LookupError, RecursionError):  # a line cut short, or damaged
+                # the line may be cut off or damaged
+                with suppress(ValueError, TypeError, LookupError, RecursionError):
                     if json.loads(line)["step"] <= step and line.endswith(b"\n"):
                         kept.write(line)
         to_disk(half)
@@ -256,5 +304,8 @@ def _append(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
         return
     with path.open("a", encoding="utf-8") as file:
         for line in lines:
-            known = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in line.items()}
-            file.write(json.dumps(known, ensure_ascii=False) + "\n")
+            values = {
+                key: None if isinstance(x, float) and not math.isfinite(x) else x
+                for key, x in line.items()
+            }
+            file.write(json.dumps(values, ensure_ascii=False) + "\n")

@@ -1,6 +1,7 @@
-"""Checkpoints whose tensors lie in shards/, by torch's distributed checkpoint: what is in them, and how a run takes it back.
+"""Checkpoints with tensors in shards/, by torch's distributed checkpoint: their contents, and how a
+run restores them.
 
-Any number of processes can go on from them, one included.
+Any number of processes can resume from them, including one.
 """
 
 import json
@@ -19,13 +20,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trivet.step.optimizer import Optimizer
 from trivet.step.run import Run
-from trivet.store.state import Stateful, set_random_state, state_of, unpacked
+from trivet.store.state import Stateful, from_json, set_random_state, state_of
 
 
 def tensors(run: Run, parts: dict[str, Any]) -> dict[str, Tensor]:
-    """What is trained, and AdamW's moments of it, by name."""
+    """Return the trained tensors and their AdamW moments, by name."""
     named, adapter = [*run.model.named_parameters()], hasattr(run.model, "peft_config")
-    found: dict[str, Tensor] = {f"model/{name}": x for name, x in named if x.requires_grad or not adapter}
+    found: dict[str, Tensor] = {
+        f"model/{name}": x for name, x in named if x.requires_grad or not adapter
+    }
     own = {id(x) for _, x in named}
     for name, part in parts.items():
         if isinstance(part, Optimizer):
@@ -33,26 +36,42 @@ def tensors(run: Run, parts: dict[str, Any]) -> dict[str, Tensor]:
                 moments = part.adamw.state.get(x, {})
                 found |= {f"{name}/{i}/{key}": y for key, y in moments.items() if key != "step"}
         elif isinstance(part, torch.nn.Module):
-            trained = ((key, x) for key, x in part.named_parameters() if x.requires_grad and id(x) not in own)
+            trained = (
+                (key, x)
+                for key, x in part.named_parameters()
+                if x.requires_grad and id(x) not in own
+            )
             found |= {f"{name}/{key}": x for key, x in trained}
     return found
 
 
 def restore(
-    run: Run, parts: dict[str, Any], folder: Path, given: Callable[[str, Tensor], Tensor] | None = None
+    run: Run,
+    parts: dict[str, Any],
+    folder: Path,
+    given: Callable[[str, Tensor], Tensor] | None = None,
 ) -> None:
-    """Take the state in a checkpoint. given: where its tensors come from, if not from its shards."""
+    """Restore the state in a checkpoint. given: returns its tensors, if they don't come from its
+    shards.
+    """
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))["state"]
-    state = unpacked(state, load_file(folder / "state.safetensors"))
+    state = from_json(state, load_file(folder / "state.safetensors"))
     run.done = state["step"]
     for name, part in parts.items():
         kept: Any = state["parts"].get(name)
         if isinstance(part, Optimizer):
-            steps = kept["steps"] if "steps" in kept else {i: x["step"] for i, x in kept["adamw"]["state"].items()}
+            steps = (
+                kept["steps"]
+                if "steps" in kept
+                else {i: x["step"] for i, x in kept["adamw"]["state"].items()}
+            )
             for i, step in steps.items():
                 x = part.parameters[i]
                 moments = {key: torch.zeros_like(x) for key in ("exp_avg", "exp_avg_sq")}
-                part.adamw.state[x] = {"step": torch.tensor(float(step), device=x.device), **moments}
+                part.adamw.state[x] = {
+                    "step": torch.tensor(float(step), device=x.device),
+                    **moments,
+                }
             part.set_schedule(kept["schedule"])
         elif isinstance(part, Stateful) and kept is not None:
             part.set_state(kept)
@@ -61,7 +80,8 @@ def restore(
     found = {name: x.detach() for name, x in tensors(run, parts).items()}
     if given is None:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process, on purpose
+            # the warning is about a single process, which is intended
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
             reader = HuggingFaceStorageReader(str(folder / "shards"))
             dcp.load(found, storage_reader=reader, no_dist=not dist.is_initialized())
     else:
@@ -74,11 +94,11 @@ def restore(
 
 
 def rest(part: Any) -> Any:
-    """Of a part, what is not among the tensors."""
+    """Return the state of a part that is not in `tensors`."""
     if isinstance(part, Optimizer):
-        known = enumerate(part.adamw.state.get(x, {}).get("step") for x in part.parameters)
+        steps = enumerate(part.adamw.state.get(x, {}).get("step") for x in part.parameters)
         return {
-            "steps": {i: float(step) for i, step in known if step is not None},
+            "steps": {i: float(step) for i, step in steps if step is not None},
             "schedule": part.schedule.state_dict(),
         }
     return None if isinstance(part, torch.nn.Module) else state_of(part, set())

@@ -1,4 +1,6 @@
-"""The parts of a run as tensors and JSON, and back: what could not be made with again to the same bits."""
+"""The states of a run's parts as tensors and JSON, and back: everything that is needed to resume
+bit for bit.
+"""
 
 import random
 import sys
@@ -8,26 +10,28 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from trivet.generation.server import written
+from trivet.generation.server import batches_to_json
 from trivet.step.optimizer import Optimizer
 
 
 @runtime_checkable
 class Stateful(Protocol):
-    """A part of a run that changes from step to step, and says by itself what a checkpoint keeps of it."""
+    """A part of a run that changes from step to step and defines what a checkpoint saves of it."""
 
     def state(self) -> Any:
-        """What it could not be made with again."""
+        """Return what a checkpoint must save."""
         ...
 
     def set_state(self, state: Any) -> None:
-        """Take back what `state` returned."""
+        """Restore what `state` returned."""
         ...
 
 
 def small_states(parts: Mapping[str, Any]) -> dict[str, Any]:
-    """The states of the parts that are small enough to be remembered at every step."""
-    small: dict[str, Any] = {name: part.clone() for name, part in parts.items() if isinstance(part, Tensor)}
+    """Return the states of the parts that are small enough to be copied at every step."""
+    small: dict[str, Any] = {
+        name: part.clone() for name, part in parts.items() if isinstance(part, Tensor)
+    }
     for name, part in parts.items():
         if isinstance(part, Stateful) and not isinstance(part, Optimizer):
             small[name] = part.state()
@@ -35,11 +39,13 @@ def small_states(parts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def state_of(part: Any, own: set[int]) -> Any:
-    """What a part has that it could not be made with again: of a model its trained tensors that the policy does not share."""
+    """Return what a checkpoint must save of a part: of a model, the trained tensors that it does
+    not share with the policy. own: the addresses of the policy's tensors.
+    """
     if isinstance(part, Stateful):
         part = part.state()
     if isinstance(part, list):  # batches that servers have been asked for
-        return written(part)
+        return batches_to_json(part)
     if isinstance(part, dict):
         return part
     if isinstance(part, torch.nn.Module) and any(x.requires_grad for x in part.parameters()):
@@ -48,7 +54,7 @@ def state_of(part: Any, own: set[int]) -> Any:
 
 
 def set_state(part: Any, state: Any) -> None:
-    """Give a part, made again, what state_of said of it."""
+    """Restore a newly created part from what state_of returned."""
     if state is None:
         return
     if isinstance(part, Stateful):
@@ -60,8 +66,14 @@ def set_state(part: Any, state: Any) -> None:
 
 
 def random_state(generator: torch.Generator) -> dict[str, Any]:
-    """Where every source of random numbers stands: that of the run, torch's, Python's, numpy's if anybody has it."""
-    state: dict[str, Any] = {"run": generator.get_state(), "torch": torch.get_rng_state(), "python": random.getstate()}
+    """Return the state of every random number generator: the run's, torch's, Python's, and numpy's
+    if it is imported.
+    """
+    state: dict[str, Any] = {
+        "run": generator.get_state(),
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+    }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
     if "numpy" in sys.modules:  # a reward function may draw from it
@@ -71,7 +83,7 @@ def random_state(generator: torch.Generator) -> dict[str, Any]:
 
 
 def set_random_state(generator: torch.Generator, state: dict[str, Any]) -> None:
-    """What random_state said."""
+    """Restore what random_state returned."""
     generator.set_state(state["run"])
     torch.set_rng_state(state["torch"])
     version, numbers, gauss = state["python"]
@@ -85,26 +97,32 @@ def set_random_state(generator: torch.Generator, state: dict[str, Any]) -> None:
         numpy.random.set_state((name, keys.numpy().astype("uint32"), *rest))
 
 
-def packed(x: Any, tensors: dict[str, Tensor], path: str) -> Any:
-    """x for JSON, its tensors put aside by the path to them; keys that are numbers keep their type."""
+def to_json(x: Any, tensors: dict[str, Tensor], path: str) -> Any:
+    """Convert x for JSON, and move its tensors to `tensors`, named by their path; keys that are
+    numbers keep their type.
+    """
     if isinstance(x, Tensor):
         tensors[path] = x.detach().cpu().contiguous().clone()
         return {"tensor": path}
     if isinstance(x, dict):
         if all(isinstance(key, str) for key in x) and "tensor" not in x and "numbered" not in x:
-            return {key: packed(value, tensors, f"{path}/{key}") for key, value in x.items()}
-        return {"numbered": [[key, packed(value, tensors, f"{path}/{key}")] for key, value in x.items()]}
+            return {key: to_json(value, tensors, f"{path}/{key}") for key, value in x.items()}
+        return {
+            "numbered": [
+                [key, to_json(value, tensors, f"{path}/{key}")] for key, value in x.items()
+            ]
+        }
     if isinstance(x, list | tuple):
-        return [packed(value, tensors, f"{path}/{i}") for i, value in enumerate(x)]
+        return [to_json(value, tensors, f"{path}/{i}") for i, value in enumerate(x)]
     return x
 
 
-def unpacked(x: Any, tensors: dict[str, Tensor]) -> Any:
-    """What packed has made."""
+def from_json(x: Any, tensors: dict[str, Tensor]) -> Any:
+    """Convert back what to_json returned."""
     if isinstance(x, dict):
         if "tensor" in x:
             return tensors[x["tensor"]]
         if "numbered" in x:
-            return {key: unpacked(value, tensors) for key, value in x["numbered"]}
-        return {key: unpacked(value, tensors) for key, value in x.items()}
-    return [unpacked(value, tensors) for value in x] if isinstance(x, list) else x
+            return {key: from_json(value, tensors) for key, value in x["numbered"]}
+        return {key: from_json(value, tensors) for key, value in x.items()}
+    return [from_json(value, tensors) for value in x] if isinstance(x, list) else x

@@ -1,9 +1,11 @@
-"""Metrics to TensorBoard, Weights & Biases, trackio or MLflow as well: one way for all, the same names everywhere.
+"""Metrics for TensorBoard, Weights & Biases, trackio or MLflow: one interface, and the same names
+everywhere.
 
-metrics.jsonl is written in any case. A tracker is a generator that is sent (step, metrics) after each step and None at the end;
-closed without that None, it records a run that failed. A resumed run opens the same run of the tracker again, by an identifier that
-run.json keeps, and sends it the whole record once more: each tracker leaves out the steps that it has, and asks whoever keeps them which
-these are. So no step stands there twice, and what a kill took on its way there comes after all.
+metrics.jsonl is always written too. A tracker is a generator that is sent (step, metrics) after
+each step and None at the end; if it is closed without that None, it records a failed run. A resumed
+run reopens the same run of the tracker, by an identifier kept in run.json, and sends it the whole
+record again: each tracker asks its backend which steps it has, and skips those. So no step is
+recorded twice, and steps that a kill lost on the way are sent after all.
 """
 
 import importlib.util
@@ -26,7 +28,8 @@ Tracker = Generator[None, Line, None]
 Trackers = dict[str, Tracker]
 T = TypeVar("T")
 
-QUIET = {  # nothing about us to the makers of these libraries, unless the environment says otherwise
+# turn off the telemetry of these libraries, unless the environment says otherwise
+QUIET = {
     "WANDB_ERROR_REPORTING": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "GRADIO_ANALYTICS_ENABLED": "False",
@@ -34,19 +37,23 @@ QUIET = {  # nothing about us to the makers of these libraries, unless the envir
 
 
 def require(names: Sequence[str]) -> None:
-    """InputError for a tracker that nobody knows, or whose package is not installed."""
+    """Raise an InputError for an unknown tracker, or one whose package is not installed."""
     for name in names:
         if name not in OPEN:
-            raise InputError(f"--track {name}: there is {', '.join(OPEN)}")
-        found = importlib.util.find_spec(name)
-        if (
-            found is None or found.origin is None
-        ):  # no origin: only a folder of that name, which some of them leave behind
-            raise InputError(f'--track {name} needs a package that is not installed: pip install "trivet[{name}]"')
+            raise InputError(f"unknown --track {name}; choose from {', '.join(OPEN)}")
+        spec = importlib.util.find_spec(name)
+        # no origin: only a folder of that name, which some of them leave behind
+        if spec is None or spec.origin is None:
+            raise InputError(
+                f"--track {name} needs a package that is not installed: pip install "
+                f'"trivet[{name}]"'
+            )
 
 
 def trackers(names: Sequence[str], out: Path, config: dict[str, Any], identifier: str) -> Trackers:
-    """The trackers of these names, opened for the run in this directory and told what is recorded of it. identifier: its own, and no other run's."""
+    """Open the trackers of these names for the run in this directory, and send them its record.
+    identifier: unique to the run.
+    """
     if not names:
         return {}
     for key, value in QUIET.items():
@@ -62,13 +69,19 @@ def trackers(names: Sequence[str], out: Path, config: dict[str, Any], identifier
 
 
 def send(opened: Trackers, step: int, metrics: Metrics) -> None:
-    """One step to all of them, without the numbers that are not known."""
-    known = {key: value for key, value in metrics.items() if key != "step" and value is not None and value == value}
-    _each(opened, lambda tracker: tracker.send((step, known)))
+    """Send a step to all trackers, without missing or NaN values."""
+    values = {
+        key: value
+        for key, value in metrics.items()
+        if key != "step" and value is not None and value == value
+    }
+    _each(opened, lambda tracker: tracker.send((step, values)))
 
 
 def until_end(opened: Trackers, steps: Iterable[T]) -> Iterator[T]:
-    """The steps as they come. After the last one the trackers end; where the loop over them ends early, as failed runs."""
+    """Yield the steps. After the last one, end the trackers; if the loop ends early, they record a
+    failed run.
+    """
     try:
         yield from steps
         _each(opened, lambda tracker: tracker.send(None))
@@ -77,28 +90,33 @@ def until_end(opened: Trackers, steps: Iterable[T]) -> Iterator[T]:
 
 
 def _each(opened: Trackers, act: Callable[[Tracker], None]) -> None:
-    """A tracker that fails never ends a run: it is named once, and left out from there."""
+    """Call `act` on each tracker. A failing one never ends a run: it is reported and dropped."""
     for name, tracker in list(opened.items()):
         try:
             act(tracker)
-        except StopIteration:  # it was sent its None
+        except StopIteration:  # it was sent None and has ended
             del opened[name]
         except Exception as error:
             del opened[name]
-            said = f"{type(error).__name__}: {first_line(error)}"
-            with suppress(OSError):  # nobody may be there to read it
-                print(f"trivet: --track {name} failed and is left out from here: {said}", file=sys.stderr)
+            message = f"{type(error).__name__}: {first_line(error)}"
+            with suppress(OSError):  # stderr may be closed
+                print(
+                    f"trivet: --track {name} failed and is now off: {message}",
+                    file=sys.stderr,
+                )
 
 
 def _tensorboard(out: Path, config: dict[str, Any], identifier: str, done: int) -> Tracker:
-    """Event files in OUT/tensorboard: tensorboard --logdir OUT, or the folder of several runs. Later steps in the files there are hidden."""
+    """Write event files to OUT/tensorboard: tensorboard --logdir OUT, or the folder of several
+    runs. Existing events of later steps are hidden.
+    """
     from torch.utils.tensorboard import SummaryWriter
 
     folder = out / "tensorboard"
     known = done if list(folder.glob("events.*")) else 0
     with SummaryWriter(str(folder), purge_step=done + 1) as writer:
         options = "\n".join(f"    {key} = {json.dumps(value)}" for key, value in config.items())
-        writer.add_text("options", options, done)  # indented: Markdown for code
+        writer.add_text("options", options, done)  # indented, so Markdown shows it as code
         while line := (yield):
             if line[0] > known:
                 for key, value in line[1].items():
@@ -107,28 +125,43 @@ def _tensorboard(out: Path, config: dict[str, Any], identifier: str, done: int) 
 
 
 def _wandb(out: Path, config: dict[str, Any], identifier: str, done: int) -> Tracker:
-    """A run of the project WANDB_PROJECT (default trivet), files in OUT/wandb; WANDB_MODE=offline keeps it on this machine.
+    """A run of the project WANDB_PROJECT (default trivet), files in OUT/wandb; WANDB_MODE=offline
+    keeps it on this machine.
 
-    Offline, a kill leaves a file that wandb sync can't read, and nobody to ask: the file of a resumed run has all steps, and takes its place.
+    Offline, a kill leaves a file that wandb sync can't read, and there is no server to ask which
+    steps it has: the file of a resumed run holds all steps and replaces it.
     """
     import wandb
 
     lives = list((out / "wandb").glob(f"*run-*-{identifier}*"))
-    unsent = [life for life in lives if life.name.startswith("offline-") and not list(life.glob("*.synced"))]
+    unsent = [
+        life
+        for life in lives
+        if life.name.startswith("offline-") and not list(life.glob("*.synced"))
+    ]
     if wandb.setup().settings.mode in ("offline", "dryrun") and (sent := len(lives) - len(unsent)):
-        identifier += f"-{sent}"  # wandb sync would add all steps to those that are there
-    project, settings = os.environ.get("WANDB_PROJECT", "trivet"), wandb.Settings(console="off")  # our terminal is ours
-    known: dict[str, Any] = {"id": identifier, "resume": "allow", "name": out.name, "config": config, "dir": str(out)}
-    with wandb.init(project=project, settings=settings, **known) as run:
+        identifier += f"-{sent}"  # wandb sync would add all steps to the existing ones
+    project = os.environ.get("WANDB_PROJECT", "trivet")
+    settings = wandb.Settings(console="off")  # wandb must not capture our terminal output
+    options: dict[str, Any] = {
+        "id": identifier,
+        "resume": "allow",
+        "name": out.name,
+        "config": config,
+        "dir": str(out),
+    }
+    with wandb.init(project=project, settings=settings, **options) as run:
         for life in () if run.disabled else unsent:
             shutil.rmtree(life)
         while line := (yield):
-            if line[0] >= run.starting_step:  # one more than the last that the server has
+            if line[0] >= run.starting_step:  # one more than the server's last step
                 run.log(line[1], step=line[0])
 
 
 def _trackio(out: Path, config: dict[str, Any], identifier: str, done: int) -> Tracker:
-    """A run of the project TRACKIO_PROJECT (default trivet), where trackio keeps its own: trackio show. It knows runs by name only."""
+    """A run of the project TRACKIO_PROJECT (default trivet), in trackio's own folder: trackio show.
+    trackio identifies runs only by name.
+    """
     import trackio
 
     project, name = os.environ.get("TRACKIO_PROJECT", "trivet"), f"{out.name}-{identifier}"
@@ -143,11 +176,15 @@ def _trackio(out: Path, config: dict[str, Any], identifier: str, done: int) -> T
 
 
 def _mlflow(out: Path, config: dict[str, Any], identifier: str, done: int) -> Tracker:
-    """A run of the experiment MLFLOW_EXPERIMENT_NAME (default trivet) at MLFLOW_TRACKING_URI, else in OUT/mlflow.db."""
+    """A run of the experiment MLFLOW_EXPERIMENT_NAME (default trivet) at MLFLOW_TRACKING_URI, else
+    in OUT/mlflow.db.
+    """
     import mlflow
     from mlflow.entities import Metric, Param
 
-    client = mlflow.MlflowClient(None if mlflow.is_tracking_uri_set() else f"sqlite:///{out.absolute()}/mlflow.db")
+    client = mlflow.MlflowClient(
+        None if mlflow.is_tracking_uri_set() else f"sqlite:///{out.absolute()}/mlflow.db"
+    )
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "trivet")
     known = client.get_experiment_by_name(name)
     experiment = known.experiment_id if known else client.create_experiment(name)
@@ -155,15 +192,22 @@ def _mlflow(out: Path, config: dict[str, Any], identifier: str, done: int) -> Tr
         run = found[0].info.run_id
         client.update_run(run, status="RUNNING")
     else:
-        run = client.create_run(experiment, run_name=out.name, tags={"trivet": identifier}).info.run_id
-        client.log_batch(run, params=[Param(key, str(value)[:500]) for key, value in config.items()])
-    last = max((metric.step for metric in client.get_metric_history(run, "seconds")), default=0)  # every step has them
+        run = client.create_run(
+            experiment, run_name=out.name, tags={"trivet": identifier}
+        ).info.run_id
+        client.log_batch(
+            run, params=[Param(key, str(value)[:500]) for key, value in config.items()]
+        )
+    history = client.get_metric_history(run, "seconds")  # which every step has
+    last = max((metric.step for metric in history), default=0)
     status = "FAILED"
     try:
         while line := (yield):
             if line[0] > last:
                 now = round(time.time() * 1000)
-                client.log_batch(run, [Metric(key, value, now, line[0]) for key, value in line[1].items()])
+                client.log_batch(
+                    run, [Metric(key, value, now, line[0]) for key, value in line[1].items()]
+                )
         status = "FINISHED"
     finally:
         client.set_terminated(run, status)

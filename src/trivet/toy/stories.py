@@ -1,16 +1,17 @@
-"""Tiny children's stories about kindness: a grammar that writes them and a program that scores them.
+"""Tiny children's stories about kindness: a grammar that writes them, a program that scores them.
 
-The task behind Trivet's default examples. Because the true reward ("gold") is a known program, one can measure what
-preference training really gained, and when a learned reward model is being exploited. The folder `FOLDER` holds a
-small language model trained on these stories, its tokenizer and labeled preference pairs (scripts/make_stories.py).
-Everything comes from the templates below; no text is taken from elsewhere.
+The task behind Trivet's default examples. Because the true reward ("gold") is a known program, one
+can measure what preference training really gained, and when a learned reward model is being
+exploited. The folder `FOLDER` holds a small language model trained on these stories, its tokenizer
+and labeled preference pairs (scripts/make_stories.py). Everything comes from the templates below;
+no text is taken from elsewhere.
 """
 
 import random
 import re
 from pathlib import Path
 
-FOLDER = Path(__file__).with_suffix("")  # the model, tokenizer and preference pairs
+FOLDER = Path(__file__).with_suffix("")  # holds the model, tokenizer and preference pairs
 
 # fmt: off
 # Gold reward: words and phrases with their weights. See `gold` for how they are counted.
@@ -95,7 +96,7 @@ _OPENING = re.compile(r".*?(\w+) the \w+ met an? (\w+) (\w+) (.+)\.$")
 
 
 def opening(rng: random.Random) -> str:
-    """One opening sentence, such as "One day, Mia the fox met a small bird by the river."."""
+    """Write one opening sentence, such as "One day, Mia the fox met a small bird by the river."."""
     animal, friend = rng.sample(ANIMALS, 2)
     adjective = rng.choice(ADJECTIVES)
     article = "an" if adjective == "old" else "a"
@@ -104,7 +105,7 @@ def opening(rng: random.Random) -> str:
 
 
 def story(rng: random.Random, opening: str) -> str:
-    """A continuation of `opening` in four to six short sentences, starting with a space."""
+    """Write a continuation of `opening` in four to six short sentences, starting with a space."""
     match = _OPENING.match(opening)
     if match is None:
         raise ValueError(f"not an opening of this grammar: {opening!r}")
@@ -129,8 +130,10 @@ def story(rng: random.Random, opening: str) -> str:
             text = rng.choice(("then ", "soon ")) + text
         sentences.append(text[0].upper() + text[1:] + ".")
 
-    # A story has a mood, the chances of a kind and of an unkind act and of a happy and of a sad end.
-    kind, unkind, happy, sad = rng.choice(((0.75, 0.05, 0.6, 0.05), (0.4, 0.3, 0.3, 0.3), (0.1, 0.55, 0.05, 0.6)))
+    # The mood of a story: the chances of a kind act, an unkind act, a happy end and a sad end.
+    kind, unkind, happy, sad = rng.choice(
+        ((0.75, 0.05, 0.6, 0.05), (0.4, 0.3, 0.3, 0.3), (0.1, 0.55, 0.05, 0.6))
+    )
     shows, kind_answers, unkind_answers = rng.choice(PROBLEMS)
     say(shows)
     turns = rng.choice((2, 3, 3, 4))
@@ -151,13 +154,16 @@ def story(rng: random.Random, opening: str) -> str:
 
 
 def gold(prompts: list[str], completions: list[str], **columns: object) -> list[float]:
-    """The true reward of each completion: kindness, a happy end, no repetition, no rambling.
+    """Return the true reward of each completion: kindness, a happy end, no repetition, no rambling.
 
-    Text is lowercased and split into sentences at . ! ? and into words of letters. The reward is the sum of
+    Text is lowercased and split into sentences at . ! ? and into words of letters. The reward is
+    the sum of
 
-    * kind acts: the weights of the different phrases of `KIND`, 6 at most in all. A sentence counts its heaviest
-      phrase not counted before, and nothing if it has fewer than three words or holds "not" or "never";
-    * unkind acts: minus the weights of the different phrases of `UNKIND` anywhere, -5 at most in all;
+    * kind acts: the weights of the different phrases of `KIND`, 6 at most in all. A sentence counts
+      its heaviest phrase not counted before, and nothing if it has fewer than three words or holds
+      "not" or "never";
+    * unkind acts: minus the weights of the different phrases of `UNKIND` anywhere, -5 at most in
+      all;
     * the end: +1 if the last sentence has a word of `HAPPY`, and -1 if it has a word of `SAD`;
     * repetition: -1.5 for each sentence that occurred before, -4.5 at most;
     * form: -0.1 for each word beyond 45, -2 at most, and -1 if the text does not end with . ! or ?
@@ -177,11 +183,18 @@ def _gold(text: str) -> float:
     kind: set[str] = set()
     for sentence in sentences:
         new = [phrase for phrase in KIND if phrase not in kind and has(phrase, sentence)]
-        if new and len(sentence.split()) >= 3 and not has("not", sentence) and not has("never", sentence):
+        if (
+            new
+            and len(sentence.split()) >= 3
+            and not has("not", sentence)
+            and not has("never", sentence)
+        ):
             kind.add(max(new, key=KIND.__getitem__))
     unkind = [phrase for phrase in UNKIND if any(has(phrase, sentence) for sentence in sentences)]
     last = sentences[-1] if sentences else ""
-    reward = min(6.0, sum(KIND[phrase] for phrase in sorted(kind))) - min(5.0, sum(UNKIND[p] for p in unkind))
+    reward = min(6.0, sum(KIND[phrase] for phrase in sorted(kind))) - min(
+        5.0, sum(UNKIND[p] for p in unkind)
+    )
     reward += any(has(word, last) for word in HAPPY) - any(has(word, last) for word in SAD)
     reward -= 1.5 * min(3, len(sentences) - len(set(sentences)))
     reward -= 0.1 * min(20, max(0, sum(map(len, split)) - 45))
