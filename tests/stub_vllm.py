@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import json
 import os
-import queue
 import secrets
 import threading
 import time
@@ -58,7 +57,6 @@ class Stub:
         self.reload = "whole"  # or "half", "none"
         self.held = threading.Event()  # what hangs waits for it
         self.adapters: dict[str, Any] = {}  # a model each
-        self.wire: queue.Queue[torch.Tensor] = queue.Queue()  # in place of NCCL
         self.jobs: list[tuple[tuple[Any, ...], Example, list[Any], threading.Event]] = []
         self.ready, self.lock, self.closed = threading.Event(), threading.Lock(), False
         self.dead = False
@@ -149,21 +147,6 @@ class Stub:
             return self.say(handler, {"results": [None]})
         elif path == "/update_weight_version":
             self.version = body["new_version"]
-        elif path == "/get_world_size":
-            return self.say(handler, {"world_size": 1})
-        elif path in ("/init_weight_transfer_engine", "/start_weight_update"):
-            assert path.startswith("/init") or self.paused
-        elif path == "/update_weights":
-            told, own = body["update_info"], self.model.state_dict()
-            for name, kind, shape in zip(
-                told["names"], told["dtype_names"], told["shapes"], strict=True
-            ):
-                x = self.wire.get(timeout=60)
-                assert (list(x.shape), str(x.dtype)) == (shape, f"torch.{kind}")
-                with torch.no_grad():
-                    own[name].copy_(x)
-        elif path == "/finish_weight_update":
-            self.version = body["weight_version"]
         elif path == "/weight_info":
             return self.say(handler, {"weight_version": self.version})
         elif path in ("/pause", "/resume"):

@@ -102,7 +102,7 @@ def test_a_kill_in_the_middle_of_a_file_leaves_the_one_before(tmp_path, name, mo
 
 
 @pytest.mark.parametrize("place", ["state", "weights", "model at the end"])
-def test_half_a_tensor_file_is_seen_though_nobody_said_so(tmp_path, place, monkeypatch, capsys):
+def test_half_a_tensor_file_is_seen_though_nobody_said_so(tmp_path, place, monkeypatch):
     whole = launch(config(sft, tmp_path / "whole"))
 
     def halved(call):
@@ -124,11 +124,11 @@ def test_half_a_tensor_file_is_seen_though_nobody_said_so(tmp_path, place, monke
     with pytest.raises(InputError):
         launch(config(sft, tmp_path / "r"))
     assert not (tmp_path / "r" / "summary.json").exists()
+    if place != "model at the end":
+        assert [path.name for path in (tmp_path / "r" / "checkpoints").iterdir()] == ["step-2"]
     monkeypatch.undo()
     assert main(["resume", str(tmp_path / "r")]) == 0
     same(whole, tmp_path / "r")
-    if place != "model at the end":
-        assert "step-4 is damaged" in capsys.readouterr().out.replace("\n", "")
 
 
 @pytest.mark.parametrize(

@@ -208,7 +208,7 @@ def test_before_the_first_step_nothing_is_left(tmp_path, monkeypatch, capfd):
             {"generate_with": ("http://127.0.0.1:9",)},
             "no server to generate with: http://127.0.0.1:9 can't be reached",
         ),
-        ({"vllm": True}, "TRIVET_VLLM_PYTHON is /nowhere/python, which is not there"),
+        ({"vllm": True}, "TRIVET_VLLM_PYTHON is /nowhere/python, which does not exist"),
     ):
         given = config("grpo", tmp_path / "run", **options)
         command = words("grpo", given, tmp_path)
@@ -217,14 +217,6 @@ def test_before_the_first_step_nothing_is_left(tmp_path, monkeypatch, capfd):
         assert found.count("trivet grpo:") == found.count(said) == 1
         assert "Traceback" not in found
         assert not (tmp_path / "run").exists()
-
-
-def test_weights_over_nccl_are_refused(stub, tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv("TRIVET_WEIGHT_SYNC", "nccl")
-    given = config("grpo", tmp_path / "run", generate_with=(stub.url,))
-    command = words("grpo", given, tmp_path)
-    assert on_ranks(2, lambda: main(command)) == [2, 2]
-    assert "TRIVET_WEIGHT_SYNC=nccl does not work under torchrun yet" in capfd.readouterr().err
 
 
 def test_the_first_process_starts_a_server_which_ends_with_it_however_it_ends(

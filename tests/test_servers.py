@@ -199,31 +199,6 @@ def test_samples_are_those_of_the_policy(stub, client):
     assert (found - chance).abs().max() < 0.04
 
 
-def test_the_protocol_of_weights_over_nccl(stub, client, monkeypatch):
-    """All but NCCL itself: what is told, in what order, and what follows."""
-
-    class Link:
-        def __init__(self, workers, device):
-            assert workers == 1
-
-        def init_info(self):
-            return {"world_size": 2}
-
-        def join(self):
-            pass
-
-        def send(self, tensors):
-            for tensor in tensors:
-                stub.wire.put(tensor)
-
-    monkeypatch.setattr("trivet.generation.vllm.Link", Link)
-    policy, servers = tiny(), client(stub, nccl=True)
-    for seed in range(2):
-        move(policy, seed)
-        assert agrees(policy, servers.generate(policy, ROWS, 2)) < 1e-5
-    assert not servers.folder.exists()
-
-
 # The probe ----------------------------------------------------------------------------------------------------------
 
 

@@ -101,7 +101,6 @@ class Servers:
     patience: float  # seconds to wait for a working server
     staleness: int = 0
     untie: bool = False
-    nccl: bool = False
     note: Callable[[str], None] = lambda text: None
     whole: Callable[..., tuple[Any, Tensor]] = unsharded  # gathers a sharded policy
     waits: Callable[[], None] = lambda: None  # called while waiting, so that other ranks wait along
@@ -250,9 +249,7 @@ class Servers:
             whole, expected = self.whole(
                 policy, partial(next_token_logprobs, probes=self.probes, cut=cut)
             )
-            self.weights = publish(
-                whole, expected, version, self.run, self.folder, self.untie, self.nccl
-            )
+            self.weights = publish(whole, expected, version, self.run, self.folder, self.untie)
             if not self.weights.expected.isfinite().any():
                 raise InputError(
                     "the policy's probabilities are NaN or infinite; lower --lr or inspect its "

@@ -3,16 +3,15 @@ server that has them.
 
 How weights travel depends on what is trained and where: the in-process engine reads the learner's
 own tensors; an adapter is written to a folder and loaded under its own name; full weights are
-written as a model folder and reloaded in place, or sent over NCCL between GPUs (nccl.py). A reply
-of "success" proves nothing: before a server is trusted, it samples one token after a few fixed
-prompts, and its log-probabilities must match those that the learner computes itself.
+written as a model folder and reloaded in place. A reply of "success" proves nothing: before a
+server is trusted, it samples one token after a few fixed prompts, and its log-probabilities must
+match those that the learner computes itself.
 """
 
 import hashlib
-import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +35,6 @@ class Weights:
     adapter: bool
     # (N, V) log-probabilities of the token after each probe, at the temperature that samples
     expected: Tensor
-    # What NCCL sends; a copy, since training continues.
-    tensors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     waiting: int = 0  # groups that no server has accepted yet
     batches: int = 0  # in flight
 
@@ -49,25 +46,13 @@ def publish(
     run: str,
     into: Path,
     untie: bool,
-    nccl: bool = False,
 ) -> Weights:
     """Write the policy's current weights to a folder of their own.
 
     expected: its next_token_logprobs. run: an identifier that no other run has. untie: write a tied
-    head's weight too, which a server on a CPU needs (docs/servers.md). nccl: keep full weights in
-    memory instead of files.
+    head's weight too, which a server on a CPU needs (docs/servers.md).
     """
     half, adapter = into / ".half", bool(getattr(policy, "peft_config", None))
-    if nccl and not adapter:
-        dtype = getattr(policy, "compute_dtype", None) or policy.dtype
-        tensors = {name: x.detach().to(dtype, copy=True) for name, x in policy.named_parameters()}
-        hashes = "".join(
-            f"{name} {torch.hash_tensor(x).view(torch.int64).item()} "
-            for name, x in tensors.items()
-        )
-        checksum = hashlib.sha256(hashes.encode()).hexdigest()
-        name = f"trivet-{run}-{version}-{checksum[:12]}"
-        return Weights(version, name, checksum, into / name, adapter, expected, tensors)
     shutil.rmtree(half, ignore_errors=True)
     dtype = None if adapter else getattr(policy, "compute_dtype", None)
     cast = (
@@ -105,11 +90,6 @@ def digest(folder: Path) -> str:
 def fingerprint(policy: Any) -> tuple[int, ...]:
     """Return a value that changes whenever a step or a resume changes the weights."""
     return (id(policy), *(x._version for x in policy.parameters()))
-
-
-def rank_of(folder: Path) -> int:
-    """Return the rank of a peft adapter."""
-    return int(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["r"])
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,6 @@ from typing import Any
 import httpx
 
 from trivet.generation.local import LocalServer
-from trivet.generation.nccl import Link
 from trivet.generation.sync import Weights, digest
 from trivet.http import NoAnswerError, RefusedError, call_server
 
@@ -57,7 +56,6 @@ class Server:
     hopeless: bool = False  # the trouble is permanent
     difference: float = 0.0  # largest difference in the last probe, in nats
     client: httpx.AsyncClient | None = None
-    link: Link | None = None  # over NCCL
 
     async def call(
         self, how: str, what: str, body: Any = None, timeout: float = 0.0, plain: bool = False
@@ -216,9 +214,6 @@ class Server:
         ] == weights.name
 
     async def _load(self, weights: Weights) -> None:
-        if weights.tensors:
-            await self._send(weights)
-            return
         if digest(weights.folder) != weights.checksum:
             raise RefusedError(
                 0, f"the files in {weights.folder} have changed since they were written"
@@ -242,46 +237,6 @@ class Server:
             "POST", "update_weight_version", {"new_version": weights.name}, timeout=SHORT
         )
         await self.call("POST", "resume", timeout=SHORT)
-
-    async def _send(self, weights: Weights) -> None:
-        """Send weights over NCCL, both sides at once, ours in a thread; if one side fails, the
-        other runs into its time limit.
-        """
-        if self.link is None:
-            workers = int((await self.call("GET", "get_world_size", timeout=SHORT))["world_size"])
-            link = Link(workers, next(iter(weights.tensors.values())).device)
-            joined = asyncio.to_thread(link.join)
-            await self._call_beside(
-                joined, "init_weight_transfer_engine", {"init_info": link.init_info()}
-            )
-            self.link = link
-        facts = [
-            (name, str(x.dtype).removeprefix("torch."), list(x.shape))
-            for name, x in weights.tensors.items()
-        ]
-        info = dict(
-            zip(
-                ("names", "dtype_names", "shapes"), map(list, zip(*facts, strict=True)), strict=True
-            )
-        )
-        await self.call("POST", "pause?mode=abort")
-        await self.call("POST", "start_weight_update")
-        sent = asyncio.to_thread(self.link.send, weights.tensors.values())
-        await self._call_beside(sent, "update_weights", {"update_info": info})
-        await self.call("POST", "finish_weight_update", {"weight_version": weights.name})
-        await self.call("POST", "resume", timeout=SHORT)
-
-    async def _call_beside(self, ours: Coroutine[Any, Any, None], what: str, body: Any) -> None:
-        try:
-            async with asyncio.timeout(self.timeout):
-                await asyncio.gather(ours, self.call("POST", what, body))
-        except BaseException as error:  # the communicator can't be used again
-            self.link = None
-            if isinstance(error, RuntimeError | TimeoutError):
-                raise NoAnswerError(
-                    f"{self.url}: weights over NCCL: {error or 'timed out'}"
-                ) from None
-            raise
 
     async def forget(self, name: str) -> None:
         """Unload an adapter."""

@@ -116,7 +116,7 @@ class Judge:
         self.model = self.model or run_async(self._first_model())
 
     def __call__(self, rollouts: Rollouts) -> Tensor:
-        self.failures, self.mute, self.last = 0, 0, ""
+        self.failures, self.last = 0, ""
         size, texts = rollouts.groups.group_size, rollouts.texts
         questions: list[str] = []
         pairs = matches(size, self.opponents)

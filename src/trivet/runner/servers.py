@@ -75,7 +75,6 @@ class ServerGeneration:
             patience=timeout,
             staleness=config["max_staleness"],
             untie=device == "cpu",
-            nccl=device == "cuda" and syncs_over_nccl(),
             note=run.note,
             **sharing,
         )
@@ -154,16 +153,6 @@ def check_servers(run: Run) -> None:
             "--max-staleness needs servers that generate ahead of training; add --vllm or "
             "--generate-with URL"
         )
-    if servers and syncs_over_nccl() and run.devices.size > 1:
-        raise InputError(
-            "TRIVET_WEIGHT_SYNC=nccl does not work under torchrun yet; unset it to send the "
-            "weights as files"
-        )
-
-
-def syncs_over_nccl() -> bool:
-    """Whether full weights are sent from GPU to GPU."""
-    return os.environ.get("TRIVET_WEIGHT_SYNC", "") == "nccl"
 
 
 def address(url: str) -> str:

@@ -118,8 +118,6 @@ class Checkpoints:
         except BaseException:  # e.g. a full disk: earlier checkpoints stay as they are
             shutil.rmtree(half, ignore_errors=True)
             raise
-        if trouble := damage(whole):
-            raise InputError(f"{whole} differs from what was written ({trouble}); check the disk")
         self.size = sum(path.stat().st_size for path in whole.rglob("*"))
         self._prune(keep)
         return whole
@@ -191,13 +189,15 @@ def save_whole(model: Any, tokenizer: Any, folder: Path, *, merge: bool = False)
     half = folder.with_name(f".{folder.name}")
     shutil.rmtree(half, ignore_errors=True)
     save_model(model, tokenizer, half, merge=merge)
-    for path in half.glob("*.safetensors"):
-        _require_whole(path)
     put_in_place(half, folder, folder.parent)
 
 
 def put_in_place(half: Path, whole: Path, run: Path) -> None:
-    """Rename a folder to its final name once it and the run's record so far are on the disk."""
+    """Rename a folder to its final name once its tensor files are whole and it and the run's record
+    so far are on the disk.
+    """
+    for path in half.rglob("*.safetensors"):
+        _require_whole(path)
     for path in (*half.rglob("*"), half, *run.glob("*.jsonl"), run):
         to_disk(path)
     # a damaged one, or one from steps that a resumed run repeats
@@ -241,8 +241,6 @@ def damage(folder: Path) -> str:
                 return f"{name} has {size} bytes instead of {facts['bytes']}"
             if _sha256(folder / name) != facts["sha256"]:
                 return f"the bytes of {name} have changed"
-            if name.endswith(".safetensors"):
-                _require_whole(folder / name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
