@@ -816,7 +816,7 @@ MUTANTS: list[Mutant] = [
         ("reference cache: a damaged file stops the run", "OSError, SafetensorError, KeyError", "OSError"),
     ),
     *planted("recipes/offline.py", "test_recipes.py -k 'dpo_starts'",
-        ("dpo: references of other rows, by the order of the data", "dict(zip(unique, logprob", "dict(zip(sorted(unique), logprob"),
+        ("dpo: references of other rows, by the order of the data", "[self.row[example.index] for example in examples]", "[*range(len(examples))]"),
     ),
     *planted("step/run.py", "test_recipes.py -k 'dpo_starts'",
         ("dpo: rows without their number have one reference", "replace(self.train[number], index=number)", "self.train[number]"),

@@ -18,7 +18,6 @@ comparison (dpo_variants.py, docs/methods.md); --loss kto is a separate method (
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import Literal
 
 import torch
@@ -37,6 +36,7 @@ from trivet.recipes.dpo_variants import (
 )
 from trivet.recipes.offline import (
     ReferenceTable,
+    all_examples,
     completion_logprob,
     rows_of,
     to_groups,
@@ -123,14 +123,21 @@ def reference_of(config: Config, run: Run) -> Callable[[Sequence[Example]], Tens
     """Return a function from examples to log pi_ref of their completions, (B,); 0 where the loss
     uses no reference.
     """
-    examples = [*chain.from_iterable(pairs for _, pairs in run.order()), *run.heldout]
-    if any(len(example.completions) != 2 for example in examples):
-        mixed = any(len(example.completions) == 2 for example in examples)
-        kinds = "both pairs and labeled rows" if mixed else "labeled rows, not pairs"
-        raise InputError(f"{config.data} has {kinds}; {kto.ROWS_OF_EACH_LOSS}")
-    if config.loss in REFERENCE_FREE:
-        return partial(zero_ref_logprob, run)
-    return ReferenceTable(run, examples)
+    if config.loss not in REFERENCE_FREE:
+        return ReferenceTable(run, partial(all_pairs, config, run))
+    for _ in all_pairs(config, run):
+        pass
+    return partial(zero_ref_logprob, run)
+
+
+def all_pairs(config: Config, run: Run) -> Iterator[Example]:
+    """Every pair that the run will see. Errors: InputError at a row that is not a pair."""
+    for example in all_examples(run):
+        if len(example.completions) != 2:
+            mixed = any(len(other.completions) == 2 for other in all_examples(run))
+            kinds = "both pairs and labeled rows" if mixed else "labeled rows, not pairs"
+            raise InputError(f"{config.data} has {kinds}; {kto.ROWS_OF_EACH_LOSS}")
+        yield example
 
 
 def is_chosen(groups: Groups) -> Tensor:

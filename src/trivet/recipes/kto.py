@@ -17,6 +17,8 @@ least two rows. The options are those of dpo.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -38,7 +40,8 @@ ROWS_OF_EACH_LOSS = "--loss kto takes either kind, but not both; every other --l
 def train(config: Any, run: Run) -> Iterator[Result]:
     """Train run.model, one step at a time. config: a dpo.Config."""
     policy = run.model
-    reference = run.holds(reference=ReferenceTable(run, all_examples(config, run)))
+    seen = partial(matched_and_mismatched, config, run)
+    reference = run.holds(reference=ReferenceTable(run, seen))
     optimizer = run.optimizer(policy)
 
     for _, examples in run.batches():
@@ -73,16 +76,17 @@ def weighted_loss(
     return weight * kto_loss(logprob, ref_logprob, good, kl, beta=config.beta)
 
 
-def all_examples(config: Any, run: Run) -> list[Example]:
-    """All examples of the run, each step's followed by the same prompts with mismatched
-    completions.
+def matched_and_mismatched(config: Any, run: Run) -> Iterator[Example]:
+    """Every example of the run, each step's followed by the same prompts with mismatched
+    completions. Errors: InputError where rows of both kinds are mixed.
     """
-    found = list[Example]()
-    for examples in (*(examples for _, examples in run.order()), run.heldout):
-        found += examples + (mismatched_examples(examples) if examples else [])
-    if len({len(example.completions) for example in found}) > 1:
-        raise InputError(f"{config.data} has both pairs and labeled rows; {ROWS_OF_EACH_LOSS}")
-    return found
+    sizes = set[int]()
+    for examples in chain((examples for _, examples in run.order()), [run.heldout]):
+        sizes |= {len(example.completions) for example in examples}
+        if len(sizes) > 1:
+            raise InputError(f"{config.data} has both pairs and labeled rows; {ROWS_OF_EACH_LOSS}")
+        yield from examples
+        yield from mismatched_examples(examples) if examples else []
 
 
 def mismatched_examples(examples: Sequence[Example]) -> list[Example]:

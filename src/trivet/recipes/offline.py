@@ -1,6 +1,7 @@
 """Functions shared by the recipes that learn from completions in the data."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -29,31 +30,45 @@ def completion_logprob(run: Run, examples: Sequence[Example]) -> Tensor:
     return run.passes(token_logprobs, run.model, to_groups(examples, run.device)).sum(1)
 
 
+def all_examples(run: Run) -> Iterator[Example]:
+    """Every example that the run will see, step by step, then the held-out ones."""
+    for _, examples in run.order():
+        yield from examples
+    yield from run.heldout
+
+
 class ReferenceTable:
     """log pi_ref(y|x) of every completion in a run, under the model before training, so that no
     second model is needed.
 
     It is computed once, before the first step, and cached on disk for the next run from the same
-    weights on the same tokens.
+    weights on the same tokens. examples: called for each pass over them, so that rows that are read
+    lazily are never all in memory; each has the same number of completions.
     """
 
-    def __init__(self, run: Run, examples: Iterable[Example]):
-        unique = {example.index: example for example in examples}
-        rows = list(unique.values())
+    def __init__(self, run: Run, examples: Callable[[], Iterator[Example]]):
+        self.row = dict[Any, int]()  # Example.index -> row of the table
+
+        def rows() -> Iterator[Example]:
+            seen = set[Any]()
+            for example in examples():
+                if example.index not in seen:
+                    seen.add(example.index)
+                    self.row.setdefault(example.index, len(self.row))
+                    yield example
 
         def compute() -> Tensor:
-            run.note(f"computing reference log-probabilities of {len(rows):,} rows")
-            return torch.cat(
-                [completion_logprob(run, rows[i : i + 64]) for i in range(0, len(rows), 64)]
-            )
+            run.note("computing reference log-probabilities")
+            rest = rows()
+            chunks = iter(lambda: list(islice(rest, 64)), [])
+            return torch.cat([completion_logprob(run, chunk) for chunk in chunks])
 
-        logprob = load_or_compute(run.model, rows, compute, run.note)  # (B,)
-        sizes = [len(row.completions) for row in rows]
-        self.logprob = dict(zip(unique, logprob.split(sizes), strict=True))
+        logprob = load_or_compute(run.model, rows(), compute, run.note)  # (B,)
+        self.logprob = logprob.view(len(self.row), -1)  # (N, G)
 
     def __call__(self, examples: Sequence[Example]) -> Tensor:
         """log pi_ref(y|x) of all completions of the examples. (B,)"""
-        return torch.cat([self.logprob[example.index] for example in examples])
+        return self.logprob[[self.row[example.index] for example in examples]].flatten()
 
 
 def zero_ref_logprob(run: Run, examples: Sequence[Example]) -> Tensor:

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from trivet.model.weights import holder_of
 
 def load_or_compute(
     model: Any,
-    examples: Sequence[Example],
+    examples: Iterable[Example],
     compute: Callable[[], Tensor],
     note: Callable[[str], None],
 ) -> Tensor:
@@ -50,7 +50,7 @@ def load_or_compute(
     return result
 
 
-def digest(model: Any, examples: Sequence[Example]) -> str:
+def digest(model: Any, examples: Iterable[Example]) -> str:
     """SHA-256 of the weights and their names, the type of the matrix products, and the tokens and
     masks of the examples.
     """
