@@ -154,6 +154,8 @@ def _train(method: str, options: dict[str, Any], scale: float) -> None:
             launch(dataclasses.replace(config, steps=steps, epochs=epochs), terminal)
     except InputError as error:
         sys.exit(f"trivet {method}: {error}")
+    except KeyboardInterrupt as stopped:  # the parent says so
+        sys.exit(getattr(stopped, "code", 130))
     finally:
         terminal.close()
 
