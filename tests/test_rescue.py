@@ -106,7 +106,7 @@ def test_too_many_in_a_row_end_the_run_at_the_last_good_checkpoint(tmp_path, mon
         broken_at(patched, grpo, {3, 4})
         with pytest.raises(
             InputError,
-            match=r"2 steps in a row, from step 3 .*trivet replay .*step-3, .*continue from step 2: trivet resume",
+            match=r"2 steps in a row, from step 3, .*trivet replay .*step-3, .*continue from step 2: trivet resume",
         ):
             launch(config(grpo, tmp_path / "run", save_every=0, max_skipped_steps=2))
     assert [line["step"] for line in numbers(tmp_path / "run")] == [1, 2, 3, 4]

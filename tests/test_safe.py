@@ -117,7 +117,7 @@ def test_weights_that_are_pickles_wait_for_trust(tmp_path, capsys):
     torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
     (path / "model.safetensors").unlink()
     assert train(path) == 2
-    assert "its weights are not safetensors" in capsys.readouterr().err
+    assert "its weights are not in safetensors" in capsys.readouterr().err
     assert train(path, "--trust-remote-code") == 0
     assert (Path(f"{path}-run") / "model" / "model.safetensors").exists()
 
