@@ -815,7 +815,7 @@ MUTANTS: list[Mutant] = [
         ("reference cache: what is learned is not part of the name", ", example.learned))", "))"),
         ("reference cache: a damaged file stops the run", "OSError, SafetensorError, KeyError", "OSError"),
     ),
-    *planted("recipes/offline.py", "test_recipes.py -k 'dpo_starts'",
+    *planted("recipes/offline.py", "test_recipes.py -k 'reference_of_its_own'",
         ("dpo: references of other rows, by the order of the data", "[self.row[example.index] for example in examples]", "[*range(len(examples))]"),
     ),
     *planted("step/run.py", "test_recipes.py -k 'dpo_starts'",
