@@ -111,7 +111,8 @@ def _launch(config: Options, devices: Devices, watch: Watch | None, again: bool)
         if done:
             tokens = Counter(saved_counts["tokens"])
             counted = Totals(saved_counts["seconds"], tokens, saved_counts["eval"])
-        record.begin(_run_facts(launched, done), done)
+        facts = _run_facts(launched, done)
+        record.begin(facts, done)
         skips = Skips(out, run, checkpoints)
         tracked = _trackers(launched)
         began = time.perf_counter() - counted.seconds
@@ -153,7 +154,8 @@ def _launch(config: Options, devices: Devices, watch: Watch | None, again: bool)
             raise
         if (whole := devices.whole(run.model)) is not None:
             save_whole(whole, launched.tokenizer, out / "model", merge=config.merge)
-        record.end(_summary(launched, time.perf_counter() - began, counted, program))
+        summary = _summary(launched, time.perf_counter() - began, counted, program)
+        record.end(summary | {key: facts[key] for key in ("started_from", "data", "parameters")})
     return out
 
 
@@ -229,9 +231,6 @@ def _summary(launched: Launch, seconds: float, counted: Totals, program: int) ->
         "tokens_generated": counted.tokens["tokens/generated"],
         "tokens_trained": counted.tokens["tokens/trained"],
         "eval": {name: short(value) for name, value in counted.eval.items()},
-        "started_from": launched.start_from,
-        "data": launched.counts,
-        "parameters": sum(p.numel() for p in run.model.parameters()),
     }
 
 
